@@ -1,0 +1,1431 @@
+"""distjudge: train an LLM judge that answers with the distribution of human judgments, not with one verdict.
+
+    items = distjudge.load_items("votes.jsonl")                       # {"id", "prompt", "counts": {label: votes}} a line
+    judge = distjudge.load_judge("Qwen/Qwen2.5-0.5B-Instruct", labels=distjudge.labels_of(items))
+    distjudge.train(judge, items, distjudge.Config(out="runs/first"))
+    judge.predict(["Is this summary fluent? ..."])                    # (1, C) float32, one probability a label
+
+The method is that of "Distributional LLM-as-a-Judge" (Chen et al., NeurIPS 2025, arXiv 2505.12301):
+
+    min over theta of the mean over items of   max over p' in E(p) of   alpha KL(p' || q_theta) + (1 - alpha) CE(r, q_theta)
+
+p is the human distribution of an item (counts / votes), r its majority label, q_theta the model's probabilities of the label
+tokens where its answer begins, E(p) the part of the simplex within eps of p. All losses are in nats.
+
+The file reads from top to bottom and can be copied alone into another project: it needs torch at import, and transformers,
+peft, bitsandbytes or tyro only inside the functions that use them.
+"""
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import logging
+import math
+import numbers
+import os
+import random
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+__version__ = "0.1.0"
+KL_FLOOR = 1e-6  # evaluate() raises model probabilities to this before it takes a logarithm
+log = logging.getLogger("distjudge")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. Each line of the message says what is wrong and where; commands exit with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Items: what was judged, and how people voted
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One judged thing. `counts` holds every label of the data set, in label order, also those without a vote.
+
+    Votes are whole numbers, except where a `distribution` of a weighted panel was given: then share times votes.
+    `truth` is the distribution the votes were drawn from, where it is known (simulated panels).
+    """
+
+    id: str
+    prompt: str
+    counts: dict[str, float]
+    group: str | None = None
+    split: str | None = None
+    truth: dict[str, float] | None = None
+    where: str = ""
+
+    @property
+    def votes(self) -> float:
+        return sum(self.counts.values())
+
+    @property
+    def distribution(self) -> list[float]:
+        return [c / self.votes for c in self.counts.values()]
+
+
+def labels_of(items: Sequence[Item]) -> list[str]:
+    """The labels of a data set, in order. Raises InputError if the items do not all have the same."""
+    if not items:
+        raise InputError("no items")
+    labels = list(items[0].counts)
+    for item in items:
+        if list(item.counts) != labels:
+            raise InputError(f"{item.where}: item '{item.id}': counts: labels {list(item.counts)} differ from {labels}")
+    return labels
+
+
+def counts_of(items: Sequence[Item]) -> torch.Tensor:
+    """Votes as a float64 tensor (N, C)."""
+    labels_of(items)
+    return torch.tensor([list(item.counts.values()) for item in items], dtype=torch.float64)
+
+
+def load_items(*sources: Any, labels: Sequence[str] | None = None) -> list[Item]:
+    """Reads items from `.jsonl` or `.jsonl.gz` files, lists of dicts, `datasets.Dataset`s or pandas DataFrames.
+
+    A row holds "prompt" and the votes, given as one of
+      "counts": {label: votes}                 every label, 0 where nobody chose it
+      "annotations": [label, label, ...]       one entry a person
+      "distribution": {label: share}, "votes": n   shares that add up to 1, and the number of people behind them
+    and optionally "id" (without one, a hash of the prompt), "group" (items that must stay on one side of a split),
+    "split" ("train" or "test") and "truth" ({label: probability}). Other fields are ignored.
+
+    Label order: `labels` where given (an item may then leave out labels without votes); else numeric labels by value;
+    else the order of the first item's counts; else, with annotations only, alphabetical.
+    Raises InputError with one line a problem (file, line, id, field), at most 20 a source, for anything that is not so.
+    """
+    items: list[Item] = []
+    problems: list[str] = []
+    parsed: list[tuple[str, dict[str, Any]]] = []
+    for source in _flatten(sources):
+        found: list[str] = []
+        for where, row in _rows(source):
+            if isinstance(row, str):
+                found.append(f"{where}: {row}")
+            else:
+                item, bad = _parse_row(row)
+                shown = f"item '{_short(item['id'])}': " if item["id"] else ""
+                found += [f"{where}: {shown}{field}: {text}" for field, text in bad]
+                if not bad:
+                    parsed.append((where, item))
+        problems += found[:20] + ([f"{_name(source)}: and {len(found) - 20} more problems"] if len(found) > 20 else [])
+    if labels is None:
+        order, sets = _label_order(parsed)
+    else:
+        order, sets = [str(label) for label in labels], {}
+        if len(set(order)) != len(order):
+            raise InputError(f"labels: {order} names a label twice")
+    seen: dict[str, str] = {}
+    found, known = [], set(order)
+    for where, item in parsed:
+        head = f"{where}: item '{_short(item['id'])}': "
+        got, field = set(item["counts"]), item["field"]
+        if labels is None and field != "annotations" and got != known:
+            found.append(f"{head}{field}: labels {_listed(item['counts'])} differ from {_listed(order)} of {sets['where']} "
+                         "(write 0 for labels without votes, or name the labels)")
+        elif got - known:
+            found.append(f"{head}{field}: unknown label {_listed(sorted(got - known))}; the labels are {_listed(order)}")
+        if item["truth"] is not None and set(item["truth"]) - known:
+            found.append(f"{head}truth: unknown label {_listed(sorted(set(item['truth']) - known))}")
+        if item["id"] in seen:
+            found.append(f"{head}id: duplicate, first at {seen[item['id']]}")
+        seen.setdefault(item["id"], where)
+        truth = item["truth"] and {label: item["truth"].get(label, 0.0) for label in order}
+        items.append(Item(item["id"], item["prompt"], {label: item["counts"].get(label, 0) for label in order},
+                          item["group"], item["split"], truth, where))
+    problems += found[:20] + ([f"and {len(found) - 20} more problems"] if len(found) > 20 else [])
+    if problems:
+        raise InputError("\n".join(problems))
+    if not items:
+        raise InputError(f"{', '.join(_name(s) for s in _flatten(sources)) or 'load_items'}: no items")
+    if len(order) < 2:
+        raise InputError(f"{items[0].where}: counts: a judge needs two labels or more, found {_listed(order)}")
+    return items
+
+
+def _flatten(sources: Iterable[Any]) -> list[Any]:
+    """A list of paths is as good as several paths; a list of dicts is one source."""
+    flat: list[Any] = []
+    for source in sources:
+        is_paths = isinstance(source, (list, tuple)) and source and all(isinstance(s, (str, os.PathLike)) for s in source)
+        flat += list(source) if is_paths else [source]
+    return flat
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else "items"
+
+
+def _short(text: Any, width: int = 60) -> str:
+    text = str(text)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _listed(labels: Iterable[str]) -> str:
+    return "{" + ", ".join(_short(label, 20) for label in labels) + "}"
+
+
+def _rows(source: Any) -> Iterator[tuple[str, dict | str]]:
+    """Yields (where, row), or (where, what is wrong) for a line that is no JSON object."""
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame
+        source = source.to_dict("records")
+    if not isinstance(source, (str, os.PathLike)):
+        if isinstance(source, (dict, bytes)) or not isinstance(source, Iterable):
+            raise InputError(f"load_items: expected paths, a list of dicts, a Dataset or a DataFrame, got {type(source).__name__}")
+        for i, row in enumerate(source):
+            yield f"items[{i}]", dict(row) if isinstance(row, dict) else f"not a dict but {type(row).__name__}"
+        return
+    path = Path(source)
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    if not line:
+                        continue
+                    row = json.loads(line, object_pairs_hook=_unique_keys)
+                except UnicodeDecodeError as error:
+                    row = f"not UTF-8 (byte {error.start + 1} of the line)"
+                except json.JSONDecodeError as error:
+                    row = f"broken JSON: {error.msg} (column {error.colno})"
+                except (ValueError, RecursionError) as error:
+                    row = f"broken JSON: {_short(error, 100)}"
+                yield f"{path}:{number}", row if isinstance(row, (dict, str)) else f"not a JSON object but {type(row).__name__}"
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"duplicate label or field '{key}'")
+    return dict(pairs)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))  # NaN: how pandas writes an empty cell
+
+
+def _label(value: Any) -> str | None:
+    """A label as text: strings as they are, whole numbers in digits, None for anything else."""
+    if isinstance(value, str):
+        return value if value and value == value.strip() and _is_text(value) else None
+    if _is_number(value) and math.isfinite(value) and float(value).is_integer():
+        return str(int(value))
+    return None
+
+
+def _is_text(value: str) -> bool:
+    """False for lone surrogates, which no tokenizer takes."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """One row as {"id", "prompt", "counts", "field", "group", "split", "truth"}, and its problems as (field, text)."""
+    bad: list[tuple[str, str]] = []
+    item: dict[str, Any] = {"id": None, "counts": {}, "truth": None}
+    prompt = row.get("prompt")
+    if _missing(prompt):
+        bad.append(("prompt", "missing"))
+    elif not isinstance(prompt, str):
+        bad.append(("prompt", f"not text but {type(prompt).__name__}"))
+    elif not prompt.strip():
+        bad.append(("prompt", "empty"))
+    elif not _is_text(prompt):
+        bad.append(("prompt", "holds a lone surrogate, which is no character"))
+    item["prompt"] = prompt
+    for field in ("id", "group", "split"):
+        value = row.get(field)
+        item[field] = None if _missing(value) else _label(value)
+        if not _missing(value) and item[field] is None:
+            bad.append((field, f"must be text without spaces around it, or a whole number, not {_short(repr(value))}"))
+    if item["split"] not in (None, "train", "test"):
+        bad.append(("split", f"must be train or test, not '{_short(item['split'])}'"))
+    if item["id"] is None and _missing(row.get("id")) and isinstance(prompt, str):
+        item["id"] = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    given = [field for field in ("counts", "annotations", "distribution") if not _missing(row.get(field))]
+    if len(given) != 1:
+        bad.append(("counts", f"one of counts, annotations, distribution is needed, found {' and '.join(given) or 'none'}"))
+        return item, bad
+    item["field"] = field = given[0]
+    if field == "annotations":
+        item["counts"] = _tally(row[field], bad)
+    else:
+        votes, problems_before = {}, len(bad)
+        item["counts"] = _parse_labels(row[field], field, bad)
+        if field == "counts":
+            for label, count in item["counts"].items():
+                if math.isnan(count) or math.isinf(count):
+                    bad.append((field, f"votes for '{_short(label)}' are {count}"))
+                elif count < 0 or not float(count).is_integer():
+                    bad.append((field, f"votes for '{_short(label)}' are {'negative' if count < 0 else 'fractional'}: {count}"))
+                elif count > 10**9:
+                    bad.append((field, f"votes for '{_short(label)}' are more than a billion"))
+                else:
+                    votes[label] = int(count)
+            if len(bad) == problems_before and not sum(votes.values()):
+                bad.append((field, "no votes at all"))
+            item["counts"] = votes
+        else:
+            number = row.get("votes")
+            if _missing(number) or not _is_number(number) or not 1 <= number <= 10**9 or not float(number).is_integer():
+                bad.append(("votes", "a distribution needs the number of people behind it, a whole number of 1 or more, "
+                            f"not {_short(repr(number))}"))
+            elif _check_shares(item["counts"], field, bad):
+                item["counts"] = _votes_from_shares(item["counts"], int(number))
+    if not _missing(row.get("truth")):
+        item["truth"] = _parse_labels(row["truth"], "truth", bad)
+        _check_shares(item["truth"], "truth", bad)
+        total = sum(item["truth"].values()) or 1.0
+        item["truth"] = {label: share / total for label, share in item["truth"].items()}
+    return item, bad
+
+
+def _tally(annotations: Any, bad: list[tuple[str, str]]) -> dict[str, int]:
+    annotations = annotations.tolist() if hasattr(annotations, "tolist") else annotations
+    counts: dict[str, int] = {}
+    if not isinstance(annotations, (list, tuple)) or not annotations:
+        bad.append(("annotations", "must be a list of one label or more"))
+        return counts
+    for value in annotations:
+        label = _label(value)
+        if label is None:
+            bad.append(("annotations", f"a label must be text without spaces around it, or a whole number, not {_short(repr(value))}"))
+            return counts
+        counts[label] = counts.get(label, 0) + 1
+    return counts
+
+
+def _parse_labels(value: Any, field: str, bad: list[tuple[str, str]]) -> dict[str, float]:
+    """{label: number} with labels as text; a label whose value is None (an empty struct field) counts as left out."""
+    if not isinstance(value, dict) or not value:
+        bad.append((field, "must be an object {label: number}"))
+        return {}
+    out: dict[str, float] = {}
+    for key, number in value.items():
+        label = _label(key)
+        if label is None:
+            bad.append((field, f"a label must be text without spaces around it, or a whole number, not {_short(repr(key))}"))
+        elif label in out:
+            bad.append((field, f"duplicate label '{_short(label)}'"))
+        elif number is not None and not _is_number(number):
+            bad.append((field, f"the value of '{_short(label)}' must be a number, not {_short(repr(number))}"))
+        elif number is not None:
+            try:
+                float(number)
+                out[label] = number
+            except OverflowError:
+                bad.append((field, f"the value of '{_short(label)}' is too large"))
+    return out
+
+
+def _check_shares(shares: dict[str, float], field: str, bad: list[tuple[str, str]]) -> bool:
+    if any(not math.isfinite(share) or share < 0 for share in shares.values()):
+        bad.append((field, "shares must be numbers of 0 or more"))
+    elif abs(sum(shares.values()) - 1) > 0.02:
+        bad.append((field, f"shares must add up to 1, not to {sum(shares.values()):.4g}"))
+    else:
+        return True
+    return False
+
+
+def _votes_from_shares(shares: dict[str, float], votes: int) -> dict[str, float]:
+    """Whole votes where every share is a multiple of 1/votes (to 0.05 votes, for rounded shares); else share x votes."""
+    total = sum(shares.values())
+    exact = {label: share / total * votes for label, share in shares.items()}
+    whole = {label: round(count) for label, count in exact.items()}
+    near = all(abs(exact[label] - whole[label]) <= 0.05 for label in exact) and sum(whole.values()) == votes
+    return whole if near else exact
+
+
+def _label_order(parsed: list[tuple[str, dict[str, Any]]]) -> tuple[list[str], dict[str, str]]:
+    """Labels in order, and where the first item stands that lists them all."""
+    full = next(((where, item) for where, item in parsed if item["field"] != "annotations"), None)
+    if full:
+        order, where = list(full[1]["counts"]), full[0]
+    else:
+        order, where = sorted({label for _, item in parsed for label in item["counts"]}), ""
+    if are_numeric(order):
+        order = sorted(order, key=float)
+    return order, {"where": where}
+
+
+def are_numeric(labels: Iterable[str]) -> bool:
+    """True if every label is a plain number ("1", "-2", "0.5"): such labels are taken as ordered."""
+    return all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels)
+
+
+def split_items(items: Sequence[Item], test_share: float = 0.2, seed: int = 0) -> tuple[list[Item], list[Item]]:
+    """Train and test items, 8:2 by default. Items of one group, or of one prompt, stay together; order is kept.
+
+    Whole groups are drawn at random until the test side has `test_share` of the items or the next group would pass it.
+    """
+    members: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        members.setdefault(f"g {item.group}" if item.group is not None else f"p {item.prompt}", []).append(i)
+    groups = list(members.values())
+    random.Random(seed).shuffle(groups)
+    test: set[int] = set()
+    for group in groups:
+        if len(test) + len(group) <= max(1, round(test_share * len(items))):
+            test.update(group)
+    if not test or len(test) == len(items):
+        raise InputError(f"{len(items)} items in {len(groups)} groups cannot be split {1 - test_share:g} to {test_share:g}")
+    return [item for i, item in enumerate(items) if i not in test], [item for i, item in enumerate(items) if i in test]
+
+
+def check_apart(train_items: Sequence[Item], test_items: Sequence[Item]) -> None:
+    """Raises InputError if an item (its id, or its prompt to the letter) is on both sides."""
+    ids = {item.id: item for item in train_items}
+    prompts = {item.prompt: item for item in train_items}
+    both = [(item, ids.get(item.id) or prompts.get(item.prompt)) for item in test_items]
+    lines = [f"{item.where}: item '{_short(item.id)}': {'id' if item.id in ids else 'prompt'}: also in the training items, at "
+             f"{other.where}" for item, other in both if other]
+    if lines:
+        raise InputError("\n".join(lines[:20] + ([f"and {len(lines) - 20} more test items"] if len(lines) > 20 else [])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Prompts and label tokens
+# ---------------------------------------------------------------------------------------------------------------------
+_SENTINEL = "XQZPROMPTXQZ"
+_PROBE = "Is 2 + 2 = 4? One\n\ntwo, three: I'M 12345 -- don't."
+
+
+class PromptEncoder:
+    """Turns user messages into token ids: the chat template around them, what people wrote as text only.
+
+    The template is rendered once, with a stand-in for the message; `before` and `after` are what it puts around it, `end`
+    what it puts after the answer. Without a chat template the message is followed by a line break. A control token
+    written in a message ("<|im_end|>") is encoded as the characters it is made of, for the message goes through a copy
+    of the tokenizer without its added tokens (all but those of white space alone).
+    Raises InputError if the tokenizer's own encoding of a harmless message is not reproduced exactly.
+    """
+
+    def __init__(self, tokenizer: Any, frame: dict[str, Any] | None = None):
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(f"{tokenizer.name_or_path}: tokenizer: a fast tokenizer (tokenizer.json) is needed")
+        self.tokenizer = tokenizer
+        self.frame = frame or self._render()
+        added = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
+        self._control = {tokenizer.convert_tokens_to_ids(content) for content in added}
+        pattern = "|".join(re.escape(c) for c in sorted(added, key=len, reverse=True))
+        marks = lambda text: list(re.finditer(pattern, text)) if pattern else []  # noqa: E731
+        before, after, end = self.frame["before"], self.frame["after"], self.frame["end"]
+        cut = marks(before)[-1].end() if marks(before) else 0
+        self._lead, head = before[cut:], before[:cut]
+        first = marks(after)[0].start() if marks(after) else len(after)
+        self._trail, self._tail = after[:first], after[first:]
+        if cut and added[marks(before)[-1].group()].rstrip:
+            self._lead = self._lead.lstrip()
+        if self._tail and added[marks(after)[0].group()].lstrip:
+            self._trail = self._trail.rstrip()
+        self._head_ids = self._ids(head)
+        if not tokenizer.chat_template and tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+            self._head_ids = [tokenizer.bos_token_id]
+        closing = marks(end)
+        self.end_id = self._ids(closing[0].group())[0] if closing and not end[: closing[0].start()].strip() else tokenizer.eos_token_id
+        self._plain = self._plain_tokenizer()
+
+    def _render(self) -> dict[str, Any]:
+        if not self.tokenizer.chat_template:
+            return {"before": "", "after": "\n", "end": "", "trim": False}
+
+        def render(content: str, answer: str | None = None) -> str:
+            turns = [{"role": "user", "content": content}]
+            turns += [{"role": "assistant", "content": answer}] if answer else []
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None,
+                                                      enable_thinking=False)
+        try:
+            plain, spaced = render(_SENTINEL), render(f" {_SENTINEL} ")
+            answered = render(_SENTINEL, _SENTINEL)
+        except Exception as error:  # a template raises whatever its author chose to raise
+            raise InputError(f"{self.tokenizer.name_or_path}: chat template: {_short(error, 200)}") from None
+        if plain.count(_SENTINEL) != 1:
+            raise InputError(f"{self.tokenizer.name_or_path}: chat template: shows the message {plain.count(_SENTINEL)} times, not once")
+        before, after = plain.split(_SENTINEL)
+        end = answered.rsplit(_SENTINEL, 1)[1] if answered.count(_SENTINEL) == 2 else ""
+        return {"before": before, "after": after, "end": end, "trim": plain == spaced}
+
+    def _plain_tokenizer(self) -> Any:
+        """The tokenizer without control tokens, in the variant that encodes a harmless message as the tokenizer does."""
+        from tokenizers import Tokenizer
+
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].strip()]
+        spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+        whole = self._ids(self.frame["before"] + _PROBE + self.frame["after"])
+        whole = self._head_ids + whole if not self.tokenizer.chat_template else whole
+        text = json.dumps(spec)
+        for variant in (text, text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')):
+            self._plain = Tokenizer.from_str(variant)
+            if self(_PROBE) == whole:
+                return self._plain
+        raise InputError(f"{self.tokenizer.name_or_path}: tokenizer: a message cannot be encoded as text only")
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def __call__(self, message: str, answer: str = "") -> list[int]:
+        """Token ids of the rendered prompt, with `answer` written where the judge's answer begins."""
+        message = message.strip() if self.frame["trim"] else message
+        text = self._lead + message + self._trail + (answer if not self._tail else "")
+        try:
+            ids = self._plain.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise InputError(f"prompt '{_short(message)!r}' is not text that can be encoded") from None
+        if not self._control.isdisjoint(ids):
+            raise InputError(f"prompt '{_short(message)}': would be encoded with a control token of the tokenizer")
+        return self._head_ids + ids + (self._ids(self._tail + answer) if self._tail else [])
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelTokens:
+    """How the labels are read off the model. `sequences` holds (label index, token ids) for every spelling.
+
+    whole = False: every label has its own first token(s); one token a sequence, scored at the answer position.
+    whole = True: some labels begin alike; whole spellings are scored, each closed by the end-of-turn token.
+    """
+
+    labels: list[str]
+    sequences: list[tuple[int, tuple[int, ...]]]
+    whole: bool
+
+    @property
+    def owner(self) -> list[int]:
+        return [label for label, _ in self.sequences]
+
+    def describe(self, tokenizer: Any) -> str:
+        lines = ["labels are read " + ("as whole words, closed by the end of the turn (some begin with the same token)"
+                                       if self.whole else "by the first token of the answer")]
+        for i, label in enumerate(self.labels):
+            shown = [" ".join(repr(tokenizer.decode([t])) for t in ids) for owner, ids in self.sequences if owner == i]
+            lines.append(f"  {label}: {' or '.join(shown)}")
+        return "\n".join(lines)
+
+
+def label_tokens(tokenizer: Any, labels: Sequence[str], spellings: dict[str, Sequence[str]] | None = None,
+                 encoder: PromptEncoder | None = None) -> LabelTokens:
+    """Finds the tokens with which each label begins in context, right after the rendered prompt.
+
+    spellings: {label: [text, ...]}, by default the label itself; the probabilities of a label's spellings add up.
+    Raises InputError if two labels have the same spelling, a spelling is empty or for an unknown label, merges with the
+    prompt's end, or if whole labels are needed and the tokenizer has no end-of-turn token.
+    """
+    encoder = encoder or PromptEncoder(tokenizer)
+    labels, spellings = [str(label) for label in labels], dict(spellings or {})
+    if set(spellings) - set(labels):
+        raise InputError(f"spellings: unknown label {_listed(sorted(set(spellings) - set(labels)))}; the labels are {_listed(labels)}")
+    if len(set(labels)) != len(labels) or len(labels) < 2:
+        raise InputError(f"labels: two different labels or more are needed, not {_listed(labels)}")
+    prompt = encoder("Is this so?")
+    found: list[tuple[int, tuple[int, ...]]] = []
+    for i, label in enumerate(labels):
+        for text in spellings.get(label, [label]) or [""]:
+            ids = encoder("Is this so?", text)
+            if not text or ids[: len(prompt)] != prompt or len(ids) == len(prompt):
+                raise InputError(f"spellings: label '{label}': '{text}' " + ("merges with the end of the prompt" if text else "is empty"))
+            found.append((i, tuple(ids[len(prompt):])))
+    firsts = dict.fromkeys((i, ids[:1]) for i, ids in found)  # two spellings that begin alike are read once
+    if len({ids for _, ids in firsts}) == len(firsts):
+        return LabelTokens(labels, list(firsts), whole=False)
+    if encoder.end_id is None:
+        raise InputError("labels: some begin with the same token, so whole labels must be read, but the tokenizer has no "
+                         "end-of-turn or end-of-sequence token to close them")
+    closed = list(dict.fromkeys((i, (*ids, encoder.end_id)) for i, ids in found))
+    if len({ids for _, ids in closed}) != len(closed):
+        raise InputError(f"spellings: two labels have the same tokens: {_listed(labels)}")
+    return LabelTokens(labels, closed, whole=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The judge: a causal LM that is read at the label tokens only
+# ---------------------------------------------------------------------------------------------------------------------
+def add_label_readout(model: Any) -> None:
+    """Teaches a causal LM's forward two more arguments: `answer_at`, (M, 2) rows and columns, and `token_ids`, (T,).
+
+    With `answer_at` it returns float32 logits (M, T) of those positions and tokens (all tokens where `token_ids` is
+    None) and never makes a (batch, length, vocabulary) tensor. The patch sits in the model's own forward, so that PEFT,
+    autocast and DistributedDataParallel wrap it like any other. The architecture's logit scale and soft cap apply.
+    """
+    plain_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
+    if not head.weight.is_floating_point():
+        raise InputError(f"{type(model).__name__}: its output layer is quantized; label rows cannot be read from it")
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def forward(*args: Any, answer_at: torch.Tensor | None = None, token_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if answer_at is None:
+            return plain_forward(*args, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if v is not None} | {"use_cache": False, "return_dict": True}
+        hidden = decoder(*args, **kwargs).last_hidden_state[answer_at[:, 0], answer_at[:, 1]]
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 logits near 20 would be off by 4e-4 nats
+            weight = head.weight if token_ids is None else head.weight[token_ids]
+            bias = head.bias if token_ids is None or head.bias is None else head.bias[token_ids]
+            logits = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float()) * scale
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    model.forward = forward
+
+
+def collate(prompts: Sequence[list[int]], tokens: LabelTokens, pad_id: int, device: Any = "cpu") -> dict[str, torch.Tensor]:
+    """Right-padded rows and the positions to read: one row a prompt, or, for whole labels, a row a prompt and spelling.
+
+    Returns input_ids and attention_mask (R, L), answer_at (M, 2) and, for whole labels, target (M,), the token that is
+    read at each position; positions of prompt 0 first, within it in the order of `tokens.sequences`.
+    """
+    rows, at, target = [], [], []
+    for ids in prompts:
+        for _, sequence in tokens.sequences if tokens.whole else [(0, (-1,))]:
+            at += [(len(rows), len(ids) - 1 + k) for k in range(len(sequence))]
+            target += sequence
+            rows.append([*ids, *sequence[:-1]])
+    length = max(map(len, rows))
+    batch = {"input_ids": torch.tensor([r + [pad_id] * (length - len(r)) for r in rows]),
+             "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows]),
+             "answer_at": torch.tensor(at)}
+    if tokens.whole:
+        batch["target"] = torch.tensor(target)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def label_logprobs(model: Any, batch: dict[str, torch.Tensor], tokens: LabelTokens, with_mass: bool = False,
+                   top_k: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of the labels, (B, C) float32, and with `with_mass` the log of their full-vocabulary sum, (B,).
+
+    First-token reading: softmax over the labels' tokens, a label's spellings added up. Whole labels: each spelling's
+    log-probability summed over its tokens and the end of the turn, normalised over the labels.
+    top_k > 0 (the paper reads closed models so): tokens outside the k most probable count as probability 0; an item
+    without any label among them gets a uniform distribution and a log mass of -inf.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "answer_at")}
+    if tokens.whole:
+        logp = model(**inputs).log_softmax(-1).gather(1, batch["target"][:, None])[:, 0]
+        lengths = [len(ids) for _, ids in tokens.sequences]
+        per_prompt = logp.view(-1, sum(lengths)).split(lengths, dim=1)
+        scores, log_norm = torch.stack([part.sum(1) for part in per_prompt], dim=1), 0.0
+    else:
+        ids = torch.tensor([ids[0] for _, ids in tokens.sequences], device=batch["input_ids"].device)
+        if with_mass or top_k:
+            logits = model(**inputs)
+            scores, log_norm = logits[:, ids], logits.logsumexp(1)
+            if top_k:
+                least = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
+                scores = scores.masked_fill(scores < least, -math.inf)
+        else:
+            scores, log_norm = model(**inputs, token_ids=ids), 0.0
+    owner = torch.tensor(tokens.owner, device=scores.device)
+    label_scores = torch.stack([scores[:, owner == c].logsumexp(1) for c in range(len(tokens.labels))], dim=1)
+    total = label_scores.logsumexp(1)
+    logq = label_scores.log_softmax(1).masked_fill(total.isneginf()[:, None], -math.log(len(tokens.labels)))
+    return logq, total - log_norm if with_mass else None
+
+
+class Judge:
+    """A model, its tokenizer and its labels. Made by load_judge(); `predict` is the judge at work."""
+
+    def __init__(self, model: Any, encoder: PromptEncoder, tokens: LabelTokens, base: str, max_length: int = 2048,
+                 top_k: int = 0, spellings: dict[str, Sequence[str]] | None = None):
+        if top_k and tokens.whole:
+            raise InputError("top_k: reading the top k tokens needs labels that differ in their first token")
+        self.model, self.encoder, self.tokens, self.base = model, encoder, tokens, base
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+        room = positions - max(len(ids) for _, ids in tokens.sequences) + 1
+        self.max_length, self.top_k, self.spellings = min(max_length, room), top_k, dict(spellings or {})
+
+    @property
+    def labels(self) -> list[str]:
+        return self.tokens.labels
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.encoder.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each rendered prompt. Raises InputError, never cuts, if one is longer than max_length."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError(f"prompts[{i}]: prompt: {'empty' if isinstance(prompt, str) else f'not text but {type(prompt).__name__}'}")
+        encoded = [self.encoder(prompt) for prompt in prompts]
+        longest = max(map(len, encoded), default=0)
+        if longest > self.max_length:
+            over = [i for i, ids in enumerate(encoded) if len(ids) > self.max_length]
+            raise InputError(f"prompts: {len(over)} of {len(prompts)} are longer than max_length {self.max_length} tokens (the "
+                             f"longest has {longest}; the first is number {over[0] + 1}, '{_short(prompts[over[0]], 40)!r}')")
+        return encoded
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[str], batch_size: int = 16, progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Label log-probabilities (N, C) and label mass (N,), float32 on the CPU, in the order of the prompts.
+
+        Label mass is the probability that the model, free to say anything, begins with (or is) one of the labels.
+        """
+        encoded = self.encode(prompts)
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+        logq, mass = torch.empty(len(encoded), len(self.labels)), torch.empty(len(encoded))
+        was_training = self.model.training
+        self.model.eval()
+        starts: Iterable[int] = range(0, len(order), batch_size)
+        if progress:
+            from tqdm.auto import tqdm
+
+            starts = tqdm(starts, desc="judging", unit="batch")
+        try:
+            for start in starts:
+                chosen = order[start: start + batch_size]
+                batch = collate([encoded[i] for i in chosen], self.tokens, self.pad_id, self.device)
+                q, m = label_logprobs(self.model, batch, self.tokens, with_mass=True, top_k=self.top_k)
+                logq[chosen], mass[chosen] = q.float().cpu(), m.exp().float().cpu()
+        finally:
+            self.model.train(was_training)
+        if not torch.isfinite(mass).all() or torch.isnan(logq).any():
+            raise FloatingPointError(f"the model gives NaN for {int(logq.isnan().any(1).sum())} of {len(prompts)} prompts")
+        if self.top_k and (mass == 0).any():
+            log.warning("top_k=%d: %d of %d prompts have no label among the top tokens; they get a uniform distribution",
+                        self.top_k, int((mass == 0).sum()), len(prompts))
+        return logq, mass
+
+    def predict(self, prompts: Sequence[str], batch_size: int = 16, progress: bool = False) -> Any:
+        """Probabilities of the labels, a float32 numpy array (N, C), columns in the order of `labels`.
+
+        prompts: user messages, as text. Raises InputError for an empty prompt or one longer than max_length tokens.
+        """
+        return self.score(prompts, batch_size, progress)[0].exp().numpy()
+
+
+def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, spellings: dict[str, Sequence[str]] | None = None,
+               lora_rank: int = 16, lora_alpha: int = 32, four_bit: bool = False, max_length: int | None = None, top_k: int = 0,
+               device: str | None = None, seed: int = 0) -> Judge:
+    """Loads a judge: from a run folder made by save_judge() or run(), or a model (a folder, a hub id) given its labels.
+
+    A model is loaded with transformers, in float32 on a CPU and bfloat16 on CUDA, 4-bit (NF4) on request, and it gets fresh
+    LoRA adapters on all its linear layers (which change nothing until trained), or none with lora_rank = 0, when all
+    weights, then in float32, are trained. Prompts may have max_length tokens (2048), or what a saved judge was trained with. Only
+    safetensors are read, and no code from the model's repository is run.
+    Raises InputError for a path that holds no model, labels that contradict the run folder's, or a model whose label
+    scores differ from those of its own forward.
+    """
+    path = str(path)
+    if (Path(path) / "judge.json").is_file():
+        return _load_saved(Path(path), labels, max_length, top_k, device)
+    if not labels:
+        raise InputError(f"{path}: labels: a model that is not a saved judge needs labels=[...]")
+    if four_bit and not lora_rank:
+        raise InputError("four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more")
+    tokenizer = _load_tokenizer(path)
+    model = _load_model(path, four_bit, device, len(tokenizer), trained=not lora_rank)
+    encoder = PromptEncoder(tokenizer)
+    tokens = label_tokens(tokenizer, labels, spellings, encoder)
+    check_readout(model, encoder, tokens)
+    if lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, bias="none",
+                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
+    return Judge(model, encoder, tokens, path, max_length or 2048, top_k, spellings)
+
+
+def _load_tokenizer(path: str) -> Any:
+    import transformers
+
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None
+    if not is_hub_id and not Path(path).is_dir():
+        raise InputError(f"{path}: model: no such folder")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        what = "its tokenizer cannot be loaded" if Path(path).is_dir() else "no such folder, and it cannot be loaded from a model hub"
+        raise InputError(f"{path}: model: {what}: {_first_line(error)}") from error
+    try:
+        as_saved = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    except (OSError, ValueError):  # no tokenizer.json: it was converted from another format, and there is nothing to compare
+        return tokenizer
+    # AutoTokenizer rebuilds some tokenizers by the model's type (a Qwen2 model always gets Qwen2's splitting rule and end of text)
+    if len(as_saved) == len(tokenizer) and as_saved(_PROBE)["input_ids"] == tokenizer(_PROBE)["input_ids"]:
+        return tokenizer
+    log.warning("%s: transformers would load the tokenizer as %s, which differs from its tokenizer.json; the file is used",
+                path, type(tokenizer).__name__)
+    return as_saved
+
+
+def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trained: bool) -> Any:
+    import transformers
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" or trained else torch.bfloat16  # weights that are trained themselves need float32
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    if four_bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        options["device_map"] = {"": device}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{path}: model: cannot be loaded: {_first_line(error)}") from error
+    if not four_bit:
+        model.to(device)
+    if tokens > model.get_input_embeddings().weight.shape[0]:
+        raise InputError(f"{path}: model: has {model.get_input_embeddings().weight.shape[0]} tokens, its tokenizer {tokens}")
+    add_label_readout(model)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return _short((str(error).splitlines() or [type(error).__name__])[0], 300)
+
+
+@torch.no_grad()
+def check_readout(model: Any, encoder: PromptEncoder, tokens: LabelTokens) -> None:
+    """Compares label logits with the model's own forward, on one prompt; raises InputError where they differ."""
+    model.eval()
+    batch = collate([encoder("Is this so?")], tokens, 0, next(model.parameters()).device)
+    ours = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "answer_at")})
+    at = batch["answer_at"]
+    stock = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[at[:, 0], at[:, 1]].float()
+    tolerance = 1e-4 if stock.abs().max() < 1 or next(model.parameters()).dtype == torch.float32 else 0.05
+    if not torch.allclose(ours, stock, rtol=tolerance, atol=tolerance * float(stock.abs().max())):
+        raise InputError(f"{type(model).__name__}: its label scores cannot be read exactly (off by {(ours - stock).abs().max():.2g} "
+                         "in a logit): this architecture changes its logits in a way that add_label_readout does not know")
+
+
+def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
+    """Writes judge.json, tokenizer/ and adapter/ (or model/, when all weights were trained). safetensors and JSON only."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    is_adapter = hasattr(judge.model, "peft_config")
+    if is_adapter:
+        judge.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    else:
+        judge.model.save_pretrained(folder / "model")
+    judge.tokenizer.save_pretrained(folder / "tokenizer")
+    write_json(folder / "judge.json", {
+        "distjudge": __version__, "base": judge.base, "weights": "adapter" if is_adapter else "model",
+        "four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False)), "labels": judge.labels, "spellings": judge.spellings,
+        "frame": judge.encoder.frame, "sequences": judge.tokens.sequences, "whole": judge.tokens.whole, "max_length": judge.max_length})
+
+
+def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | None, top_k: int, device: str | None) -> Judge:
+    try:
+        saved = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
+        base, spellings, sequences = saved["base"], saved["spellings"], [(i, tuple(ids)) for i, ids in saved["sequences"]]
+        is_adapter, four_bit, frame = saved["weights"] == "adapter", saved["four_bit"], saved["frame"]
+        trained_labels, trained_length = saved["labels"], saved["max_length"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'judge.json'}: not a judge written by distjudge ({type(error).__name__}: {error})") from None
+    if labels and [str(label) for label in labels] != trained_labels:
+        raise InputError(f"{folder}: labels: this judge was trained for {_listed(trained_labels)}, not {_listed(map(str, labels))}")
+    tokenizer = _load_tokenizer(str(folder / "tokenizer"))
+    encoder = PromptEncoder(tokenizer, frame)
+    tokens = label_tokens(tokenizer, trained_labels, spellings, encoder)
+    if tokens.sequences != sequences:
+        raise InputError(f"{folder}: labels: their tokens are not those the judge was trained on")
+    model = _load_model(base if is_adapter else str(folder / "model"), four_bit, device, len(tokenizer), trained=not is_adapter)
+    if is_adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
+    return Judge(model, encoder, tokens, base, max_length or trained_length, top_k, spellings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Losses: (B, C) -> (B,), in nats
+# ---------------------------------------------------------------------------------------------------------------------
+def majority(p: torch.Tensor) -> torch.Tensor:
+    """The majority label r of each row, one-hot (B, C). Labels that tie (to 1e-6) share it equally: order decides nothing."""
+    top = (p >= p.max(-1, keepdim=True).values - 1e-6).to(p.dtype)
+    return top / top.sum(-1, keepdim=True)
+
+
+def _cross(p: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """-sum_c p_c log q_c with 0 log 0 = 0, at least in float32."""
+    p, logq = p.to(torch.promote_types(p.dtype, torch.float32)), logq.to(torch.promote_types(logq.dtype, torch.float32))
+    return -torch.where(p > 0, p * logq, 0.0).sum(-1)
+
+
+def kl_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) = sum_c p_c (log p_c - log q_c) in nats; terms with p_c = 0 are 0. (B, C), (B, C) -> (B,).
+
+    >>> kl_loss(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]))
+    tensor([0.6931])
+    """
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    return _cross(p, logq) + torch.xlogy(p, p).sum(-1)
+
+
+def ce_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """CE(r, q) = -sum_c r_c log q_c in nats, r the majority label of p; tied labels share it. (B, C), (B, C) -> (B,).
+
+    >>> ce_loss(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.6, 0.4]]))
+    tensor([1.3863])
+    """
+    return _cross(majority(p), logq)
+
+
+def hybrid_loss(logq: torch.Tensor, p: torch.Tensor, alpha: float, worst: torch.Tensor | None = None) -> torch.Tensor:
+    """alpha KL(p' || q) + (1 - alpha) CE(r, q), p' being `worst` or, without it, p; r is always that of p. -> (B,), nats.
+
+    alpha = 0 is single-point training, alpha = 1 drops the cross-entropy. Source: arXiv 2505.12301, section 3.
+    """
+    return alpha * kl_loss(logq, p if worst is None else worst) + (1 - alpha) * ce_loss(logq, p)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The adversary: the worst distribution near the human one
+# ---------------------------------------------------------------------------------------------------------------------
+def _working(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """float64 where the device has it: projections then add no error of their own to float32 inputs."""
+    return [t.to(torch.float32 if t.device.type == "mps" else torch.float64) for t in tensors]
+
+
+def project_simplex(y: torch.Tensor) -> torch.Tensor:
+    """The nearest point to y (in l2) with entries >= 0 that add up to 1, along the last dimension: (..., C) -> (..., C).
+
+    It is max(y - tau, 0); tau comes from one sort (Held, Wolfe and Crowder 1974; Duchi et al. 2008).
+    """
+    return _project_simplex(*_working(y)).to(y.dtype)
+
+
+def _project_simplex(y: torch.Tensor) -> torch.Tensor:
+    y = y - y.max(-1, keepdim=True).values  # a shift changes nothing but the rounding
+    u = y.sort(-1, descending=True).values
+    excess = u.cumsum(-1) - 1
+    rank = torch.arange(1, y.shape[-1] + 1, device=y.device, dtype=y.dtype)
+    size = (u * rank > excess).sum(-1, keepdim=True).clamp_min(1)  # 0 only for NaN, which then comes out as NaN
+    return (y - excess.gather(-1, size - 1) / size).clamp_min(0)
+
+
+def _radius(eps: float | torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    eps = torch.as_tensor(eps, dtype=p.dtype, device=p.device)
+    if not bool((eps >= 0).all()):
+        raise ValueError("eps must be 0 or more")
+    return eps.expand(p.shape[:-1])[..., None]
+
+
+def project_ball(y: torch.Tensor, p: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
+    """The nearest point to y in E(p) = {x in the simplex: ||x - p||_2 <= eps}; y and p (B, C), p in the simplex -> (B, C).
+
+    eps is a number or (B,). Exact: by the KKT conditions the point is x(t) = project_simplex(p + t (y - p)) for the
+    largest t in [0, 1] that keeps it within eps of p. On the coordinates where x(t) > 0 the squared distance to p is
+    a + V t^2, and coordinates that reach zero stay there as t grows, so as a function of t^2 the squared distance is
+    increasing, concave and piecewise linear in at most C pieces: Newton's method from below lands on the root in at most
+    C steps. Raises ValueError for a negative eps.
+    """
+    y_, p_ = _working(y, p)
+    return _project_ball(y_, p_, _radius(eps, p_)).to(y.dtype)
+
+
+def _project_ball(y: torch.Tensor, p: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    u = y - p
+    u = u - u.mean(-1, keepdim=True)
+    steepest = (u**2).sum(-1, keepdim=True).clamp_min(1e-30)
+    t = (eps / steepest.sqrt()).clamp_max(1)  # no piece is steeper than ||u||^2
+    for _ in range(y.shape[-1]):
+        inside = _project_simplex(p + t * u) > 0
+        size = inside.sum(-1, keepdim=True)
+        mean = (u * inside).sum(-1, keepdim=True) / size
+        slope = (inside * (u - mean) ** 2).sum(-1, keepdim=True)
+        fixed = (1 - (p * inside).sum(-1, keepdim=True)) ** 2 / size + (~inside * p**2).sum(-1, keepdim=True)
+        root = ((eps**2 - fixed).clamp_min(0) / slope.clamp_min(1e-30)).sqrt().clamp_max(1)
+        t = torch.where(slope > 1e-18 * steepest, torch.maximum(t, root), t)  # at a corner of the simplex x no longer moves
+    return _project_simplex(p + t * u)
+
+
+def worst_case(p: torch.Tensor, logq: torch.Tensor, eps: float | torch.Tensor, steps: int = 5, step_size: float = 0.05) -> torch.Tensor:
+    """The paper's adversary: projected gradient ascent on KL(p' || q) over E(p), from p' = p. (B, C), (B, C) -> (B, C).
+
+        p' <- project_ball(p' + step_size * (log(p' / q) + 1), p, eps)
+
+    q is a constant: no gradient flows through the result. At a zero of p' the gradient is -inf; it is taken as
+    log(1e-12 / q) + 1, so that a zero stays zero unless q is below 3e-12 there. A one-hot p therefore does not move: there
+    the ascent finds no worse point than p itself, though one may exist elsewhere in the ball. KL is convex in p', so no
+    step lowers it; what rounding might take away is given back (p is returned where it is worse).
+    eps: a number or (B,). Raises ValueError for a negative eps.
+    """
+    p_, logq_ = _working(p.detach(), logq.detach())
+    radius = _radius(eps, p_)
+    if not bool((radius > 0).any()):
+        return p.detach()
+    pull = 1 - logq_.clamp_min(-1e4)  # a label the model rules out (-inf) pulls hard, but not to NaN
+    x = p_
+    for _ in range(steps):
+        x = _project_ball(x + step_size * (x.clamp_min(1e-12).log() + pull), p_, radius)
+    gained = (kl_loss(logq_, x) >= kl_loss(logq_, p_)) & (radius[..., 0] > 0)
+    return torch.where(gained[..., None], x, p_).to(p.dtype)
+
+
+def annotator_radius(counts: torch.Tensor, eps: float) -> torch.Tensor:
+    """The radius of each item's ball when it follows from the item's number of votes: (B, C) -> (B,).
+
+    min(eps, s), s^2 = E ||pi - p||^2, the expected squared distance between the true distribution pi and the observed p
+    = counts / N under the posterior pi ~ Dirichlet(counts + 1). For many votes s^2 is near (1 - ||p||^2) / N; for few, and
+    for unanimous panels, the flat prior keeps it from being 0. So eps is what an item with few votes gets.
+    """
+    a = counts.double() + 1
+    total = a.sum(-1, keepdim=True)
+    mean = a / total
+    variance = mean * (1 - mean) / (total + 1)
+    squared = (variance + (mean - counts / counts.sum(-1, keepdim=True)) ** 2).sum(-1)
+    return squared.sqrt().clamp_max(eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Training
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Config:
+    """Settings of a run. The defaults of the method are the paper's."""
+
+    train: tuple[str, ...] = ()
+    """Training items: one or more .jsonl or .jsonl.gz files."""
+    test: tuple[str, ...] = ()
+    """Test items. Without any, the training file's "split" field decides, or else an 8:2 split by group."""
+    out: str = "runs/last"
+    """The run folder; what is in it is overwritten."""
+    labels: tuple[str, ...] = ()
+    """Label order. Default: numeric order, or the order of the first item's counts."""
+    ordered: bool | None = None
+    """Whether the labels are a scale (adds earth mover's distance, RPS, means). Default: they are if all are numbers."""
+    spellings: tuple[str, ...] = ()
+    """More spellings of a label, as LABEL=TEXT,TEXT (for example contradiction=contradiction,contra); they add up."""
+
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    """Model folder or hub id."""
+    four_bit: bool = False
+    """Load the weights in 4 bits (NF4)."""
+    lora_rank: int = 16
+    """Rank of the LoRA adapters; 0 trains all weights."""
+    lora_alpha: int = 32
+    """LoRA scale: adapters are multiplied by lora_alpha / lora_rank."""
+    max_length: int = 2048
+    """Longest prompt in tokens, chat template included."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with longer prompts: stop and count them, or drop the items and say how many."""
+    top_k: int = 0
+    """Judge from the k most probable tokens only, as the paper does (5); 0 reads all."""
+
+    alpha: float = 0.8
+    """Weight of KL to the human distribution; the rest is cross-entropy with the majority label. 0 is single-point."""
+    eps: float = 0.25
+    """Radius of the l2 ball in which the adversary moves the human distribution; 0 is no adversary."""
+    radius: Literal["fixed", "annotators"] = "fixed"
+    """The same eps for every item, or one that shrinks with the item's votes, eps at most."""
+    steps: int = 5
+    """Steps of the adversary."""
+    step_size: float = 0.05
+    """Step size of the adversary."""
+
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    epochs: float = 2.0
+    """Passes over the training items."""
+    batch_size: int = 8
+    """Items a forward pass."""
+    grad_accum: int = 1
+    """Forward passes an optimizer step; the gradient is that of one batch of batch_size * grad_accum items."""
+    warmup: float = 0.03
+    """Linear warm-up: a share of all steps if below 1, else a number of steps."""
+    schedule: str = "linear"
+    """Learning-rate schedule, by its transformers name (linear, cosine, constant, constant_with_warmup, ...)."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 is none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    """Seed of LoRA weights, data order and split."""
+    eval_every: float = 0.0
+    """Evaluate on the test items every so many steps (below 1: a share of all steps); 0 is only at the end. For watching:
+    nothing is selected by it."""
+    log_every: int = 10
+    """Log the training loss every so many steps."""
+    report_to: tuple[str, ...] = ()
+    """Loggers known to transformers: tensorboard, wandb, trackio, ..."""
+
+    def check(self) -> None:
+        """Raises InputError naming the field for a value outside its range."""
+        ranges = {"alpha": (0, 1), "eps": (0, math.inf), "steps": (0, math.inf), "step_size": (0, math.inf), "learning_rate": (0, math.inf),
+                  "epochs": (0, math.inf), "batch_size": (1, math.inf), "grad_accum": (1, math.inf), "warmup": (0, math.inf),
+                  "lora_rank": (0, math.inf), "max_length": (1, math.inf), "top_k": (0, math.inf), "eval_every": (0, math.inf),
+                  "log_every": (1, math.inf), "weight_decay": (0, math.inf), "max_grad_norm": (0, math.inf)}
+        if self.epochs == 0:
+            raise InputError("epochs: must be more than 0")
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high or not math.isfinite(value):
+                raise InputError(f"{name}: must be {f'between {low} and {high}' if math.isfinite(high) else f'{low} or more'}, not {value}")
+
+
+def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Sequence[Item] = ()) -> list[dict[str, float]]:
+    """Trains the judge in place with the method's objective; returns the log: one dict a logged step, losses in nats.
+
+    The loss is the mean over items, whatever the batches: an optimizer step has the gradient of one batch of
+    batch_size * grad_accum items. Two runs with one seed on one machine give the same weights.
+    Raises InputError if the items' labels are not the judge's, or a prompt is longer than judge.max_length.
+    """
+    import transformers
+
+    config.check()
+    for some in filter(None, (items, eval_items)):
+        if labels_of(some) != judge.labels:
+            raise InputError(f"{some[0].where}: labels {_listed(labels_of(some))} are not the judge's {_listed(judge.labels)}")
+    counts = counts_of(items)
+    eps = annotator_radius(counts, config.eps) if config.radius == "annotators" else torch.full((len(items),), config.eps)
+    p = (counts / counts.sum(1, keepdim=True)).float()
+    rows = list(zip(judge.encode([item.prompt for item in items]), p, eps.float(), strict=True))
+
+    def collate_rows(chosen: list) -> dict[str, torch.Tensor]:
+        prompts, p, radius = zip(*chosen, strict=True)
+        return collate(prompts, judge.tokens, judge.pad_id) | {"p": torch.stack(p), "eps": torch.stack(radius)}
+
+    class Trainer(transformers.Trainer):
+        def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
+            batches = [b for _, b in zip(range(num_batches), epoch_iterator, strict=False)]
+            items_here = torch.tensor(sum(len(b["p"]) for b in batches), device=device)
+            return batches, self.accelerator.gather(items_here).sum()
+
+        def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
+            logq, _ = label_logprobs(model, inputs, judge.tokens)
+            if not torch.isfinite(logq).all():
+                raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}: label scores {logq.tolist()}")
+            worst = worst_case(inputs["p"], logq, inputs["eps"], config.steps, config.step_size)
+            loss = hybrid_loss(logq, inputs["p"], config.alpha, worst).sum()
+            return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            logq, mass = judge.score([item.prompt for item in eval_items], batch_size=2 * config.batch_size)
+            metrics = {f"eval_{k}": v for k, v in evaluate(logq.exp(), eval_items, label_mass=mass, floor_draws=0).items() if v is not None}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    class Log(transformers.TrainerCallback):
+        """log.jsonl, a line a logged step."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                with open(Path(config.out) / "log.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+    class Progress(transformers.ProgressCallback):
+        """The usual bar, with the loss in it and not a line under it."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+            if self.training_bar is not None and "loss" in (logs or {}):
+                self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    (Path(config.out) / "log.jsonl").write_text("")
+    on_cpu = judge.device.type == "cpu"
+    settings = dict(
+        output_dir=str(Path(config.out) / "checkpoints"), save_strategy="no", report_to=list(config.report_to) or "none",
+        per_device_train_batch_size=config.batch_size, gradient_accumulation_steps=config.grad_accum, num_train_epochs=config.epochs,
+        optim="adamw_torch", learning_rate=config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type=config.schedule, warmup_steps=config.warmup, seed=config.seed, data_seed=config.seed,
+        eval_strategy="steps" if config.eval_every and eval_items else "no", eval_steps=config.eval_every or None,
+        logging_strategy="steps", logging_steps=config.log_every, logging_nan_inf_filter=False, use_cpu=on_cpu, bf16=not on_cpu, fp16=False,
+        gradient_checkpointing=config.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        remove_unused_columns=False, label_names=[], dataloader_num_workers=0, dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False, disable_tqdm=False)
+    try:
+        trainer = Trainer(model=judge.model, args=transformers.TrainingArguments(**settings), train_dataset=rows,
+                          eval_dataset=list(eval_items) or None, data_collator=collate_rows, callbacks=[Log()])
+    except (ValueError, RuntimeError, ImportError) as error:  # an unknown schedule, a logger that is not installed
+        raise InputError(f"training settings: {_first_line(error)}") from error
+    if trainer.pop_callback(transformers.ProgressCallback):  # notebooks have another, which stays
+        trainer.add_callback(Progress)
+    trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, so Trainer must not
+    trainer.train()
+    judge.model.eval()
+    return trainer.state.log_history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Metrics
+# ---------------------------------------------------------------------------------------------------------------------
+def _pearson(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    a, b = a - a.mean(), b - b.mean()
+    spread = (a.norm() * b.norm()).item()
+    return (a @ b).item() / spread if spread > 1e-12 else None  # a constant correlates with nothing
+
+
+def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats a row, q raised to KL_FLOOR first, so that a label ruled out costs at most 13.8 nats a vote."""
+    return kl_loss(q.clamp_min(KL_FLOOR).log(), p)
+
+
+def marginal_distribution(items: Sequence[Item]) -> torch.Tensor:
+    """The mean human distribution over items, (C,): the best constant prediction for the mean KL over those items."""
+    counts = counts_of(items)
+    return (counts / counts.sum(1, keepdim=True)).mean(0)
+
+
+def fit_concentration(counts: torch.Tensor) -> float | None:
+    """The concentration k of a Dirichlet prior k m, m the pooled vote shares, by the Dirichlet-multinomial likelihood.
+
+    counts (N, C). Maximum over 0.01 <= k <= 10,000 by golden-section search in log k. None where votes say nothing of k:
+    no item has two votes. Source: Minka, "Estimating a Dirichlet distribution" (2000), without its Newton steps.
+    """
+    counts = counts[counts.sum(1) > 1.5]
+    if not len(counts):
+        return None
+    mean = (counts.sum(0) + 1e-3) / (counts.sum() + 1e-3 * counts.shape[1])
+
+    def likelihood(log_k: float) -> float:
+        k = math.exp(log_k)
+        n = counts.sum(1)
+        return (torch.lgamma(counts + k * mean) - torch.lgamma(k * mean)).sum().item() + (math.lgamma(k) - torch.lgamma(n + k)).sum().item()
+
+    low, high, ratio = math.log(1e-2), math.log(1e4), (math.sqrt(5) - 1) / 2
+    for _ in range(40):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if likelihood(left) > likelihood(right) else (left, high)
+    return math.exp((low + high) / 2)
+
+
+def noise_floor(items: Sequence[Item], draws: int = 200, seed: int = 0) -> float | None:
+    """What the true distributions themselves would score: the mean KL(panel || truth) of panels of the items' sizes, nats.
+
+    By simulation, `draws` panels an item. The truth is an item's `truth` where known. Where not, each draw takes one from
+    the posterior Dirichlet(counts + k m) (see fit_concentration) and a second panel from that: the item's own votes taken
+    as truth would put the floor too low, for few votes look more certain than people are. About (C - 1) / (2 n) for many
+    votes n. None if truths are unknown and no item has two votes.
+    """
+    counts = counts_of(items)
+    votes = counts.sum(1).round().long()
+    k = None
+    if all(item.truth for item in items):
+        truth = torch.tensor([list(item.truth.values()) for item in items], dtype=torch.float64)
+    else:
+        k = fit_concentration(counts)
+        if k is None:
+            return None
+        shape = counts + k * marginal_distribution(items).clamp_min(1e-9)
+    total = 0.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in range(draws):
+            pi = truth if k is None else torch.distributions.Dirichlet(shape).sample()
+            panel = torch.zeros_like(pi)
+            for n in votes.unique():  # one multinomial call a panel size
+                rows = votes == n
+                panel[rows] = torch.distributions.Multinomial(int(n), pi[rows]).sample() / n
+            total += kl_loss(pi.clamp_min(1e-30).log(), panel).mean().item()
+    return total / draws
+
+
+def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Item] | None = None, label_mass: Any = None,
+             ordered: bool | None = None, floor_draws: int = 200, seed: int = 0) -> dict[str, float | None]:
+    """Compares predicted distributions (N, C), columns in label order, with the votes. Plain numbers; None: undefined.
+
+    Means over items (p: votes as shares, q: predicted):
+      kl                  KL(p || q) in nats, q raised to KL_FLOOR = 1e-6
+      kl_noise_floor      what the true distributions would score (see noise_floor), with floor_draws > 0
+      kl_marginal         what the training marginal would score (of these items, an oracle, without train_items)
+      kl_truth            KL(truth || q), where every item's truth is known
+      accuracy            top label = majority label; a k-fold tie on either side counts 1/k for each label that agrees
+      js_divergence       Jensen-Shannon divergence in nats (0 .. log 2; SciPy's jensenshannon is its root)
+      total_variation     sum |p - q| / 2
+      brier               mean over single votes of sum_c (q_c - [vote = c])^2
+      entropy_correlation Pearson, entropies of p and q over items
+      label_mass, label_mass_min   full-vocabulary probability of the labels together, mean and minimum
+    and for ordered labels (by default: if all are numbers; distances then follow their values, else 1 a step)
+      emd                 earth mover's (Wasserstein-1) distance
+      rps                 ranked probability score, mean over single votes of sum_k (Q_k - [vote <= k])^2, k < C
+      mean_correlation    Pearson, mean ratings over items
+    Raises InputError for a wrong shape, negative or NaN probabilities, or rows that do not add up to 1 within 1e-3.
+    """
+    labels = labels_of(items)
+    q = torch.as_tensor(predicted).detach().double().cpu()
+    if q.shape != (len(items), len(labels)):
+        raise InputError(f"predicted: shape {tuple(q.shape)}, expected {(len(items), len(labels))}: items, labels")
+    off = torch.isnan(q).any(1) | (q < 0).any(1) | ((q.sum(1) - 1).abs() > 1e-3)
+    if off.any():
+        raise InputError(f"predicted: row {int(off.nonzero()[0])} is no distribution: {q[off][0].tolist()}")
+    counts = counts_of(items)
+    p = counts / counts.sum(1, keepdim=True)
+    middle = (p + q) / 2
+    entropy = lambda x: -torch.xlogy(x, x).sum(1)  # noqa: E731
+    out: dict[str, float | None] = {
+        "items": len(items),
+        "kl": kl_divergence(p, q).mean().item(),
+        "kl_noise_floor": noise_floor(items, floor_draws, seed) if floor_draws else None,
+        "kl_marginal": kl_divergence(p, marginal_distribution(train_items or items).expand_as(p)).mean().item(),
+        "kl_truth": None,
+        "accuracy": (majority(p) * majority(q)).sum(1).mean().item(),
+        "js_divergence": (entropy(middle) - (entropy(p) + entropy(q)) / 2).mean().item(),
+        "total_variation": ((p - q).abs().sum(1) / 2).mean().item(),
+        "brier": (1 - 2 * (p * q).sum(1) + (q**2).sum(1)).mean().item(),
+        "entropy_correlation": _pearson(entropy(p), entropy(q)),
+    }
+    if all(item.truth for item in items):
+        truth = torch.tensor([list(item.truth.values()) for item in items], dtype=torch.float64)
+        out["kl_truth"] = kl_divergence(truth, q).mean().item()
+    if label_mass is not None:
+        mass = torch.as_tensor(label_mass).double()
+        out |= {"label_mass": mass.mean().item(), "label_mass_min": mass.min().item()}
+    if are_numeric(labels) if ordered is None else ordered:
+        values = torch.tensor([float(label) for label in labels] if are_numeric(labels) else list(range(len(labels))), dtype=torch.float64)
+        below_p, below_q = p.cumsum(1)[:, :-1], q.cumsum(1)[:, :-1]
+        out["emd"] = ((below_p - below_q).abs() @ values.diff().abs()).mean().item()
+        out["rps"] = ((below_q - below_p) ** 2 + below_p * (1 - below_p)).sum(1).mean().item()
+        out["mean_correlation"] = _pearson(p @ values, q @ values)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. A run: from files to a folder that holds everything
+# ---------------------------------------------------------------------------------------------------------------------
+def write_json(path: Path, content: Any) -> None:
+    """Writes to a temporary name and renames, so that a file is whole or not there."""
+    write_lines(path, [json.dumps(content, indent=1, ensure_ascii=False)])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\n")
+    temporary.replace(path)
+
+
+def load_data(config: Config) -> tuple[list[Item], list[Item]]:
+    """Training and test items of a run, with one label order, apart from each other."""
+    if not config.train:
+        raise InputError("train: name a file of training items")
+    labels = list(config.labels) or None
+    items = load_items(*config.train, labels=labels)
+    if config.test:
+        test = load_items(*config.test, labels=labels or labels_of(items))
+        check_apart(items, test)
+        return items, test
+    if any(item.split for item in items):
+        unplaced = [item for item in items if not item.split]
+        if unplaced:
+            raise InputError(f"{unplaced[0].where}: item '{unplaced[0].id}': split: missing, though other items have one")
+        items, test = [i for i in items if i.split == "train"], [i for i in items if i.split == "test"]
+        if not items or not test:
+            raise InputError(f"{config.train[0]}: split: there must be both train and test items")
+        check_apart(items, test)
+        return items, test
+    return split_items(items, seed=config.seed)
+
+
+def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """["contradiction=contra,contradict"] -> {"contradiction": ["contra", "contradict"]}."""
+    wrong = [pair for pair in pairs if "=" not in pair]
+    if wrong:
+        raise InputError(f"spellings: '{wrong[0]}' is not LABEL=TEXT,TEXT")
+    return {pair.split("=", 1)[0]: pair.split("=", 1)[1].split(",") for pair in pairs}
+
+
+def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) -> list[Item]:
+    """The items whose prompts fit judge.max_length; with overlong = "error" raises InputError if any does not."""
+    lengths = [len(judge.encoder(item.prompt)) for item in items]
+    over = [i for i, length in enumerate(lengths) if length > judge.max_length]
+    if over and overlong == "error":
+        first = items[over[0]]
+        raise InputError(f"{first.where}: item '{_short(first.id)}': prompt: {lengths[over[0]]} tokens; {len(over)} of {len(items)} {what} "
+                         f"items are longer than max_length {judge.max_length} (the longest has {max(lengths)}); raise --max_length "
+                         "or use --overlong drop")
+    if over:
+        print(f"dropped {len(over)} of {len(items)} {what} items longer than {judge.max_length} tokens")
+    kept = [item for i, item in enumerate(items) if lengths[i] <= judge.max_length]
+    if not kept:
+        raise InputError(f"no {what} items are left within max_length {judge.max_length}")
+    return kept
+
+
+def versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {"distjudge": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "unsloth", "trl", "datasets"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_results(judge: Judge, items: Sequence[Item], train_items: Sequence[Item], config: Config, folder: str | os.PathLike) -> dict:
+    """Judges the items and writes predictions.jsonl, metrics.json and config.json into the folder; returns the metrics."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    logq, mass = judge.score([item.prompt for item in items], batch_size=4 * config.batch_size, progress=True)
+    rows = []
+    for item, q, m in zip(items, logq.exp().tolist(), mass.tolist(), strict=True):
+        row = {"id": item.id, "counts": item.counts, "predicted": dict(zip(judge.labels, q, strict=True)), "label_mass": m}
+        rows.append(json.dumps(row | ({"truth": item.truth} if item.truth else {}), ensure_ascii=False))
+    write_lines(folder / "predictions.jsonl", rows)
+    metrics = evaluate(logq.exp(), items, train_items=train_items, label_mass=mass, ordered=config.ordered, seed=config.seed)
+    write_json(folder / "metrics.json", metrics)
+    prompt_hash = hashlib.sha256(json.dumps([judge.encoder.frame, judge.tokens.sequences]).encode()).hexdigest()
+    sizes = {"train": len(train_items), "test": len(items)}
+    resolved = {"labels": judge.labels, "prompt_hash": prompt_hash, "versions": versions(), "items": sizes}
+    write_json(folder / "config.json", dataclasses.asdict(config) | resolved)
+    return metrics
+
+
+def run(config: Config) -> dict[str, float | None]:
+    """Loads, trains, judges the test items and fills the run folder; returns the metrics.
+
+    The folder then holds config.json (resolved, with versions), judge.json, adapter/ or model/, tokenizer/,
+    predictions.jsonl, metrics.json and log.jsonl; load_judge(folder) brings the judge back.
+    """
+    config.check()
+    items, test = load_data(config)
+    judge = load_judge(config.model, labels_of(items), spellings=parse_spellings(config.spellings), lora_rank=config.lora_rank,
+                       lora_alpha=config.lora_alpha, four_bit=config.four_bit, max_length=config.max_length, top_k=config.top_k,
+                       seed=config.seed)
+    print(judge.tokens.describe(judge.tokenizer))
+    items, test = keep_short(judge, items, config.overlong, "training"), keep_short(judge, test, config.overlong, "test")
+    trained = sum(p.numel() for p in judge.model.parameters() if p.requires_grad)
+    print(f"{len(items)} training items, {len(test)} test items, {trained:,} trainable weights on {judge.device}")
+    train(judge, items, config, eval_items=test)
+    save_judge(judge, config.out)
+    return write_results(judge, test, items, config, config.out)
+
+
+def cli(main: Callable[[Any], Any], config: type) -> None:
+    """A recipe's command line: tyro reads `config`; what the user got wrong ends in one line a problem and exit code 2."""
+    import tyro
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        main(tyro.cli(config, description=sys.modules["__main__"].__doc__))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
