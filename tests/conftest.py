@@ -1,0 +1,76 @@
+"""What the tests share: small models saved to disk, a tokenizer of our own, and the folder of data sets where there is one."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, in the commands the tests start too
+    os.environ["OMP_NUM_THREADS"] = "1"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "data")]
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+DATA = Path(os.environ.get("DISTJUDGE_DATA", ROOT.parent / "shared" / "data"))
+
+
+def need(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"needs {path.relative_to(path.parents[1])}: set DISTJUDGE_DATA to the folder of data sets")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    return lambda name: need(DATA / name)
+
+
+@pytest.fixture(scope="session")
+def tokenizers_dir():
+    """The folder of real tokenizers and chat templates beside the data sets."""
+    return lambda name: need(DATA.parent / "tokenizers" / name)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    from tiny import build_tokenizer
+
+    words = ["Is this fine? Answer with a label: yes, no, maybe.", "The soup was good and the service was bad.", "entailment neutral contradiction"]
+    return build_tokenizer(words * 3 + [str(n) for n in range(11)], 500)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_tokenizer):
+    """A saved Qwen2 model with random weights, large enough for its predictions to differ between prompts."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=False))
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def votes():
+    """A factory of n items over labels, with different prompts and votes."""
+    import distjudge
+
+    def make(n=8, labels=("1", "2", "3"), seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        words = ["good", "bad", "soup", "service", "and", "the", "was", "fine"]
+        rows = []
+        for i in range(n):
+            text = " ".join(words[j] for j in torch.randint(len(words), (3 + i % 5,), generator=draw))
+            counts = torch.randint(0, 4, (len(labels),), generator=draw)
+            counts[i % len(labels)] += 1
+            rows.append({"id": f"i{i}", "prompt": f"Rate {i}: {text}", "counts": dict(zip(labels, counts.tolist(), strict=True))})
+        return distjudge.load_items(rows)
+
+    return make

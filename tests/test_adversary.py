@@ -1,0 +1,157 @@
+"""Projections against a convex solver, and the adversary's promises."""
+import itertools
+import math
+
+import cvxpy
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distjudge import annotator_radius, kl_loss, project_ball, project_simplex, worst_case
+
+T = torch.tensor
+
+
+def distributions(draw, rows, labels, kind):
+    """Random points of the simplex: dense, with zeros, one-hot, uniform."""
+    p = -torch.rand(rows, labels, generator=draw, dtype=torch.float64).log()
+    if kind == "sparse":
+        p = p * (torch.rand(rows, labels, generator=draw) < 0.5)
+        p[p.sum(1) == 0, 0] = 1
+    elif kind == "one-hot":
+        p = torch.nn.functional.one_hot(torch.randint(labels, (rows,), generator=draw), labels).double()
+    elif kind == "uniform":
+        p = torch.ones(rows, labels, dtype=torch.float64)
+    return p / p.sum(1, keepdim=True)
+
+
+def hard_cases(rows, seed):
+    """(y, p, eps) of mixed kinds: random and degenerate points, radii from 0 to more than the simplex is wide."""
+    draw = torch.Generator().manual_seed(seed)
+    cases = []
+    for labels in (2, 3, 5, 8):
+        for kind in ("dense", "sparse", "one-hot", "uniform"):
+            p = distributions(draw, rows, labels, kind)
+            y = p + torch.randn(rows, labels, generator=draw, dtype=torch.float64) * T([0.02, 0.3, 3.0, 30.0]).double()[torch.arange(rows) % 4, None]
+            y[0] = p[0]                                  # nothing to do
+            y[1] = 1.0                                   # a tie of all coordinates
+            y[2] = p[2] + 5.0                            # a shift alone
+            y[3, :2] = y[3].max() + 1                    # a tie at the top
+            eps = torch.rand(rows, generator=draw, dtype=torch.float64) * T([0.0, 0.05, 0.25, 2.0]).double()[torch.randint(4, (rows,), generator=draw)]
+            cases.append((y, p, eps))
+    return cases
+
+
+def solver_projection(y, p, eps):
+    """The same by a general convex solver. Its default tolerance is on the objective, which leaves x off by 5e-4: hence 1e-12."""
+    x = cvxpy.Variable(len(y))
+    limits = [x >= 0, cvxpy.sum(x) == 1] + ([cvxpy.norm(x - p) <= eps] if eps is not None else [])
+    problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(x - (y - y.mean()))), limits)  # a shift of y moves no minimum
+    problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+    return x.value
+
+
+def test_projections_agree_with_a_convex_solver():
+    worst_ball = worst_simplex = compared = 0
+    for y, p, eps in hard_cases(64, seed=0):
+        ball, simplex = project_ball(y, p, eps), project_simplex(y)
+        for i in range(len(y)):
+            worst_ball = max(worst_ball, numpy.abs(solver_projection(y[i].numpy(), p[i].numpy(), float(eps[i])) - ball[i].numpy()).max())
+            worst_simplex = max(worst_simplex, numpy.abs(solver_projection(y[i].numpy(), None, None) - simplex[i].numpy()).max())
+            compared += 1
+    assert compared >= 1000
+    assert worst_simplex < 1e-4 and worst_ball < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_projections_are_in_the_set_idempotent_and_never_beaten(dtype):
+    draw = torch.Generator().manual_seed(7)
+    for y, p, eps in hard_cases(256, seed=1):
+        y, p, eps = y.to(dtype), p.to(dtype), eps.to(dtype)
+        x = project_ball(y, p, eps)
+        assert x.dtype == dtype and (x >= 0).all()
+        assert ((x.sum(1) - 1).abs() < 1e-6).all() and ((x - p).norm(dim=1) <= eps + 1e-6).all()
+        assert (project_ball(x, p, eps) - x).abs().max() < 1e-6
+        closest = (x - y).double().norm(dim=1)
+        for _ in range(5):  # no other point of the set is nearer
+            other = project_ball(p + 0.5 * torch.randn(p.shape, generator=draw, dtype=dtype), p, eps)
+            assert ((other - y).double().norm(dim=1) >= closest - 1e-5 * (1 + closest)).all()
+
+
+def test_projections_by_hand():
+    assert project_simplex(T([[0.6, 0.6], [2.0, 0.0], [-1.0, -3.0]])).tolist() == [[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]
+    p, y = T([[0.5, 0.5]]), T([[1.0, 0.0]])
+    step = 0.1 / math.sqrt(2)
+    assert project_ball(y, p, 0.1)[0].tolist() == pytest.approx([0.5 + step, 0.5 - step])
+    assert project_ball(y, p, 0.0).tolist() == p.tolist()
+    assert project_ball(y, p, 2.0).tolist() == [[1.0, 0.0]]
+    both = project_ball(y.repeat(2, 1), p.repeat(2, 1), T([0.0, 0.1]))
+    assert both[0].tolist() == [0.5, 0.5] and both[1].tolist() == pytest.approx([0.5 + step, 0.5 - step])
+    # with p on an edge the way out of the simplex is cut: the third coordinate stays 0, the rest moves along the edge
+    assert project_ball(T([[0.8, 0.4, -9.0]]), T([[0.5, 0.5, 0.0]]), 0.1)[0].tolist() == pytest.approx([0.5 + step, 0.5 - step, 0.0])
+    with pytest.raises(ValueError, match="eps must be 0 or more"):
+        project_ball(y, p, -0.1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(2, 8), st.integers(0, 10**6), st.sampled_from(["dense", "sparse", "one-hot", "uniform"]),
+       st.floats(0, 1.5), st.integers(0, 8), st.sampled_from([0.01, 0.05, 1.0]), st.sampled_from([1.0, 20.0, 300.0]))
+def test_the_adversary_stays_near_and_never_lowers_the_loss(labels, seed, kind, eps, steps, step_size, scale):
+    draw = torch.Generator().manual_seed(seed)
+    p = distributions(draw, 16, labels, kind).float()
+    logq = (scale * torch.randn(16, labels, generator=draw)).log_softmax(1)
+    worst = worst_case(p, logq, eps, steps, step_size)
+    assert torch.isfinite(worst).all() and (worst >= 0).all() and ((worst.sum(1) - 1).abs() < 1e-6).all()
+    assert ((worst - p).norm(dim=1) <= eps + 1e-6).all()
+    assert (kl_loss(logq.double(), worst.double()) >= kl_loss(logq.double(), p.double()) - 1e-5 * (1 + scale)).all()
+
+
+def test_each_step_of_the_ascent_is_worth_taking():
+    draw = torch.Generator().manual_seed(0)
+    p, logq = distributions(draw, 500, 3, "dense"), torch.randn(500, 3, generator=draw, dtype=torch.float64).log_softmax(1)
+    losses = [kl_loss(logq, worst_case(p, logq, 0.25, steps)) for steps in range(8)]
+    assert torch.equal(losses[0], kl_loss(logq, p))
+    for before, after in itertools.pairwise(losses):
+        assert (after >= before - 1e-12).all()
+    assert (losses[5] > losses[0] + 1e-3).double().mean() > 0.99
+
+
+def test_one_step_by_hand():
+    p, logq = T([[0.5, 0.3, 0.2]], dtype=torch.float64), T([[0.2, 0.3, 0.5]], dtype=torch.float64).log()
+    up = 0.05 * (p.log() - logq + 1)
+    expected = p + up - up.mean()  # inside the ball and the simplex: only the sum is set right
+    assert worst_case(p, logq, 1.0, steps=1).tolist()[0] == pytest.approx(expected[0].tolist(), abs=1e-12)
+    assert worst_case(p, logq, 0.01, steps=1).sub(p).norm().item() == pytest.approx(0.01, abs=1e-9)
+
+
+def test_a_one_hot_target_does_not_move_and_zeros_stay_zero():
+    logq = T([[0.05, 0.05, 0.9], [0.3, 0.4, 0.3]]).log()
+    p = T([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0]])
+    worst = worst_case(p, logq, 0.25)
+    assert worst[0].tolist() == [1.0, 0.0, 0.0] and worst[1, 2] == 0 and worst[1, 0] > 0.6
+    # unless the model rules the label out altogether: then the pull is stronger than the floor of log 0
+    assert worst_case(T([[1.0, 0.0]]), T([[0.0, -200.0]]), 0.25)[0, 1] > 0
+
+
+def test_no_gradient_flows_through_and_eps_zero_is_no_adversary():
+    p = T([[0.6, 0.4]])
+    z = torch.randn(1, 2, requires_grad=True)
+    worst = worst_case(p, z.log_softmax(1), 0.25)
+    assert not worst.requires_grad and torch.equal(worst_case(p, z.log_softmax(1), 0.0), p)
+    mixed = worst_case(p.repeat(2, 1), z.log_softmax(1).repeat(2, 1), T([0.0, 0.25]))
+    assert torch.equal(mixed[0], p[0]) and not torch.equal(mixed[1], p[0])
+
+
+def test_annotator_radius_shrinks_with_votes_as_the_posterior_does():
+    counts = T([[1.0, 0, 0], [5, 0, 0], [3, 2, 0], [60, 40, 0], [600, 400, 0]])
+    radius = annotator_radius(counts, eps=10.0)
+    draw = torch.distributions.Dirichlet(counts.double() + 1)
+    torch.manual_seed(0)
+    p = counts.double() / counts.double().sum(1, keepdim=True)
+    simulated = (draw.sample((20_000,)) - p).pow(2).sum(-1).mean(0).sqrt()
+    assert radius.tolist() == pytest.approx(simulated.tolist(), rel=0.02)
+    assert radius[4].item() == pytest.approx(math.sqrt((1 - 0.6**2 - 0.4**2) / 1000), rel=0.01)  # (1 - ||p||^2) / N
+    assert (radius[1:] < radius[:-1])[[0, 2, 3]].all()  # 5 agreeing votes after 1, 100 after 5, 1,000 after 100
+    assert annotator_radius(counts, eps=0.25).tolist() == [0.25, 0.25, 0.25, radius[3].item(), radius[4].item()]
