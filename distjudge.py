@@ -17,9 +17,12 @@ peft, bitsandbytes or tyro only inside the functions that use them.
 """
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -28,6 +31,7 @@ import os
 import random
 import re
 import sys
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -90,64 +94,68 @@ def counts_of(items: Sequence[Item]) -> torch.Tensor:
     return torch.tensor([list(item.counts.values()) for item in items], dtype=torch.float64)
 
 
-def load_items(*sources: Any, labels: Sequence[str] | None = None) -> list[Item]:
+def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: bool = False) -> list[Item]:
     """Reads items from `.jsonl` or `.jsonl.gz` files, lists of dicts, `datasets.Dataset`s or pandas DataFrames.
 
     A row holds "prompt" and the votes, given as one of
       "counts": {label: votes}                 every label, 0 where nobody chose it
       "annotations": [label, label, ...]       one entry a person
-      "distribution": {label: share}, "votes": n   shares that add up to 1, and the number of people behind them
+      "distribution": {label: share}, "votes": n   shares that add up to 1 (rounded ones to 0.02 are rescaled), and the number
+                                               of people behind them
     and optionally "id" (without one, a hash of the prompt), "group" (items that must stay on one side of a split),
     "split" ("train" or "test") and "truth" ({label: probability}). Other fields are ignored.
 
-    Label order: `labels` where given (an item may then leave out labels without votes); else numeric labels by value;
-    else the order of the first item's counts; else, with annotations only, alphabetical.
+    Label order: `labels` where given (an item may then leave out labels without votes, unless `complete`); else numeric
+    labels by value; else the order in which the first item with the commonest label set lists them; else, with
+    annotations only, alphabetical.
     Raises InputError with one line a problem (file, line, id, field), at most 20 a source, for anything that is not so.
     """
-    items: list[Item] = []
-    problems: list[str] = []
-    parsed: list[tuple[str, dict[str, Any]]] = []
+    found: dict[str, list[str]] = {}  # by source
+    parsed: list[tuple[str, str, dict[str, Any]]] = []
+    seen: dict[str, str] = {}
     for source in _flatten(sources):
-        found: list[str] = []
-        for where, row in _rows(source):
-            if isinstance(row, str):
-                found.append(f"{where}: {row}")
-            else:
-                item, bad = _parse_row(row)
-                shown = f"item '{_short(item['id'])}': " if item["id"] else ""
-                found += [f"{where}: {shown}{field}: {text}" for field, text in bad]
-                if not bad:
-                    parsed.append((where, item))
-        problems += found[:20] + ([f"{_name(source)}: and {len(found) - 20} more problems"] if len(found) > 20 else [])
+        name = _name(source)
+        found.setdefault(name, [])
+        for where, row, problem in _rows(source):
+            if problem:
+                found[name].append(f"{where}: {problem}")
+                continue
+            item, bad = _parse_row(row)
+            if item["id"] in seen:
+                bad.append(("id", f"duplicate, first at {seen[item['id']]}"))
+            if item["id"]:
+                seen.setdefault(item["id"], where)
+            shown = f"item '{_short(item['id'])}': " if item["id"] else ""
+            found[name] += [f"{where}: {shown}{field}: {text}" for field, text in bad]
+            if not bad:
+                parsed.append((name, where, item))
     if labels is None:
-        order, sets = _label_order(parsed)
+        order, example = _label_order(parsed)
     else:
-        order, sets = [str(label) for label in labels], {}
+        order, example = [str(label) for label in labels], "the labels known"
         if len(set(order)) != len(order):
             raise InputError(f"labels: {order} names a label twice")
-    seen: dict[str, str] = {}
-    found, known = [], set(order)
-    for where, item in parsed:
-        head = f"{where}: item '{_short(item['id'])}': "
-        got, field = set(item["counts"]), item["field"]
-        if labels is None and field != "annotations" and got != known:
-            found.append(f"{head}{field}: labels {_listed(item['counts'])} differ from {_listed(order)} of {sets['where']} "
-                         "(write 0 for labels without votes, or name the labels)")
+    if are_numeric(order) and len(set(map(float, order))) != len(order):
+        raise InputError(f"labels: {_listed(order)} holds a number in two spellings")
+    items, known = [], set(order)
+    for name, where, item in parsed:
+        head, got, field = f"{where}: item '{_short(item['id'])}': ", set(item["counts"]), item["field"]
+        if (labels is None or complete) and field != "annotations" and got != known:
+            found[name].append(f"{head}{field}: labels {_listed(item['counts'])} differ from {_listed(order)} of {example} "
+                               "(write 0 for labels without votes, or name the labels)")
         elif got - known:
-            found.append(f"{head}{field}: unknown label {_listed(sorted(got - known))}; the labels are {_listed(order)}")
+            found[name].append(f"{head}{field}: unknown label {_listed(sorted(got - known))}; the labels are {_listed(order)}")
         if item["truth"] is not None and set(item["truth"]) - known:
-            found.append(f"{head}truth: unknown label {_listed(sorted(set(item['truth']) - known))}")
-        if item["id"] in seen:
-            found.append(f"{head}id: duplicate, first at {seen[item['id']]}")
-        seen.setdefault(item["id"], where)
+            found[name].append(f"{head}truth: unknown label {_listed(sorted(set(item['truth']) - known))}")
         truth = item["truth"] and {label: item["truth"].get(label, 0.0) for label in order}
         items.append(Item(item["id"], item["prompt"], {label: item["counts"].get(label, 0) for label in order},
                           item["group"], item["split"], truth, where))
-    problems += found[:20] + ([f"and {len(found) - 20} more problems"] if len(found) > 20 else [])
+    problems = [line for name, lines in found.items()
+                for line in lines[:20] + ([f"{name}: and {len(lines) - 20} more problems"] if len(lines) > 20 else [])]
     if problems:
         raise InputError("\n".join(problems))
     if not items:
-        raise InputError(f"{', '.join(_name(s) for s in _flatten(sources)) or 'load_items'}: no items")
+        raise InputError(f"{', '.join(found) or 'load_items'}: no items")
     if len(order) < 2:
         raise InputError(f"{items[0].where}: counts: a judge needs two labels or more, found {_listed(order)}")
     return items
@@ -167,7 +175,7 @@ def _name(source: Any) -> str:
 
 
 def _short(text: Any, width: int = 60) -> str:
-    text = str(text)
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", str(text))  # a message is one line
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -175,48 +183,57 @@ def _listed(labels: Iterable[str]) -> str:
     return "{" + ", ".join(_short(label, 20) for label in labels) + "}"
 
 
-def _rows(source: Any) -> Iterator[tuple[str, dict | str]]:
-    """Yields (where, row), or (where, what is wrong) for a line that is no JSON object."""
+class _Object(dict):
+    """A JSON object that remembers which of its keys stood there twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.twice = [key for key, n in collections.Counter(key for key, _ in pairs).items() if n > 1]
+
+
+def _rows(source: Any) -> Iterator[tuple[str, dict, str]]:
+    """Yields (where, row, ""), or (where, {}, what is wrong) for a line that is no JSON object."""
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame
         source = source.to_dict("records")
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, (dict, bytes)) or not isinstance(source, Iterable):
             raise InputError(f"load_items: expected paths, a list of dicts, a Dataset or a DataFrame, got {type(source).__name__}")
         for i, row in enumerate(source):
-            yield f"items[{i}]", dict(row) if isinstance(row, dict) else f"not a dict but {type(row).__name__}"
+            yield (f"items[{i}]", row, "") if isinstance(row, dict) else (f"items[{i}]", {}, f"not a dict but {type(row).__name__}")
         return
     path = Path(source)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, raw in enumerate(file, 1):
+                row, problem = {}, ""
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                     if not line:
                         continue
-                    row = json.loads(line, object_pairs_hook=_unique_keys)
+                    row = json.loads(line, object_pairs_hook=_Object)
+                    problem = "" if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
                 except UnicodeDecodeError as error:
-                    row = f"not UTF-8 (byte {error.start + 1} of the line)"
+                    problem = f"not UTF-8 (byte {error.start + 1} of the line)"
                 except json.JSONDecodeError as error:
-                    row = f"broken JSON: {error.msg} (column {error.colno})"
+                    problem = f"broken JSON: {error.msg} (column {error.colno})"
                 except (ValueError, RecursionError) as error:
-                    row = f"broken JSON: {_short(error, 100)}"
-                yield f"{path}:{number}", row if isinstance(row, (dict, str)) else f"not a JSON object but {type(row).__name__}"
+                    problem = f"broken JSON: {_short(error, 100)}"
+                yield f"{path}:{number}", row, problem
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"duplicate label or field '{key}'")
-    return dict(pairs)
-
-
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """A real number, not a truth value; integers that no float holds are none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def _missing(value: Any) -> bool:
@@ -243,7 +260,7 @@ def _is_text(value: str) -> bool:
 
 def _parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """One row as {"id", "prompt", "counts", "field", "group", "split", "truth"}, and its problems as (field, text)."""
-    bad: list[tuple[str, str]] = []
+    bad = [(_short(key), "stands twice in the row") for key in getattr(row, "twice", ())]
     item: dict[str, Any] = {"id": None, "counts": {}, "truth": None}
     prompt = row.get("prompt")
     if _missing(prompt):
@@ -295,10 +312,10 @@ def _parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str
             elif _check_shares(item["counts"], field, bad):
                 item["counts"] = _votes_from_shares(item["counts"], int(number))
     if not _missing(row.get("truth")):
-        item["truth"] = _parse_labels(row["truth"], "truth", bad)
-        _check_shares(item["truth"], "truth", bad)
-        total = sum(item["truth"].values()) or 1.0
-        item["truth"] = {label: share / total for label, share in item["truth"].items()}
+        problems_before = len(bad)
+        shares = _parse_labels(row["truth"], "truth", bad)
+        if len(bad) == problems_before and _check_shares(shares, "truth", bad):
+            item["truth"] = {label: share / sum(shares.values()) for label, share in shares.items()}
     return item, bad
 
 
@@ -332,11 +349,8 @@ def _parse_labels(value: Any, field: str, bad: list[tuple[str, str]]) -> dict[st
         elif number is not None and not _is_number(number):
             bad.append((field, f"the value of '{_short(label)}' must be a number, not {_short(repr(number))}"))
         elif number is not None:
-            try:
-                float(number)
-                out[label] = number
-            except OverflowError:
-                bad.append((field, f"the value of '{_short(label)}' is too large"))
+            out[label] = number
+    bad += [(field, f"duplicate label '{_short(key)}'") for key in getattr(value, "twice", ())]
     return out
 
 
@@ -359,16 +373,16 @@ def _votes_from_shares(shares: dict[str, float], votes: int) -> dict[str, float]
     return whole if near else exact
 
 
-def _label_order(parsed: list[tuple[str, dict[str, Any]]]) -> tuple[list[str], dict[str, str]]:
-    """Labels in order, and where the first item stands that lists them all."""
-    full = next(((where, item) for where, item in parsed if item["field"] != "annotations"), None)
+def _label_order(parsed: list[tuple[str, str, dict[str, Any]]]) -> tuple[list[str], str]:
+    """Labels in order, and an item that lists them all: the first with the label set that most items have."""
+    full = [(where, item) for _, where, item in parsed if item["field"] != "annotations"]
     if full:
-        order, where = list(full[1]["counts"]), full[0]
+        commonest = collections.Counter(frozenset(item["counts"]) for _, item in full).most_common(1)[0][0]
+        where, item = next((where, item) for where, item in full if set(item["counts"]) == commonest)
+        order = list(item["counts"])
     else:
-        order, where = sorted({label for _, item in parsed for label in item["counts"]}), ""
-    if are_numeric(order):
-        order = sorted(order, key=float)
-    return order, {"where": where}
+        order, where = sorted({label for _, _, item in parsed for label in item["counts"]}), ""
+    return sorted(order, key=float) if are_numeric(order) else order, where
 
 
 def are_numeric(labels: Iterable[str]) -> bool:
@@ -379,29 +393,47 @@ def are_numeric(labels: Iterable[str]) -> bool:
 def split_items(items: Sequence[Item], test_share: float = 0.2, seed: int = 0) -> tuple[list[Item], list[Item]]:
     """Train and test items, 8:2 by default. Items of one group, or of one prompt, stay together; order is kept.
 
-    Whole groups are drawn at random until the test side has `test_share` of the items or the next group would pass it.
+    Whole groups are taken in random order, each that brings the test side nearer to `test_share` of the items; if none does,
+    the smallest. Raises InputError if everything is one group.
     """
-    members: dict[str, list[int]] = {}
+    parent = list(range(len(items)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: dict[tuple[str, str], int] = {}
     for i, item in enumerate(items):
-        members.setdefault(f"g {item.group}" if item.group is not None else f"p {item.prompt}", []).append(i)
+        for key in [("prompt", item.prompt), *([("group", item.group)] if item.group is not None else [])]:
+            parent[root(i)] = root(first.setdefault(key, i))
+    members: dict[int, list[int]] = {}
+    for i in range(len(items)):
+        members.setdefault(root(i), []).append(i)
     groups = list(members.values())
+    if len(groups) < 2:
+        raise InputError(f"{len(items)} items in {len(groups)} group cannot be split")
     random.Random(seed).shuffle(groups)
     test: set[int] = set()
     for group in groups:
-        if len(test) + len(group) <= max(1, round(test_share * len(items))):
+        wanted = test_share * len(items) - len(test)
+        if abs(wanted - len(group)) < abs(wanted):
             test.update(group)
     if not test or len(test) == len(items):
-        raise InputError(f"{len(items)} items in {len(groups)} groups cannot be split {1 - test_share:g} to {test_share:g}")
+        test = set(min(groups, key=len))
     return [item for i, item in enumerate(items) if i not in test], [item for i, item in enumerate(items) if i in test]
 
 
 def check_apart(train_items: Sequence[Item], test_items: Sequence[Item]) -> None:
-    """Raises InputError if an item (its id, or its prompt to the letter) is on both sides."""
-    ids = {item.id: item for item in train_items}
-    prompts = {item.prompt: item for item in train_items}
-    both = [(item, ids.get(item.id) or prompts.get(item.prompt)) for item in test_items]
-    lines = [f"{item.where}: item '{_short(item.id)}': {'id' if item.id in ids else 'prompt'}: also in the training items, at "
-             f"{other.where}" for item, other in both if other]
+    """Raises InputError if an item (its id, or its prompt to the letter) or a group is on both sides."""
+    lines = []
+    where = {field: {getattr(item, field): item.where for item in train_items} for field in ("id", "prompt", "group")}
+    for item in test_items:
+        for field, places in where.items():
+            value = getattr(item, field)
+            if value is not None and value in places:
+                lines.append(f"{item.where}: item '{_short(item.id)}': {field}: also in the training items, at {places[value]}")
+                break
     if lines:
         raise InputError("\n".join(lines[:20] + ([f"and {len(lines) - 20} more test items"] if len(lines) > 20 else [])))
 
@@ -413,14 +445,20 @@ _SENTINEL = "XQZPROMPTXQZ"
 _PROBE = "Is 2 + 2 = 4? One\n\ntwo, three: I'M 12345 -- don't."
 
 
+def _is_control(token: str, special: bool) -> bool:
+    """Whether an added token means something to the model beyond its characters: special ones, and tags such as <think>."""
+    return bool(token.strip()) and (special or re.fullmatch(r"[\w\s]+", token) is None)
+
+
 class PromptEncoder:
     """Turns user messages into token ids: the chat template around them, what people wrote as text only.
 
     The template is rendered once, with a stand-in for the message; `before` and `after` are what it puts around it, `end`
     what it puts after the answer. Without a chat template the message is followed by a line break. A control token
-    written in a message ("<|im_end|>") is encoded as the characters it is made of, for the message goes through a copy
-    of the tokenizer without its added tokens (all but those of white space alone).
-    Raises InputError if the tokenizer's own encoding of a harmless message is not reproduced exactly.
+    written in a message ("<|im_end|>", "<tool_call>") is encoded as the characters it is made of, for the message goes
+    through a copy of the tokenizer without its special tokens and other added tokens that are not plain words or space.
+    Raises InputError if the template does more to a message than to strip it, or if the tokenizer's own encoding of a
+    harmless message is not reproduced exactly.
     """
 
     def __init__(self, tokenizer: Any, frame: dict[str, Any] | None = None):
@@ -428,8 +466,8 @@ class PromptEncoder:
             raise InputError(f"{tokenizer.name_or_path}: tokenizer: a fast tokenizer (tokenizer.json) is needed")
         self.tokenizer = tokenizer
         self.frame = frame or self._render()
-        added = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
-        self._control = {tokenizer.convert_tokens_to_ids(content) for content in added}
+        added = {t.content: t for t in tokenizer.added_tokens_decoder.values() if _is_control(t.content, t.special)}
+        self.control_ids = {tokenizer.convert_tokens_to_ids(content) for content in added} - {tokenizer.unk_token_id}
         pattern = "|".join(re.escape(c) for c in sorted(added, key=len, reverse=True))
         marks = lambda text: list(re.finditer(pattern, text)) if pattern else []  # noqa: E731
         before, after, end = self.frame["before"], self.frame["after"], self.frame["end"]
@@ -445,7 +483,8 @@ class PromptEncoder:
         if not tokenizer.chat_template and tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
             self._head_ids = [tokenizer.bos_token_id]
         closing = marks(end)
-        self.end_id = self._ids(closing[0].group())[0] if closing and not end[: closing[0].start()].strip() else tokenizer.eos_token_id
+        self.end_is_known = bool(closing) and not end[: closing[0].start()].strip()
+        self.end_id = self._ids(closing[0].group())[0] if self.end_is_known else tokenizer.eos_token_id
         self._plain = self._plain_tokenizer()
 
     def _render(self) -> dict[str, Any]:
@@ -465,6 +504,9 @@ class PromptEncoder:
         if plain.count(_SENTINEL) != 1:
             raise InputError(f"{self.tokenizer.name_or_path}: chat template: shows the message {plain.count(_SENTINEL)} times, not once")
         before, after = plain.split(_SENTINEL)
+        for probe in (_PROBE, f"\n {_PROBE}", f"{_PROBE} \n", f"<b> & '{_PROBE}'"):
+            if render(probe) != before + (probe.strip() if plain == spaced else probe) + after:
+                raise InputError(f"{self.tokenizer.name_or_path}: chat template: changes the message, so text cannot be told from template")
         end = answered.rsplit(_SENTINEL, 1)[1] if answered.count(_SENTINEL) == 2 else ""
         return {"before": before, "after": after, "end": end, "trim": plain == spaced}
 
@@ -473,7 +515,7 @@ class PromptEncoder:
         from tokenizers import Tokenizer
 
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].strip()]
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if not _is_control(t["content"], t["special"])]
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         whole = self._ids(self.frame["before"] + _PROBE + self.frame["after"])
         whole = self._head_ids + whole if not self.tokenizer.chat_template else whole
@@ -495,7 +537,7 @@ class PromptEncoder:
             ids = self._plain.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise InputError(f"prompt '{_short(message)!r}' is not text that can be encoded") from None
-        if not self._control.isdisjoint(ids):
+        if not self.control_ids.isdisjoint(ids):
             raise InputError(f"prompt '{_short(message)}': would be encoded with a control token of the tokenizer")
         return self._head_ids + ids + (self._ids(self._tail + answer) if self._tail else [])
 
@@ -515,6 +557,11 @@ class LabelTokens:
     @property
     def owner(self) -> list[int]:
         return [label for label, _ in self.sequences]
+
+    @property
+    def branches(self) -> list[tuple[int, ...]]:
+        """What must stand behind a prompt for its labels to be read: all but the last token of each spelling, sorted."""
+        return sorted({ids[:-1] for _, ids in self.sequences})
 
     def describe(self, tokenizer: Any) -> str:
         lines = ["labels are read " + ("as whole words, closed by the end of the turn (some begin with the same token)"
@@ -546,6 +593,8 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], spellings: dict[str, Seq
             ids = encoder("Is this so?", text)
             if not text or ids[: len(prompt)] != prompt or len(ids) == len(prompt):
                 raise InputError(f"spellings: label '{label}': '{text}' " + ("merges with the end of the prompt" if text else "is empty"))
+            if not encoder.control_ids.isdisjoint(ids[len(prompt):]):
+                raise InputError(f"spellings: label '{label}': '{text}' is a control token of the tokenizer")
             found.append((i, tuple(ids[len(prompt):])))
     firsts = dict.fromkeys((i, ids[:1]) for i, ids in found)  # two spellings that begin alike are read once
     if len({ids for _, ids in firsts}) == len(firsts):
@@ -553,6 +602,9 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], spellings: dict[str, Seq
     if encoder.end_id is None:
         raise InputError("labels: some begin with the same token, so whole labels must be read, but the tokenizer has no "
                          "end-of-turn or end-of-sequence token to close them")
+    if not encoder.end_is_known:
+        log.warning("%s: the chat template does not show how a turn ends; whole labels are closed by %r", tokenizer.name_or_path,
+                    tokenizer.decode([encoder.end_id]))
     closed = list(dict.fromkeys((i, (*ids, encoder.end_id)) for i, ids in found))
     if len({ids for _, ids in closed}) != len(closed):
         raise InputError(f"spellings: two labels have the same tokens: {_listed(labels)}")
@@ -560,14 +612,171 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], spellings: dict[str, Seq
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The judge: a causal LM that is read at the label tokens only
+# 3. Packs: every shared token is computed once
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Pack:
+    """Prompts in one row of tokens, laid out as a tree in depth-first order: a beginning that several share stands once.
+
+    ids (L,), positions (L,): tokens and their positions in their own prompt. ends (L,): token j is seen by the tokens from j to
+    ends[j] - 1, those of the prompts that go through it, and by no others. So token i sees j if j <= i < ends[j], which
+    is a causal mask within each prompt, whatever the nesting. members: indices of the prompts. paths: where the tokens of each
+    prompt stand, one after another, a list for every prompt and branch (the inner tokens of whole labels, sorted).
+    """
+
+    ids: list[int]
+    positions: list[int]
+    ends: list[int]
+    members: list[int]
+    paths: list[list[int]]
+
+    def answers(self, token_lists: Sequence[Sequence[int]]) -> list[int]:
+        """Where the answers of the members are read: at the last token of each prompt."""
+        each = len(self.paths) // len(self.members)
+        return [self.paths[k * each][len(token_lists[member]) - 1] for k, member in enumerate(self.members)]
+
+    @property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """The same tree as a table of runs of tokens: (parent segment or -1, first token, one past the last)."""
+        ends, positions = self.ends, self.positions
+        starts = [i for i in range(len(ends)) if i == 0 or ends[i] != ends[i - 1] or positions[i] != positions[i - 1] + 1]
+        table: list[tuple[int, int, int]] = []
+        for start, stop in zip(starts, [*starts[1:], len(self.ids)], strict=True):
+            parent = len(table) - 1
+            while parent >= 0 and self.ends[table[parent][1]] <= start:
+                parent = table[parent][0]
+            table.append((parent, start, stop))
+        return table
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the beginning that two token lists share."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # bisection on slices: comparing them runs in C
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def build_pack(token_lists: Sequence[Sequence[int]], members: Sequence[int], branches: Sequence[Sequence[int]] = ((),)) -> Pack:
+    """Lays out the prompts in the order of `members`, each with its branches; each path shares what it can with the one before."""
+    ids: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    paths: list[list[int]] = []
+    path: list[int] = []
+    last: list[int] = []
+    for member, branch in itertools.product(members, sorted(map(list, branches))):
+        tokens = [*token_lists[member], *branch]
+        shared, last = _common(last, tokens), tokens
+        for closed in path[shared:]:
+            ends[closed] = len(ids)
+        path = [*path[:shared], *range(len(ids), len(ids) + len(tokens) - shared)]
+        ids += tokens[shared:]
+        positions += range(shared, len(tokens))
+        ends += [-1] * (len(tokens) - shared)
+        paths.append(path)
+    for closed in path:
+        ends[closed] = len(ids)
+    return Pack(ids, positions, ends, list(members), paths)
+
+
+def pack_prompts(token_lists: Sequence[Sequence[int]], max_tokens: int, branches: Sequence[Sequence[int]] = ((),)) -> list[Pack]:
+    """Divides prompts into packs of at most max_tokens tokens, with as few tokens altogether as can be, then as few packs.
+
+    Prompts are sorted, so that those that share a beginning stand together; what a pack saves is then the sum of the
+    beginnings that neighbours share, and a cut between two neighbours loses theirs. Dynamic programming over the cuts finds
+    the cheapest division. Deterministic; a prompt is never split, and one of more than max_tokens gets a pack of its own.
+    branches: continuations (of whole labels) that every prompt carries with it, see LabelTokens.branches.
+    """
+    order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
+    extra = len({tuple(branch[:k]) for branch in branches for k in range(1, len(branch) + 1)})
+    new = [len(token_lists[i]) + extra - (_common(token_lists[order[k - 1]], token_lists[i]) if k else 0) for k, i in enumerate(order)]
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # for the first n prompts: tokens, packs, where the last pack starts
+    for stop in range(1, len(order) + 1):
+        start, rest, found = stop - 1, 0, None
+        while start >= 0:
+            size = len(token_lists[order[start]]) + extra + rest
+            if size > max_tokens and found:
+                break
+            candidate = (best[start][0] + size, best[start][1] + 1, start)
+            found = min(found, candidate) if found else candidate
+            rest += new[start]
+            start -= 1
+        best.append(found)  # type: ignore[arg-type]
+    cuts = [len(order)]
+    while cuts[-1] > 0:
+        cuts.append(best[cuts[-1]][2])
+    cuts.reverse()
+    return [build_pack(token_lists, order[start:stop], branches) for start, stop in itertools.pairwise(cuts)]
+
+
+def shuffled(token_lists: Sequence[Sequence[int]], seed: int, keep_together: int = 0) -> list[int]:
+    """A random order of the prompts; with keep_together > 0, one in which prompts that share a beginning stay neighbours.
+
+    Then prompts are divided by their beginnings, as a tree: those that share keep_together tokens more than all of their
+    group do form a group within it. At every level groups and single prompts are shuffled. With 0 the order is uniform.
+    """
+    draw = random.Random(seed)
+    order = list(range(len(token_lists)))
+    if not keep_together:
+        draw.shuffle(order)
+        return order
+    order.sort(key=token_lists.__getitem__)
+    shared = [0] + [_common(token_lists[a], token_lists[b]) for a, b in itertools.pairwise(order)]  # with the one before
+    todo, out = [(0, len(order))], []
+    while todo:
+        start, stop = todo.pop()
+        if stop - start < 2:
+            out += order[start:stop]
+            continue
+        least = min(shared[start + 1 : stop])
+        cuts = [start, *(k for k in range(start + 1, stop) if shared[k] < least + keep_together), stop]
+        groups = list(itertools.pairwise(cuts))
+        draw.shuffle(groups)
+        todo += groups
+    return out
+
+
+def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: torch.Tensor) -> Any:
+    """The attention mask of a pack in the form the model takes: ends and positions (L,), see Pack.
+
+    Boolean (1, 1, L, L) for SDPA, additive for eager attention, a BlockMask for flex_attention; for models that mix full and
+    sliding attention a dict of the two by layer type.
+    """
+    implementation, length, device = config._attn_implementation, len(ends), ends.device
+
+    def mask(window: int | None) -> Any:
+        def sees(batch: Any, head: Any, q: Any, kv: Any) -> Any:
+            seen = (kv <= q) & (q < ends[kv])
+            return seen if window is None else seen & (positions[q] - positions[kv] < window)
+
+        if implementation == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            return create_block_mask(sees, None, None, length, length, device=device)
+        at = torch.arange(length, device=device)
+        seen = sees(None, None, at[:, None], at[None, :])[None, None]
+        if implementation == "sdpa":
+            return seen
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"layers of type {', '.join(sorted(kinds))}")
+    return {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds} if kinds else mask(window)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The judge: a causal LM that is read at the label tokens only
 # ---------------------------------------------------------------------------------------------------------------------
 def add_label_readout(model: Any) -> None:
-    """Teaches a causal LM's forward two more arguments: `answer_at`, (M, 2) rows and columns, and `token_ids`, (T,).
+    """Teaches a causal LM's forward three more arguments: `answer_at`, (M, 2) rows and columns, `token_ids`, (T,), and `ends`.
 
-    With `answer_at` it returns float32 logits (M, T) of those positions and tokens (all tokens where `token_ids` is
-    None) and never makes a (batch, length, vocabulary) tensor. The patch sits in the model's own forward, so that PEFT,
-    autocast and DistributedDataParallel wrap it like any other. The architecture's logit scale and soft cap apply.
+    `ends` (1, L) says that the row is a pack (see Pack) and makes its attention mask. With `answer_at` it returns float32
+    logits (M, T) of those positions and tokens (all tokens where `token_ids` is None) and never makes a (batch, length,
+    vocabulary) tensor. The patch sits in the model's own forward, so that PEFT, autocast and DistributedDataParallel
+    wrap it like any other. The architecture's logit scale and soft cap apply.
     """
     plain_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
     if not head.weight.is_floating_point():
@@ -576,7 +785,10 @@ def add_label_readout(model: Any) -> None:
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
 
-    def forward(*args: Any, answer_at: torch.Tensor | None = None, token_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, answer_at: torch.Tensor | None = None, token_ids: torch.Tensor | None = None,
+                ends: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if ends is not None:
+            kwargs["attention_mask"] = tree_mask(config, self.dtype, ends[0], kwargs["position_ids"][0])
         if answer_at is None:
             return plain_forward(*args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None} | {"use_cache": False, "return_dict": True}
@@ -584,31 +796,44 @@ def add_label_readout(model: Any) -> None:
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 logits near 20 would be off by 4e-4 nats
             weight = head.weight if token_ids is None else head.weight[token_ids]
             bias = head.bias if token_ids is None or head.bias is None else head.bias[token_ids]
-            logits = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float()) * scale
+            # in slices, for a float32 copy of the whole output layer would be 2 GB at 7B
+            logits = torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(16_384)], dim=1)
+            logits = (logits if bias is None else logits + bias.float()) * scale
             return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    model.forward = forward
+    model.forward = types.MethodType(forward, model)  # bound, as those who wrap it and unwrap it expect
 
 
-def collate(prompts: Sequence[list[int]], tokens: LabelTokens, pad_id: int, device: Any = "cpu") -> dict[str, torch.Tensor]:
+def collate(prompts: Sequence[list[int]], tokens: LabelTokens, pad_id: int) -> dict[str, torch.Tensor]:
     """Right-padded rows and the positions to read: one row a prompt, or, for whole labels, a row a prompt and spelling.
 
-    Returns input_ids and attention_mask (R, L), answer_at (M, 2) and, for whole labels, target (M,), the token that is
-    read at each position; positions of prompt 0 first, within it in the order of `tokens.sequences`.
+    Returns input_ids and attention_mask (R, L), answer_at (M, 2), and reads (B * T, 2): for every prompt the rows of answer_at
+    and the tokens whose log-probabilities make up its labels', in the order of `tokens.sequences`.
     """
-    rows, at, target = [], [], []
+    rows, at, reads = [], [], []
     for ids in prompts:
         for _, sequence in tokens.sequences if tokens.whole else [(0, (-1,))]:
+            reads += [(len(at) + k, token) for k, token in enumerate(sequence)]
             at += [(len(rows), len(ids) - 1 + k) for k in range(len(sequence))]
-            target += sequence
             rows.append([*ids, *sequence[:-1]])
     length = max(map(len, rows))
-    batch = {"input_ids": torch.tensor([r + [pad_id] * (length - len(r)) for r in rows]),
-             "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows]),
-             "answer_at": torch.tensor(at)}
-    if tokens.whole:
-        batch["target"] = torch.tensor(target)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {"input_ids": torch.tensor([r + [pad_id] * (length - len(r)) for r in rows]),
+            "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows]),
+            "answer_at": torch.tensor(at), "reads": torch.tensor(reads)}
+
+
+def collate_pack(prompts: Sequence[list[int]], tokens: LabelTokens) -> dict[str, torch.Tensor]:
+    """The same for prompts laid out as one pack, in the order given: input_ids, position_ids and ends (1, L), answer_at, reads."""
+    pack = build_pack(prompts, range(len(prompts)), tokens.branches)
+    each, branch_of = len(tokens.branches), {branch: k for k, branch in enumerate(tokens.branches)}
+    at: dict[int, int] = {}  # place in the pack -> row of answer_at
+    reads = []
+    for i, ids in enumerate(prompts):
+        for _, sequence in tokens.sequences if tokens.whole else [(0, (-1,))]:
+            path = pack.paths[i * each + branch_of[sequence[:-1]]]
+            reads += [(at.setdefault(path[len(ids) - 1 + k], len(at)), token) for k, token in enumerate(sequence)]
+    return {"input_ids": torch.tensor([pack.ids]), "position_ids": torch.tensor([pack.positions]), "ends": torch.tensor([pack.ends]),
+            "answer_at": torch.tensor([(0, place) for place in at]), "reads": torch.tensor(reads)}
 
 
 def label_logprobs(model: Any, batch: dict[str, torch.Tensor], tokens: LabelTokens, with_mass: bool = False,
@@ -620,22 +845,22 @@ def label_logprobs(model: Any, batch: dict[str, torch.Tensor], tokens: LabelToke
     top_k > 0 (the paper reads closed models so): tokens outside the k most probable count as probability 0; an item
     without any label among them gets a uniform distribution and a log mass of -inf.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "answer_at")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "ends", "answer_at") if name in batch}
     if tokens.whole:
-        logp = model(**inputs).log_softmax(-1).gather(1, batch["target"][:, None])[:, 0]
+        logp = model(**inputs).log_softmax(-1)[batch["reads"][:, 0], batch["reads"][:, 1]]
         lengths = [len(ids) for _, ids in tokens.sequences]
         per_prompt = logp.view(-1, sum(lengths)).split(lengths, dim=1)
         scores, log_norm = torch.stack([part.sum(1) for part in per_prompt], dim=1), 0.0
     else:
         ids = torch.tensor([ids[0] for _, ids in tokens.sequences], device=batch["input_ids"].device)
         if with_mass or top_k:
-            logits = model(**inputs)
+            logits = model(**inputs)[batch["reads"][:, 0]]  # a prompt that stands twice is computed once
             scores, log_norm = logits[:, ids], logits.logsumexp(1)
             if top_k:
                 least = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
                 scores = scores.masked_fill(scores < least, -math.inf)
         else:
-            scores, log_norm = model(**inputs, token_ids=ids), 0.0
+            scores, log_norm = model(**inputs, token_ids=ids)[batch["reads"][:, 0]], 0.0
     owner = torch.tensor(tokens.owner, device=scores.device)
     label_scores = torch.stack([scores[:, owner == c].logsumexp(1) for c in range(len(tokens.labels))], dim=1)
     total = label_scores.logsumexp(1)
@@ -646,6 +871,11 @@ def label_logprobs(model: Any, batch: dict[str, torch.Tensor], tokens: LabelToke
 class Judge:
     """A model, its tokenizer and its labels. Made by load_judge(); `predict` is the judge at work."""
 
+    packs: bool = True
+    """Whether prompts that share a beginning are computed together. Set by check_packs() at load; may be switched off."""
+    pack_tokens: int
+    """Tokens a forward pass, at most; halved when CUDA runs out of memory."""
+
     def __init__(self, model: Any, encoder: PromptEncoder, tokens: LabelTokens, base: str, max_length: int = 2048,
                  top_k: int = 0, spellings: dict[str, Sequence[str]] | None = None):
         if top_k and tokens.whole:
@@ -654,6 +884,8 @@ class Judge:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
         room = positions - max(len(ids) for _, ids in tokens.sequences) + 1
         self.max_length, self.top_k, self.spellings = min(max_length, room), top_k, dict(spellings or {})
+        self.pack_tokens = 1024 if self.device.type == "cpu" else 8192
+        self.packs = check_packs(self)
 
     @property
     def labels(self) -> list[str]:
@@ -671,57 +903,133 @@ class Judge:
     def pad_id(self) -> int:
         return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
 
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each rendered prompt. Raises InputError, never cuts, if one is longer than max_length."""
+    def encode(self, prompts: Sequence[str], start: int = 0) -> list[list[int]]:
+        """Token ids of each rendered prompt. Raises InputError, never cuts, if one is longer than max_length.
+
+        start: the number of the first prompt, for messages.
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():
-                raise InputError(f"prompts[{i}]: prompt: {'empty' if isinstance(prompt, str) else f'not text but {type(prompt).__name__}'}")
+                wrong = "empty" if isinstance(prompt, str) else f"not text but {type(prompt).__name__}"
+                raise InputError(f"prompts[{start + i}]: prompt: {wrong}")
         encoded = [self.encoder(prompt) for prompt in prompts]
         longest = max(map(len, encoded), default=0)
         if longest > self.max_length:
             over = [i for i, ids in enumerate(encoded) if len(ids) > self.max_length]
             raise InputError(f"prompts: {len(over)} of {len(prompts)} are longer than max_length {self.max_length} tokens (the "
-                             f"longest has {longest}; the first is number {over[0] + 1}, '{_short(prompts[over[0]], 40)!r}')")
+                             f"longest has {longest}; the first is number {start + over[0] + 1}, '{_short(prompts[over[0]], 40)!r}')")
         return encoded
 
+    def plan(self, encoded: Sequence[list[int]]) -> list[list[int]]:
+        """Divides prompts into forward passes of at most pack_tokens tokens, as packs or, without them, as padded rows."""
+        if self.packs:
+            return [pack.members for pack in pack_prompts(encoded, self.pack_tokens, self.tokens.branches)]
+        groups: list[list[int]] = []
+        rows = len(self.tokens.sequences) if self.tokens.whole else 1
+        for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i])):
+            if groups and (len(groups[-1]) + 1) * rows * len(encoded[groups[-1][0]]) <= self.pack_tokens:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    def batch(self, encoded: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        """The tensors of one forward pass over the prompts, for label_logprobs()."""
+        batch = collate_pack(encoded, self.tokens) if self.packs else collate(encoded, self.tokens, self.pad_id)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def shrink(self, members: Sequence[int], error: Exception) -> None:
+        """Halves pack_tokens after a pass over the members ran out of memory; raises `error` if it was one prompt alone."""
+        if len(members) < 2:
+            raise error
+        self.pack_tokens = max(1, self.pack_tokens // 2)
+        log.warning("out of memory with %d prompts in a pass: from here on at most %d tokens; no item is lost",
+                    len(members), self.pack_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @torch.no_grad()
-    def score(self, prompts: Sequence[str], batch_size: int = 16, progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score(self, encoded: list[list[int]], tick: Callable[[int], Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        logq, mass = torch.empty(len(encoded), len(self.labels)), torch.empty(len(encoded))
+        todo = self.plan(encoded)[::-1]
+        while todo:
+            members = todo.pop()
+            try:
+                q, m = label_logprobs(self.model, self.batch([encoded[i] for i in members]), self.tokens, with_mass=True, top_k=self.top_k)
+                logq[members], mass[members] = q.float().cpu(), m.exp().float().cpu()  # type: ignore[union-attr]
+            except torch.OutOfMemoryError as error:
+                self.shrink(members, error)
+                todo += [members[len(members) // 2 :], members[: len(members) // 2]]
+                continue
+            tick(len(members))
+        if not torch.isfinite(mass).all() or torch.isnan(logq).any():
+            raise FloatingPointError(f"the model gives NaN for {int(logq.isnan().any(1).sum())} of {len(encoded)} prompts")
+        if self.top_k and (mass == 0).any():
+            log.warning("top_k=%d: %d of %d prompts have no label among the top tokens; they get a uniform distribution",
+                        self.top_k, int((mass == 0).sum()), len(encoded))
+        return logq, mass
+
+    def stream(self, prompts: Iterable[str], progress: bool = False, window: int = 2048) -> Iterator[tuple[torch.Tensor, float]]:
+        """Judges any number of prompts in constant memory: yields (log-probabilities (C,), label mass) in their order.
+
+        Prompts are read `window` at a time; those of one window share what they have in common.
+        """
+        from tqdm.auto import tqdm
+
+        was_training, prompts = self.model.training, iter(prompts)
+        with tqdm(desc="judging", unit="item", disable=not progress) as bar:
+            for start in itertools.count(0, window):
+                chunk = list(itertools.islice(prompts, window))
+                if not chunk:
+                    return
+                self.model.eval()
+                try:
+                    logq, mass = self._score(self.encode(chunk, start), bar.update)
+                finally:
+                    self.model.train(was_training)
+                yield from zip(logq, mass.tolist(), strict=True)
+
+    def score(self, prompts: Sequence[str], progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Label log-probabilities (N, C) and label mass (N,), float32 on the CPU, in the order of the prompts.
 
         Label mass is the probability that the model, free to say anything, begins with (or is) one of the labels.
         """
-        encoded = self.encode(prompts)
-        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-        logq, mass = torch.empty(len(encoded), len(self.labels)), torch.empty(len(encoded))
-        was_training = self.model.training
-        self.model.eval()
-        starts: Iterable[int] = range(0, len(order), batch_size)
-        if progress:
-            from tqdm.auto import tqdm
+        rows = list(self.stream([prompts] if isinstance(prompts, str) else prompts, progress))
+        if not rows:
+            return torch.empty(0, len(self.labels)), torch.empty(0)
+        return torch.stack([logq for logq, _ in rows]), torch.tensor([mass for _, mass in rows])
 
-            starts = tqdm(starts, desc="judging", unit="batch")
-        try:
-            for start in starts:
-                chosen = order[start: start + batch_size]
-                batch = collate([encoded[i] for i in chosen], self.tokens, self.pad_id, self.device)
-                q, m = label_logprobs(self.model, batch, self.tokens, with_mass=True, top_k=self.top_k)
-                logq[chosen], mass[chosen] = q.float().cpu(), m.exp().float().cpu()
-        finally:
-            self.model.train(was_training)
-        if not torch.isfinite(mass).all() or torch.isnan(logq).any():
-            raise FloatingPointError(f"the model gives NaN for {int(logq.isnan().any(1).sum())} of {len(prompts)} prompts")
-        if self.top_k and (mass == 0).any():
-            log.warning("top_k=%d: %d of %d prompts have no label among the top tokens; they get a uniform distribution",
-                        self.top_k, int((mass == 0).sum()), len(prompts))
-        return logq, mass
-
-    def predict(self, prompts: Sequence[str], batch_size: int = 16, progress: bool = False) -> Any:
+    def predict(self, prompts: Sequence[str], progress: bool = False) -> Any:
         """Probabilities of the labels, a float32 numpy array (N, C), columns in the order of `labels`.
 
         prompts: user messages, as text. Raises InputError for an empty prompt or one longer than max_length tokens.
         """
-        return self.score(prompts, batch_size, progress)[0].exp().numpy()
+        return self.score(prompts, progress)[0].exp().numpy()
+
+
+@torch.no_grad()
+def check_packs(judge: Judge) -> bool:
+    """Whether the model gives the same label scores from a pack as one prompt at a time; says so where it does not.
+
+    Packs rest on a causal mask and position ids that the model honours; where an architecture has other ideas (recurrent
+    layers, masks of its own), prompts are run as padded rows instead.
+    """
+    probes = ["Is this so?", "Is this so? Yes.", "Is this it, then?", "Other words altogether, and a few more of them."]
+    encoded = sorted(judge.encoder(probe) for probe in probes)
+    try:
+        judge.packs = True
+        packed, _ = label_logprobs(judge.model, judge.batch(encoded), judge.tokens)
+        judge.packs = False
+        single = torch.cat([label_logprobs(judge.model, judge.batch([ids]), judge.tokens)[0] for ids in encoded])
+        off = (packed - single).abs().max().item()
+        why = f"label scores differ by {off:.2g} nats"
+    except Exception as error:  # an architecture can refuse the mask in ways of its own
+        off, why = math.inf, _first_line(error)
+    if off <= (1e-3 if next(judge.model.parameters()).dtype == torch.float32 else 0.1):
+        return True
+    log.warning("%s cannot be run on packed prompts (%s): they are run as padded rows", type(judge.model).__name__, why)
+    return False
 
 
 def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, spellings: dict[str, Sequence[str]] | None = None,
@@ -751,10 +1059,12 @@ def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, 
     if lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        torch.manual_seed(seed)
-        model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, bias="none",
-                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
-    return Judge(model, encoder, tokens, path, max_length or 2048, top_k, spellings)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, bias="none",
+                                                     target_modules="all-linear", task_type="CAUSAL_LM"))
+    base = str(Path(path).resolve()) if Path(path).is_dir() else path
+    return Judge(model, encoder, tokens, base, 2048 if max_length is None else max_length, top_k, spellings)
 
 
 def _load_tokenizer(path: str) -> Any:
@@ -791,15 +1101,30 @@ def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trai
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         options["device_map"] = {"": device}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged or contradictory folder can fail in any way
         raise InputError(f"{path}: model: cannot be loaded: {_first_line(error)}") from error
+    lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if lost:  # transformers would go on with random numbers in their place
+        raise InputError(f"{path}: model: {len(lost)} of its weights are missing or of another shape, the first {lost[0]}")
     if not four_bit:
         model.to(device)
+    model.fingerprint = _fingerprint(model)
     if tokens > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"{path}: model: has {model.get_input_embeddings().weight.shape[0]} tokens, its tokenizer {tokens}")
     add_label_readout(model)
     return model
+
+
+def _fingerprint(model: Any) -> str:
+    """A hash of a sample of the weights that are not quantized, rounded to bfloat16 so that loading in another precision keeps it."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point():
+            digest.update(name.encode() + bytes(weight.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.uint8).tolist()))
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:
@@ -810,7 +1135,8 @@ def _first_line(error: Exception) -> str:
 def check_readout(model: Any, encoder: PromptEncoder, tokens: LabelTokens) -> None:
     """Compares label logits with the model's own forward, on one prompt; raises InputError where they differ."""
     model.eval()
-    batch = collate([encoder("Is this so?")], tokens, 0, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate([encoder("Is this so?")], tokens, 0).items()}
     ours = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "answer_at")})
     at = batch["answer_at"]
     stock = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[at[:, 0], at[:, 1]].float()
@@ -833,6 +1159,7 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     write_json(folder / "judge.json", {
         "distjudge": __version__, "base": judge.base, "weights": "adapter" if is_adapter else "model",
         "four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False)), "labels": judge.labels, "spellings": judge.spellings,
+        "base_fingerprint": judge.model.get_base_model().fingerprint if is_adapter else None, "top_k": judge.top_k,
         "frame": judge.encoder.frame, "sequences": judge.tokens.sequences, "whole": judge.tokens.whole, "max_length": judge.max_length})
 
 
@@ -841,11 +1168,16 @@ def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | No
         saved = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
         base, spellings, sequences = saved["base"], saved["spellings"], [(i, tuple(ids)) for i, ids in saved["sequences"]]
         is_adapter, four_bit, frame = saved["weights"] == "adapter", saved["four_bit"], saved["frame"]
-        trained_labels, trained_length = saved["labels"], saved["max_length"]
-    except (ValueError, KeyError, TypeError) as error:
+        fingerprint = saved["base_fingerprint"]
+        trained_labels, trained_length, trained_top_k = saved["labels"], saved["max_length"], saved["top_k"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'judge.json'}: not a judge written by distjudge ({type(error).__name__}: {error})") from None
     if labels and [str(label) for label in labels] != trained_labels:
         raise InputError(f"{folder}: labels: this judge was trained for {_listed(trained_labels)}, not {_listed(map(str, labels))}")
+    weights = folder / ("adapter/adapter_model.safetensors" if is_adapter else "model")
+    for needed in (folder / "tokenizer", weights):  # or the path might be taken for a hub id
+        if not needed.exists():
+            raise InputError(f"{folder}: {needed.relative_to(folder)} is missing")
     tokenizer = _load_tokenizer(str(folder / "tokenizer"))
     encoder = PromptEncoder(tokenizer, frame)
     tokens = label_tokens(tokenizer, trained_labels, spellings, encoder)
@@ -853,14 +1185,30 @@ def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | No
         raise InputError(f"{folder}: labels: their tokens are not those the judge was trained on")
     model = _load_model(base if is_adapter else str(folder / "model"), four_bit, device, len(tokenizer), trained=not is_adapter)
     if is_adapter:
-        from peft import PeftModel
+        if model.fingerprint != fingerprint:
+            raise InputError(f"{folder}: base: the weights of {base} are not those the judge was trained on")
+        model = _load_adapter(model, folder / "adapter")
+    length = trained_length if max_length is None else max_length
+    return Judge(model, encoder, tokens, base, length, top_k or trained_top_k, spellings)
 
-        model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
-    return Judge(model, encoder, tokens, base, max_length or trained_length, top_k, spellings)
+
+def _load_adapter(model: Any, folder: Path) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            there = set(file.keys())
+    except Exception as error:  # as above
+        raise InputError(f"{folder}: the adapter cannot be loaded: {_first_line(error)}") from error
+    if lost := sorted(set(get_peft_model_state_dict(model)) ^ there):
+        raise InputError(f"{folder}: the adapter's weights are not those of its model: {len(lost)} differ, the first {lost[0]}")
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Losses: (B, C) -> (B,), in nats
+# 5. Losses: (B, C) -> (B,), in nats
 # ---------------------------------------------------------------------------------------------------------------------
 def majority(p: torch.Tensor) -> torch.Tensor:
     """The majority label r of each row, one-hot (B, C). Labels that tie (to 1e-6) share it equally: order decides nothing."""
@@ -902,7 +1250,7 @@ def hybrid_loss(logq: torch.Tensor, p: torch.Tensor, alpha: float, worst: torch.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The adversary: the worst distribution near the human one
+# 6. The adversary: the worst distribution near the human one
 # ---------------------------------------------------------------------------------------------------------------------
 def _working(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """float64 where the device has it: projections then add no error of their own to float32 inputs."""
@@ -968,7 +1316,7 @@ def worst_case(p: torch.Tensor, logq: torch.Tensor, eps: float | torch.Tensor, s
         p' <- project_ball(p' + step_size * (log(p' / q) + 1), p, eps)
 
     q is a constant: no gradient flows through the result. At a zero of p' the gradient is -inf; it is taken as
-    log(1e-12 / q) + 1, so that a zero stays zero unless q is below 3e-12 there. A one-hot p therefore does not move: there
+    log(1e-12 / q) + 1, so that a zero stays zero unless q is about 1e-12 or less there. A one-hot p therefore does not move: there
     the ascent finds no worse point than p itself, though one may exist elsewhere in the ball. KL is convex in p', so no
     step lowers it; what rounding might take away is given back (p is returned where it is worse).
     eps: a number or (B,). Raises ValueError for a negative eps.
@@ -1001,7 +1349,7 @@ def annotator_radius(counts: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Training
+# 7. Training
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Config:
@@ -1051,13 +1399,20 @@ class Config:
     epochs: float = 2.0
     """Passes over the training items."""
     batch_size: int = 8
-    """Items a forward pass."""
+    """Items an optimizer step, times grad_accum. How many go through the model at once is pack_tokens' affair."""
     grad_accum: int = 1
-    """Forward passes an optimizer step; the gradient is that of one batch of batch_size * grad_accum items."""
+    """Multiplies batch_size, for settings taken over from elsewhere: a step is always one mean over all its items."""
+    pack_tokens: int = 0
+    """Tokens a forward pass, at most; what sets the memory needed. 0: 1,024 on a CPU, 8,192 on CUDA."""
+    packs: bool = True
+    """Compute a beginning that several prompts of a step share once. The mathematics is the same without."""
+    shuffle: Literal["packs", "items"] = "packs"
+    """Order of the items in an epoch: prompts that share 16 tokens or more beyond their group's stay neighbours, so that steps
+    share more ("packs"), or uniformly random ("items")."""
     warmup: float = 0.03
     """Linear warm-up: a share of all steps if below 1, else a number of steps."""
-    schedule: str = "linear"
-    """Learning-rate schedule, by its transformers name (linear, cosine, constant, constant_with_warmup, ...)."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Learning-rate schedule, by its transformers name."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
@@ -1076,16 +1431,20 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
-        ranges = {"alpha": (0, 1), "eps": (0, math.inf), "steps": (0, math.inf), "step_size": (0, math.inf), "learning_rate": (0, math.inf),
-                  "epochs": (0, math.inf), "batch_size": (1, math.inf), "grad_accum": (1, math.inf), "warmup": (0, math.inf),
-                  "lora_rank": (0, math.inf), "max_length": (1, math.inf), "top_k": (0, math.inf), "eval_every": (0, math.inf),
-                  "log_every": (1, math.inf), "weight_decay": (0, math.inf), "max_grad_norm": (0, math.inf)}
+        at_least = dict.fromkeys(("eps", "steps", "step_size", "learning_rate", "epochs", "warmup", "lora_rank", "top_k", "eval_every",
+                                  "pack_tokens", "weight_decay", "max_grad_norm"), 0)
+        at_least |= dict.fromkeys(("batch_size", "grad_accum", "lora_alpha", "max_length", "log_every"), 1)
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"alpha: must be between 0 and 1, not {self.alpha}")
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if not low <= value < math.inf:
+                raise InputError(f"{name}: must be {low} or more, not {value}")
         if self.epochs == 0:
             raise InputError("epochs: must be more than 0")
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not low <= value <= high or not math.isfinite(value):
-                raise InputError(f"{name}: must be {f'between {low} and {high}' if math.isfinite(high) else f'{low} or more'}, not {value}")
+        schedules = ("linear", "cosine", "constant", "constant_with_warmup")
+        if self.schedule not in schedules:
+            raise InputError(f"schedule: must be one of {', '.join(schedules)}, not {self.schedule}")
 
 
 def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Sequence[Item] = ()) -> list[dict[str, float]]:
@@ -1093,7 +1452,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
 
     The loss is the mean over items, whatever the batches: an optimizer step has the gradient of one batch of
     batch_size * grad_accum items. Two runs with one seed on one machine give the same weights.
-    Raises InputError if the items' labels are not the judge's, or a prompt is longer than judge.max_length.
+    Raises InputError if the items' labels are not the judge's, or a prompt is longer than judge.max_length (dropping such
+    items is run()'s affair, see keep_short), FloatingPointError when the loss is no longer finite.
     """
     import transformers
 
@@ -1103,18 +1463,53 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             raise InputError(f"{some[0].where}: labels {_listed(labels_of(some))} are not the judge's {_listed(judge.labels)}")
     counts = counts_of(items)
     eps = annotator_radius(counts, config.eps) if config.radius == "annotators" else torch.full((len(items),), config.eps)
-    p = (counts / counts.sum(1, keepdim=True)).float()
-    rows = list(zip(judge.encode([item.prompt for item in items]), p, eps.float(), strict=True))
+    p, eps = (counts / counts.sum(1, keepdim=True)).float(), eps.float()
+    encoded = judge.encode([item.prompt for item in items])
+    judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
 
-    def collate_rows(chosen: list) -> dict[str, torch.Tensor]:
-        prompts, p, radius = zip(*chosen, strict=True)
-        return collate(prompts, judge.tokens, judge.pad_id) | {"p": torch.stack(p), "eps": torch.stack(radius)}
+    class Order(torch.utils.data.Sampler):
+        """The order of the items, another one each epoch: see shuffled()."""
+
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(encoded)
+
+        def __iter__(self) -> Iterator[int]:
+            keep_together = 16 if config.shuffle == "packs" else 0
+            return iter(shuffled(encoded, seed=config.seed * 1_000_003 + self.epoch, keep_together=keep_together))
 
     class Trainer(transformers.Trainer):
+        """One of its batches is the items of a whole optimizer step; training_step divides them into forward passes."""
+
+        def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:
+            return Order()
+
         def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
             batches = [b for _, b in zip(range(num_batches), epoch_iterator, strict=False)]
-            items_here = torch.tensor(sum(len(b["p"]) for b in batches), device=device)
+            items_here = torch.tensor(sum(len(b["chosen"]) for b in batches), device=device)
             return batches, self.accelerator.gather(items_here).sum()
+
+        def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+            chosen = inputs["chosen"].tolist()
+            while True:
+                passes = judge.plan([encoded[i] for i in chosen])
+                total = torch.zeros((), device=self.args.device)
+                for n, members in enumerate(passes):
+                    rows = [chosen[k] for k in members]
+                    batch = judge.batch([encoded[i] for i in rows]) | {"p": p[rows], "eps": eps[rows]}
+                    try:  # processes exchange their gradients with the last pass only
+                        with self.accelerator.no_sync(model) if n < len(passes) - 1 else contextlib.nullcontext():
+                            total += super().training_step(model, batch, num_items_in_batch)
+                    except torch.OutOfMemoryError as error:
+                        judge.shrink(members, error)
+                        model.zero_grad()  # the backward pass may have stopped half way: the whole step starts again
+                        break
+                else:
+                    return total
 
         def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
             logq, _ = label_logprobs(model, inputs, judge.tokens)
@@ -1125,8 +1520,9 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            logq, mass = judge.score([item.prompt for item in eval_items], batch_size=2 * config.batch_size)
-            metrics = {f"eval_{k}": v for k, v in evaluate(logq.exp(), eval_items, label_mass=mass, floor_draws=0).items() if v is not None}
+            logq, mass = judge.score([item.prompt for item in eval_items])
+            found = evaluate(logq.exp(), eval_items, train_items=items, label_mass=mass, ordered=config.ordered, floor_draws=0)
+            metrics = {f"eval_{name}": value for name, value in found.items() if value is not None}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
@@ -1151,7 +1547,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     on_cpu = judge.device.type == "cpu"
     settings = dict(
         output_dir=str(Path(config.out) / "checkpoints"), save_strategy="no", report_to=list(config.report_to) or "none",
-        per_device_train_batch_size=config.batch_size, gradient_accumulation_steps=config.grad_accum, num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size * config.grad_accum, gradient_accumulation_steps=1, num_train_epochs=config.epochs,
         optim="adamw_torch", learning_rate=config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         lr_scheduler_type=config.schedule, warmup_steps=config.warmup, seed=config.seed, data_seed=config.seed,
         eval_strategy="steps" if config.eval_every and eval_items else "no", eval_steps=config.eval_every or None,
@@ -1160,20 +1556,26 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         remove_unused_columns=False, label_names=[], dataloader_num_workers=0, dataloader_pin_memory=False,
         ddp_find_unused_parameters=False, disable_tqdm=False)
     try:
-        trainer = Trainer(model=judge.model, args=transformers.TrainingArguments(**settings), train_dataset=rows,
-                          eval_dataset=list(eval_items) or None, data_collator=collate_rows, callbacks=[Log()])
+        arguments = transformers.TrainingArguments(**settings)
+        arguments._n_gpu = min(1, arguments.n_gpu)  # nn.DataParallel would split a pack's row numbers; torchrun is the way to more GPUs
+        trainer = Trainer(model=judge.model, args=arguments, callbacks=[Log()],
+                          train_dataset=list(range(len(items))), eval_dataset=list(eval_items) or None,
+                          data_collator=lambda chosen: {"chosen": torch.tensor(chosen)})
     except (ValueError, RuntimeError, ImportError) as error:  # an unknown schedule, a logger that is not installed
         raise InputError(f"training settings: {_first_line(error)}") from error
     if trainer.pop_callback(transformers.ProgressCallback):  # notebooks have another, which stays
         trainer.add_callback(Progress)
     trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, so Trainer must not
-    trainer.train()
+    try:
+        trainer.train()
+    finally:  # takes off the wrapper that runs every forward in bfloat16, or judgments would differ after loading
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     judge.model.eval()
     return trainer.state.log_history
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Metrics
+# 8. Metrics
 # ---------------------------------------------------------------------------------------------------------------------
 def _pearson(a: torch.Tensor, b: torch.Tensor) -> float | None:
     a, b = a - a.mean(), b - b.mean()
@@ -1224,7 +1626,6 @@ def noise_floor(items: Sequence[Item], draws: int = 200, seed: int = 0) -> float
     votes n. None if truths are unknown and no item has two votes.
     """
     counts = counts_of(items)
-    votes = counts.sum(1).round().long()
     k = None
     if all(item.truth for item in items):
         truth = torch.tensor([list(item.truth.values()) for item in items], dtype=torch.float64)
@@ -1238,10 +1639,12 @@ def noise_floor(items: Sequence[Item], draws: int = 200, seed: int = 0) -> float
         torch.manual_seed(seed)
         for _ in range(draws):
             pi = truth if k is None else torch.distributions.Dirichlet(shape).sample()
-            panel = torch.zeros_like(pi)
-            for n in votes.unique():  # one multinomial call a panel size
-                rows = votes == n
-                panel[rows] = torch.distributions.Multinomial(int(n), pi[rows]).sample() / n
+            panel, left, rest = torch.zeros_like(pi), counts.sum(1).round(), torch.ones(len(pi), dtype=torch.float64)
+            for c in range(pi.shape[1]):  # a multinomial draw as a chain of binomial ones: its time does not grow with the votes
+                share = (pi[:, c] / rest.clamp_min(1e-300)).clamp(0, 1) if c < pi.shape[1] - 1 else torch.ones_like(rest)
+                panel[:, c] = torch.binomial(left, share)
+                left, rest = left - panel[:, c], rest - pi[:, c]
+            panel = panel / panel.sum(1, keepdim=True)
             total += kl_loss(pi.clamp_min(1e-30).log(), panel).mean().item()
     return total / draws
 
@@ -1274,6 +1677,7 @@ def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Ite
     off = torch.isnan(q).any(1) | (q < 0).any(1) | ((q.sum(1) - 1).abs() > 1e-3)
     if off.any():
         raise InputError(f"predicted: row {int(off.nonzero()[0])} is no distribution: {q[off][0].tolist()}")
+    q = q / q.sum(1, keepdim=True)
     counts = counts_of(items)
     p = counts / counts.sum(1, keepdim=True)
     middle = (p + q) / 2
@@ -1298,6 +1702,8 @@ def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Ite
         out |= {"label_mass": mass.mean().item(), "label_mass_min": mass.min().item()}
     if are_numeric(labels) if ordered is None else ordered:
         values = torch.tensor([float(label) for label in labels] if are_numeric(labels) else list(range(len(labels))), dtype=torch.float64)
+        values, along = values.sort()  # the scale's order, whatever that of the columns
+        p, q = p[:, along], q[:, along]
         below_p, below_q = p.cumsum(1)[:, :-1], q.cumsum(1)[:, :-1]
         out["emd"] = ((below_p - below_q).abs() @ values.diff().abs()).mean().item()
         out["rps"] = ((below_q - below_p) ** 2 + below_p * (1 - below_p)).sum(1).mean().item()
@@ -1306,7 +1712,7 @@ def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Ite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. A run: from files to a folder that holds everything
+# 9. A run: from files to a folder that holds everything
 # ---------------------------------------------------------------------------------------------------------------------
 def write_json(path: Path, content: Any) -> None:
     """Writes to a temporary name and renames, so that a file is whole or not there."""
@@ -1328,7 +1734,10 @@ def load_data(config: Config) -> tuple[list[Item], list[Item]]:
     labels = list(config.labels) or None
     items = load_items(*config.train, labels=labels)
     if config.test:
-        test = load_items(*config.test, labels=labels or labels_of(items))
+        test = load_items(*config.test, labels=labels or labels_of(items), complete=labels is None)
+        for side, other, wrong in ((items, "test", "--test names the test items"), (test, "train", "--train names the training items")):
+            if misplaced := [item for item in side if item.split == other]:
+                raise InputError(f"{misplaced[0].where}: item '{_short(misplaced[0].id)}': split: is {other}, but {wrong}")
         check_apart(items, test)
         return items, test
     if any(item.split for item in items):
@@ -1384,7 +1793,7 @@ def write_results(judge: Judge, items: Sequence[Item], train_items: Sequence[Ite
     """Judges the items and writes predictions.jsonl, metrics.json and config.json into the folder; returns the metrics."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    logq, mass = judge.score([item.prompt for item in items], batch_size=4 * config.batch_size, progress=True)
+    logq, mass = judge.score([item.prompt for item in items], progress=True)
     rows = []
     for item, q, m in zip(items, logq.exp().tolist(), mass.tolist(), strict=True):
         row = {"id": item.id, "counts": item.counts, "predicted": dict(zip(judge.labels, q, strict=True)), "label_mass": m}
@@ -1420,12 +1829,15 @@ def run(config: Config) -> dict[str, float | None]:
 
 
 def cli(main: Callable[[Any], Any], config: type) -> None:
-    """A recipe's command line: tyro reads `config`; what the user got wrong ends in one line a problem and exit code 2."""
+    """A recipe's command line: tyro reads `config`; what the user got wrong ends in one line a problem and exit code 2.
+
+    A run that diverges ends in exit code 1.
+    """
     import tyro
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         main(tyro.cli(config, description=sys.modules["__main__"].__doc__))
-    except (InputError, OSError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
