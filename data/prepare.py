@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -66,13 +67,14 @@ def read_template(config: PrepareConfig, name: str, fields: dict[str, str]) -> s
         template = path.read_text(encoding="utf-8").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: the template cannot be read: {error}") from None
-    try:
-        filled = template.format(text="{text}", **fields)
-    except (KeyError, IndexError, ValueError) as error:
-        raise InputError(f"{path}: unknown placeholder {error}; there are {{text}}, {', '.join('{' + f + '}' for f in fields)}") from None
+    for field, value in fields.items():
+        template = template.replace("{" + field + "}", value)
+    if unknown := set(re.findall(r"\{(\w+)\}", template)) - {"text"}:
+        known = ", ".join("{" + field + "}" for field in ("text", *fields))
+        raise InputError(f"{path}: unknown placeholder {{{min(unknown)}}}; there are {known}")
     if template.count("{text}") != 1:
         raise InputError(f"{path}: the placeholder {{text}} must stand in it once")
-    return filled
+    return template
 
 
 def emobank(config: PrepareConfig) -> tuple[dict[str, list[dict]], dict]:
@@ -114,7 +116,7 @@ def emobank(config: PrepareConfig) -> tuple[dict[str, list[dict]], dict]:
             elif text in taken:
                 dropped["also in test or valid"] += 1
             else:
-                splits[names[split]].append({"id": row["id"], "prompt": template.format(text=text), "counts": counts[row["id"]]})
+                splits[names[split]].append({"id": row["id"], "prompt": template.replace("{text}", text), "counts": counts[row["id"]]})
         taken |= {row["text"].strip() for row in here}
     return splits, {"labels": list("12345"), "ordered": True, "licence": "CC BY-SA 4.0", "source": "github.com/JULIELab/EmoBank, corpus/",
                     "read": {kind: len(rows) for kind, rows in tables.items()}, "dropped": dropped, "dimension": config.dimension}

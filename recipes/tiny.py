@@ -68,7 +68,7 @@ class TinyConfig(Config):
     seeds: int = 1
     """How many seeds, from `seed` on; each gives the model other first weights and the items another order."""
     hidden: int = 64
-    """Width of the model."""
+    """Width of the model, a multiple of 16."""
     layers: int = 2
     """Layers of the model."""
     vocabulary: int = 2000
@@ -94,7 +94,7 @@ def build_base(folder: Path, items: list[Item], config: TinyConfig, seed: int) -
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=config.hidden, intermediate_size=3 * config.hidden, num_hidden_layers=config.layers,
-        num_attention_heads=max(1, config.hidden // 16), num_key_value_heads=max(1, config.hidden // 16), max_position_embeddings=4096,
+        num_attention_heads=config.hidden // 16, num_key_value_heads=config.hidden // 16, max_position_embeddings=4096,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -131,8 +131,11 @@ def table_lines(rows: list[dict]) -> list[str]:
 
 def main(config: TinyConfig) -> None:
     config.check()
-    if config.seeds < 1:
-        raise distjudge.InputError(f"seeds: must be 1 or more, not {config.seeds}")
+    for name, least in (("seeds", 1), ("layers", 1), ("hidden", 16), ("vocabulary", 300)):
+        if getattr(config, name) < least:
+            raise distjudge.InputError(f"{name}: must be {least} or more, not {getattr(config, name)}")
+    if config.hidden % 16:
+        raise distjudge.InputError(f"hidden: must be a multiple of 16, not {config.hidden}")
     items, test = load_data(config)
     import transformers
 
@@ -141,16 +144,16 @@ def main(config: TinyConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for seed in range(config.seed, config.seed + config.seeds):
         base = config.model or build_base(out / f"base-{seed}", items, config, seed)
-        rows += reference_rows(items, test, seed, config)
         for method, settings in {"untrained": {}, **METHODS}.items():
-            run = dataclasses.replace(config, **settings, seed=seed, out=str(out / f"{method}-{seed}"))
+            run = dataclasses.replace(config, **settings, model=base, seed=seed, out=str(out / f"{method}-{seed}"))
             judge = load_judge(base, labels_of(items), spellings=distjudge.parse_spellings(config.spellings), lora_rank=run.lora_rank,
                                lora_alpha=run.lora_alpha, four_bit=run.four_bit, max_length=run.max_length, top_k=run.top_k, seed=seed)
-            if not rows[2:]:
-                print(judge.tokens.describe(judge.tokenizer))
             if method == "untrained":
-                items = distjudge.keep_short(judge, items, run.overlong, "training")
-                test = distjudge.keep_short(judge, test, run.overlong, "test")
+                if not rows:
+                    print(judge.tokens.describe(judge.tokenizer))
+                    items = distjudge.keep_short(judge, items, run.overlong, "training")
+                    test = distjudge.keep_short(judge, test, run.overlong, "test")
+                rows += reference_rows(items, test, seed, config)
             else:
                 print(f"\n{method}, seed {seed}: alpha {run.alpha}, eps {run.eps}, {len(items)} items, {run.epochs:g} epochs")
                 train(judge, items, run, eval_items=test)

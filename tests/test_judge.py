@@ -145,7 +145,7 @@ def test_whole_labels_are_read_exactly(tiny_model):
     assert judge.tokens.whole
     tokenizer, after = stock_logprobs(tiny_model, None)
     ids = lambda word: tokenizer(word, add_special_tokens=False)["input_ids"]  # noqa: E731
-    logq, mass = judge.score(TEXTS, batch_size=4)
+    logq, mass = judge.score(TEXTS)
     for i, text in enumerate(TEXTS):
         def whole(word, text=text):
             said, total = render(tokenizer, text), 0.0
@@ -162,8 +162,10 @@ def test_judgments_do_not_depend_on_batch_order_or_padding(tiny_model):
     for labels in (["1", "10"], ["yes", "no"]):
         judge = load_judge(tiny_model, labels=labels)
         one_by_one = numpy.concatenate([judge.predict([text]) for text in TEXTS])
-        assert numpy.abs(judge.predict(TEXTS, batch_size=len(TEXTS)) - one_by_one).max() < 1e-6
-        assert numpy.abs(judge.predict(TEXTS[::-1], batch_size=2)[::-1] - one_by_one).max() < 1e-6
+        for packs, tokens in ((True, 1024), (True, 60), (False, 1024), (False, 150)):
+            judge.packs, judge.pack_tokens = packs, tokens
+            assert numpy.abs(judge.predict(TEXTS) - one_by_one).max() < 1e-6
+            assert numpy.abs(judge.predict(TEXTS[::-1])[::-1] - one_by_one).max() < 1e-6
     assert numpy.abs(one_by_one[0] - one_by_one[1]).max() > 1e-3  # and they do depend on the prompt
 
 
@@ -231,7 +233,7 @@ def test_a_model_whose_logits_we_cannot_reproduce_is_refused(tiny_model, monkeyp
 
 def test_label_scores_stay_float32_under_bfloat16_autocast(tiny_model):
     judge = load_judge(tiny_model, labels=["yes", "no"])
-    batch = distjudge.collate(judge.encode(TEXTS), judge.tokens, judge.pad_id)
+    batch = {k: v for k, v in judge.batch(judge.encode(TEXTS)).items() if k != "reads"}
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = judge.model(**batch, token_ids=torch.tensor([5, 6]))
     assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
@@ -249,7 +251,7 @@ def test_training_never_makes_a_vocabulary_wide_tensor(tiny_model):
                 widest = max(widest, out.numel())
             return out
 
-    batch = distjudge.collate(judge.encode(TEXTS), judge.tokens, judge.pad_id)
+    batch = judge.batch(judge.encode(TEXTS))
     judge.model.train()
     with Watch():
         distjudge.label_logprobs(judge.model, batch, judge.tokens)[0].sum().backward()
@@ -293,6 +295,9 @@ def test_a_saved_judge_gives_the_same_judgments(tiny_model, tmp_path, lora_rank)
     assert (again.labels, again.max_length, again.spellings) == (judge.labels, 77, judge.spellings)
     assert numpy.allclose(again.predict(TEXTS[:3]), changed, atol=1e-6)
     assert any(p.requires_grad for p in again.model.parameters())
+    state = torch.get_rng_state()
+    load_judge(tiny_model, labels=["1", "10"], lora_rank=lora_rank)
+    assert torch.equal(state, torch.get_rng_state())
     suffixes = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert ".safetensors" in suffixes and suffixes <= {".safetensors", ".json", ".md", ".jinja"}
     with pytest.raises(InputError, match=r"trained for {1, 10}, not {10, 1}"):
@@ -304,6 +309,79 @@ def test_a_saved_judge_gives_the_same_judgments(tiny_model, tmp_path, lora_rank)
     (tmp_path / "run" / "judge.json").write_text("{}")
     with pytest.raises(InputError, match="not a judge written by distjudge"):
         load_judge(tmp_path / "run")
+
+
+def lose(path, name):
+    """Takes the tensors with `name` in their key out of a safetensors file."""
+    from safetensors.torch import load_file, save_file
+
+    kept = {key: tensor for key, tensor in load_file(path).items() if name not in key}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def test_missing_weights_are_refused_not_made_up(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "m")
+    judge = load_judge(tmp_path / "m", ["yes", "no"])
+    save_judge(judge, tmp_path / "run")
+    save_judge(load_judge(tmp_path / "m", ["yes", "no"], lora_rank=0), tmp_path / "full")
+    lose(tmp_path / "full" / "model" / "model.safetensors", "layers.1.mlp")
+    with pytest.raises(InputError, match=r"3 of its weights are missing or of another shape, the first model.layers.1.mlp"):
+        load_judge(tmp_path / "full")
+    lose(tmp_path / "run" / "adapter" / "adapter_model.safetensors", "layers.1.mlp.up_proj.lora_A")
+    with pytest.raises(InputError, match="adapter's weights are not those of its model: 1 differ"):
+        load_judge(tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match="adapter cannot be loaded"):
+        load_judge(tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save({}, tmp_path / "run" / "adapter" / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"adapter/adapter_model.safetensors is missing"):  # and the pickle is not read
+        load_judge(tmp_path / "run")
+    shutil.rmtree(tmp_path / "full" / "tokenizer")
+    with pytest.raises(InputError, match="tokenizer is missing"):
+        load_judge(tmp_path / "full")
+
+
+def test_an_adapter_on_other_base_weights_is_refused(tiny_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, tmp_path / "m")
+    save_judge(load_judge(tmp_path / "m", ["yes", "no"], top_k=50), tmp_path / "run")
+    assert load_judge(tmp_path / "run").top_k == 50
+    file = tmp_path / "m" / "model.safetensors"
+    save_file({key: 1.5 * tensor for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="are not those the judge was trained on"):
+        load_judge(tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", ["m.content.lstrip()", "m.content.replace('\\n', ' ')", "(m.content | escape)"])
+def test_a_template_that_changes_the_message_is_refused(tiny_tokenizer, change):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", change)
+    with pytest.raises(InputError, match="changes the message"):
+        PromptEncoder(tokenizer)
+
+
+def test_added_words_and_unknown_characters_are_no_control_tokens():
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(["Is this so ? One two three : I ' M 12345 - - don t 2 + = 4 yes no ,"], trainers.WordLevelTrainer(special_tokens=["<unk>", "<s>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
+    tokenizer.add_tokens(["distjudge"])
+    encoder = PromptEncoder(tokenizer)
+    assert encoder("Is this é") == tokenizer("Is this é\n")["input_ids"] and tokenizer.unk_token_id in encoder("Is this é")
+    assert encoder("this distjudge") == tokenizer("this distjudge")["input_ids"]
+    assert tokenizer.bos_token_id not in encoder("this <s>")
+
+
+def test_a_label_cannot_be_a_control_token(tiny_tokenizer):
+    with pytest.raises(InputError, match="is a control token"):
+        label_tokens(tiny_tokenizer, ["yes", "<|end|>"])
 
 
 def test_a_tokenizer_that_transformers_would_rebuild_otherwise_is_read_as_saved(tmp_path, caplog):

@@ -117,6 +117,22 @@ def test_ordered_follows_the_values_of_numeric_labels_or_steps():
     assert "emd" not in evaluate([[0.5, 0.5]] * 2, far, ordered=False, floor_draws=0)
 
 
+def test_ordered_metrics_do_not_depend_on_the_order_of_the_columns():
+    rows = [{"prompt": "x", "counts": {"1": 0, "2": 1, "3": 1}}, {"prompt": "y", "counts": {"1": 4, "2": 0, "3": 1}}]
+    q, mixed = [[0.0, 0.0, 1.0], [0.2, 0.5, 0.3]], [2, 0, 1]
+    straight = evaluate(q, load_items(rows), floor_draws=0)
+    other = evaluate([[row[c] for c in mixed] for row in q], load_items(rows, labels=["3", "1", "2"]), floor_draws=0)
+    assert straight == pytest.approx(other) and evaluate(q[:1], load_items(rows[:1]), floor_draws=0)["emd"] == pytest.approx(0.5)
+
+
+def test_predictions_rounded_a_little_are_normalised():
+    assert evaluate([[0.5004, 0.5004]], panel([[1, 1]]), floor_draws=0)["kl"] == pytest.approx(0)
+
+
+def test_noise_floor_of_large_panels_takes_no_longer():
+    assert noise_floor(panel([[10**8, 10**8], [3 * 10**8, 10**8]]), draws=2) < 1e-6
+
+
 def test_what_is_no_distribution_is_refused():
     items = panel([[1, 1], [2, 0]])
     for q, words in (([[0.5, 0.5]], "shape"), ([[0.5, 0.5], [0.7, 0.7]], "row 1 is no distribution"), ([[0.5, 0.5], [1.2, -0.2]], "row 1"),

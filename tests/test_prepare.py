@@ -44,6 +44,7 @@ def test_emobank_by_hand(tmp_path):
     (SENTENCES, "a,b\n1,2\n", [], "ratings.csv: its columns ['a', 'b'] are not those of"),
     (SENTENCES, RATINGS, ["--raw", "emobank.csv"], "individual_reader_ratings.csv of EmoBank's folder corpus/ must be named too"),
     (SENTENCES, RATINGS, ["--raw", "gone.csv"], "gone.csv: no such file"),
+    (SENTENCES.replace("1,train", "1,{scale}"), RATINGS, [], "split: '{scale}'"),
     (SENTENCES, RATINGS, ["--prompts", "gone.txt"], "gone.txt: the template cannot be read"),
     (SENTENCES, RATINGS, ["--prompts", "ratings.csv"], "the placeholder {text} must stand in it once"),
 ])

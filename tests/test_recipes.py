@@ -85,6 +85,7 @@ def test_tiny_on_words_as_labels_without_truth(tmp_path):
     (["--seeds", "0"], "error: seeds: must be 1 or more, not 0"),
     (["--train", "none.jsonl"], "error: none.jsonl: no such file"),
     (["--labels", "1", "2"], "unknown label"),
+    (["--hidden", "17"], "error: hidden: must be a multiple of 16, not 17"),
     (["--spellings", "six=6"], "unknown label {six}"),
     (["--model", "./nowhere"], "error: ./nowhere: model: no such folder"),
     (["--out", "/dev/null/x"], "error: "),

@@ -27,7 +27,7 @@ def test_one_step_of_sgd_follows_the_objective_by_hand(tiny_model, votes, tmp_pa
     judge = load_judge(tiny_model, LABELS, lora_rank=0)
     before = weights(judge)
     p = torch.tensor([item.distribution for item in items])
-    batch = distjudge.collate(judge.encode([i.prompt for i in items]), judge.tokens, judge.pad_id)
+    batch = judge.batch(judge.encode([i.prompt for i in items]))
     logq, _ = distjudge.label_logprobs(judge.model, batch, judge.tokens)
     worst = distjudge.worst_case(p, logq, 0.25, 5, 0.05)
     (0.8 * (torch.xlogy(worst, worst) - worst * logq).sum(1) - 0.2 * (distjudge.majority(p) * logq).sum(1)).mean().backward()
@@ -113,6 +113,20 @@ def test_annotators_radius_reaches_the_loss(tiny_model, tmp_path):
     assert log[0]["loss"] == pytest.approx(distjudge.kl_loss(logq, distjudge.worst_case(p, logq, radius)).mean().item(), rel=1e-5)
 
 
+def test_judgments_after_training_in_bfloat16_are_those_after_loading(tiny_model, votes, tmp_path, monkeypatch):
+    """Trainer leaves the model wrapped in autocast; the judge must not stay so."""
+    import transformers
+
+    plain = transformers.TrainingArguments
+    monkeypatch.setattr(transformers, "TrainingArguments", lambda **settings: plain(**settings | {"bf16": True}))
+    for lora_rank in (0, 4):
+        judge = load_judge(tiny_model, LABELS, lora_rank=lora_rank)
+        for _ in range(2):
+            train(judge, votes(8), settings(tmp_path, lora_rank=lora_rank))
+            distjudge.save_judge(judge, tmp_path / "run")
+            assert numpy.abs(judge.predict(["good soup"]) - load_judge(tmp_path / "run").predict(["good soup"])).max() < 1e-6
+
+
 def test_a_diverging_run_stops(tiny_model, votes, tmp_path):
     judge = load_judge(tiny_model, LABELS, lora_rank=0)
     with torch.no_grad():
@@ -135,7 +149,7 @@ def test_training_refuses_other_labels_long_prompts_and_impossible_settings(tiny
             train(judge, votes(4), settings(tmp_path, **{name: value}))
 
 
-    with pytest.raises(InputError, match=r"training settings: .*no_such_schedule"):
+    with pytest.raises(InputError, match="schedule: must be one of linear"):
         train(judge, votes(4), settings(tmp_path, schedule="no_such_schedule"))
     with pytest.raises(InputError, match="training settings: "):
         train(judge, votes(4), settings(tmp_path, report_to=("no_such_logger",)))
@@ -184,7 +198,7 @@ def test_four_bit_run(tmp_path, files, tiny_tokenizer):
     config = settings(tmp_path, train=files[:1], test=files[1:], model=str(tmp_path / "m"), four_bit=True, epochs=12.0, log_every=1)
     run(config)
     losses = [row["loss"] for row in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()) if "loss" in row]
-    assert len(losses) == 24 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert len(losses) == 24 and sum(losses[-8:]) < 0.95 * sum(losses[:8])
 
 
 def test_overlong_items_stop_the_run_or_are_dropped_on_request(tiny_model, files, tmp_path, capsys):
@@ -210,8 +224,17 @@ def test_where_test_items_come_from(files, tmp_path, votes):
     assert ([item.id for item in test], len(items)) == (["0", "3", "6"], 6)
     with pytest.raises(InputError, match="also in the training items"):
         distjudge.load_data(Config(train=files[:1], test=files[:1]))
-    with pytest.raises(InputError, match="unknown label"):
+    with pytest.raises(InputError, match=r"labels {a, b} differ from {1, 2, 3}"):
         distjudge.load_data(Config(train=files[:1], test=(str(with_split),)))
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "other", "counts": {"b": 1, "a": 0}}))
+    with pytest.raises(InputError, match="item '0': split: is test, but --test names the test items"):
+        distjudge.load_data(Config(train=(str(with_split),), test=(str(other),)))
+    one_sided = tmp_path / "one_sided.jsonl"
+    one_sided.write_text("".join(json.dumps({"id": i, "prompt": f"p{i}", "group": "g", "split": split, "counts": {"a": 1, "b": 0}}) + "\n"
+                                 for i, split in enumerate(("train", "test"))))
+    with pytest.raises(InputError, match="group: also in the training items"):
+        distjudge.load_data(Config(train=(str(one_sided),)))
     with pytest.raises(InputError, match="train: name a file"):
         distjudge.load_data(Config())
     assert distjudge.parse_spellings(["a=x, y,z"]) == {"a": ["x", " y", "z"]}
