@@ -638,15 +638,19 @@ class Pack:
     @property
     def segments(self) -> list[tuple[int, int, int]]:
         """The same tree as a table of runs of tokens: (parent segment or -1, first token, one past the last)."""
-        ends, positions = self.ends, self.positions
-        starts = [i for i in range(len(ends)) if i == 0 or ends[i] != ends[i - 1] or positions[i] != positions[i - 1] + 1]
-        table: list[tuple[int, int, int]] = []
-        for start, stop in zip(starts, [*starts[1:], len(self.ids)], strict=True):
-            parent = len(table) - 1
-            while parent >= 0 and self.ends[table[parent][1]] <= start:
-                parent = table[parent][0]
-            table.append((parent, start, stop))
-        return table
+        return segment_table(self.ends, self.positions)
+
+
+def segment_table(ends: Sequence[int], positions: Sequence[int]) -> list[tuple[int, int, int]]:
+    """See Pack.segments."""
+    starts = [i for i in range(len(ends)) if i == 0 or ends[i] != ends[i - 1] or positions[i] != positions[i - 1] + 1]
+    table: list[tuple[int, int, int]] = []
+    for start, stop in itertools.pairwise([*starts, len(ends)]):
+        parent = len(table) - 1
+        while parent >= 0 and ends[table[parent][1]] <= start:
+            parent = table[parent][0]
+        table.append((parent, start, stop))
+    return table
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -658,27 +662,51 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def build_pack(token_lists: Sequence[Sequence[int]], members: Sequence[int], branches: Sequence[Sequence[int]] = ((),)) -> Pack:
-    """Lays out the prompts in the order of `members`, each with its branches; each path shares what it can with the one before."""
+def build_pack(token_lists: Sequence[Sequence[int]], members: Sequence[int], branches: Sequence[Sequence[int]] = ((),),
+               two_levels: bool = False) -> Pack:
+    """Lays out the prompts in the order of `members`, each with its branches; each path shares what it can with the one before.
+
+    two_levels: only groups of one common beginning and what follows it, as Unsloth's kernel knows them, not trees of any depth.
+    """
+    lists = [[*token_lists[member], *branch] for member in members for branch in sorted(map(list, branches))]
+    shared = [0] + [_common(a, b) for a, b in itertools.pairwise(lists)]
+    shared = _in_two_levels(lists, shared) if two_levels else shared
     ids: list[int] = []
     positions: list[int] = []
     ends: list[int] = []
     paths: list[list[int]] = []
     path: list[int] = []
-    last: list[int] = []
-    for member, branch in itertools.product(members, sorted(map(list, branches))):
-        tokens = [*token_lists[member], *branch]
-        shared, last = _common(last, tokens), tokens
-        for closed in path[shared:]:
+    for tokens, kept in zip(lists, shared, strict=True):
+        for closed in path[kept:]:
             ends[closed] = len(ids)
-        path = [*path[:shared], *range(len(ids), len(ids) + len(tokens) - shared)]
-        ids += tokens[shared:]
-        positions += range(shared, len(tokens))
-        ends += [-1] * (len(tokens) - shared)
+        path = [*path[:kept], *range(len(ids), len(ids) + len(tokens) - kept)]
+        ids += tokens[kept:]
+        positions += range(kept, len(tokens))
+        ends += [-1] * (len(tokens) - kept)
         paths.append(path)
     for closed in path:
         ends[closed] = len(ids)
     return Pack(ids, positions, ends, list(members), paths)
+
+
+def _in_two_levels(lists: Sequence[Sequence[int]], shared: Sequence[int]) -> list[int]:
+    """What each list may share with the one before it if lists fall into groups of one common beginning: the cheapest division."""
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # for the first n lists: tokens, where the last group starts, its common beginning
+    for stop in range(1, len(lists) + 1):
+        found, common, rest = None, len(lists[stop - 1]), 0
+        for start in range(stop - 1, -1, -1):
+            rest += len(lists[start])
+            common = min(common, len(lists[start]))
+            candidate = (best[start][0] + rest - (stop - start - 1) * common, start, common)
+            found = min(found, candidate) if found else candidate
+            common = min(common, shared[start])
+        best.append(found)  # type: ignore[arg-type]
+    kept, stop = [0] * len(lists), len(lists)
+    while stop:
+        _, start, common = best[stop]
+        kept[start + 1 : stop] = [common] * (stop - start - 1)
+        stop = start
+    return kept
 
 
 def pack_prompts(token_lists: Sequence[Sequence[int]], max_tokens: int, branches: Sequence[Sequence[int]] = ((),)) -> list[Pack]:
@@ -738,6 +766,19 @@ def shuffled(token_lists: Sequence[Sequence[int]], seed: int, keep_together: int
     return out
 
 
+def unsloth_segments(ends: torch.Tensor, positions: torch.Tensor) -> Any:
+    """The table of prefixes and suffixes that Unsloth's forward takes in the place of a mask; for packs of two levels."""
+    from unsloth.utils.prefix_grouper_kernel import build_seg_info_multigroup
+
+    groups: list[tuple[int, list[int]]] = []
+    for parent, start, stop in segment_table(ends.tolist(), positions.tolist()):
+        if parent < 0:
+            groups.append((stop - start, []))
+        else:
+            groups[-1][1].append(stop - start)
+    return build_seg_info_multigroup(groups, ends.device)[0]
+
+
 def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: torch.Tensor) -> Any:
     """The attention mask of a pack in the form the model takes: ends and positions (L,), see Pack.
 
@@ -781,14 +822,18 @@ def add_label_readout(model: Any) -> None:
     plain_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
     if not head.weight.is_floating_point():
         raise InputError(f"{type(model).__name__}: its output layer is quantized; label rows cannot be read from it")
-    config = model.config.get_text_config()
+    config, model.two_levels = model.config.get_text_config(), type(decoder).forward.__module__.startswith("unsloth.")
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
 
     def forward(self: Any, *args: Any, answer_at: torch.Tensor | None = None, token_ids: torch.Tensor | None = None,
                 ends: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if ends is not None:
-            kwargs["attention_mask"] = tree_mask(config, self.dtype, ends[0], kwargs["position_ids"][0])
+            positions = kwargs["position_ids"][0]
+            if self.two_levels:  # Unsloth drops masks in training, but takes this
+                kwargs["prefix_seg_info"] = unsloth_segments(ends[0], positions)
+            else:
+                kwargs["attention_mask"] = tree_mask(config, self.dtype, ends[0], positions)
         if answer_at is None:
             return plain_forward(*args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None} | {"use_cache": False, "return_dict": True}
@@ -822,9 +867,9 @@ def collate(prompts: Sequence[list[int]], tokens: LabelTokens, pad_id: int) -> d
             "answer_at": torch.tensor(at), "reads": torch.tensor(reads)}
 
 
-def collate_pack(prompts: Sequence[list[int]], tokens: LabelTokens) -> dict[str, torch.Tensor]:
+def collate_pack(prompts: Sequence[list[int]], tokens: LabelTokens, two_levels: bool = False) -> dict[str, torch.Tensor]:
     """The same for prompts laid out as one pack, in the order given: input_ids, position_ids and ends (1, L), answer_at, reads."""
-    pack = build_pack(prompts, range(len(prompts)), tokens.branches)
+    pack = build_pack(prompts, range(len(prompts)), tokens.branches, two_levels)
     each, branch_of = len(tokens.branches), {branch: k for k, branch in enumerate(tokens.branches)}
     at: dict[int, int] = {}  # place in the pack -> row of answer_at
     reads = []
@@ -936,7 +981,10 @@ class Judge:
 
     def batch(self, encoded: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """The tensors of one forward pass over the prompts, for label_logprobs()."""
-        batch = collate_pack(encoded, self.tokens) if self.packs else collate(encoded, self.tokens, self.pad_id)
+        if self.packs:
+            batch = collate_pack(encoded, self.tokens, getattr(self.model, "two_levels", False))
+        else:
+            batch = collate(encoded, self.tokens, self.pad_id)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def shrink(self, members: Sequence[int], error: Exception) -> None:
@@ -1053,6 +1101,15 @@ def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, 
         raise InputError("four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more")
     tokenizer = _load_tokenizer(path)
     model = _load_model(path, four_bit, device, len(tokenizer), trained=not lora_rank)
+    base = str(Path(path).resolve()) if Path(path).is_dir() else path
+    return make_judge(model, tokenizer, labels, base=base, spellings=spellings, lora_rank=lora_rank, lora_alpha=lora_alpha,
+                      max_length=2048 if max_length is None else max_length, top_k=top_k, seed=seed)
+
+
+def make_judge(model: Any, tokenizer: Any, labels: Sequence[str], *, base: str = "", spellings: dict[str, Sequence[str]] | None = None,
+               lora_rank: int = 16, lora_alpha: int = 32, max_length: int = 2048, top_k: int = 0, seed: int = 0) -> Judge:
+    """A judge from a causal LM and a tokenizer that are loaded already, as load_judge() makes it. The model is changed in place."""
+    add_label_readout(model)
     encoder = PromptEncoder(tokenizer)
     tokens = label_tokens(tokenizer, labels, spellings, encoder)
     check_readout(model, encoder, tokens)
@@ -1063,8 +1120,7 @@ def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, 
             torch.manual_seed(seed)
             model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, bias="none",
                                                      target_modules="all-linear", task_type="CAUSAL_LM"))
-    base = str(Path(path).resolve()) if Path(path).is_dir() else path
-    return Judge(model, encoder, tokens, base, 2048 if max_length is None else max_length, top_k, spellings)
+    return Judge(model, encoder, tokens, base, max_length, top_k, spellings)
 
 
 def _load_tokenizer(path: str) -> Any:
@@ -1111,19 +1167,19 @@ def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trai
         raise InputError(f"{path}: model: {len(lost)} of its weights are missing or of another shape, the first {lost[0]}")
     if not four_bit:
         model.to(device)
-    model.fingerprint = _fingerprint(model)
     if tokens > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"{path}: model: has {model.get_input_embeddings().weight.shape[0]} tokens, its tokenizer {tokens}")
-    add_label_readout(model)
     return model
 
 
 def _fingerprint(model: Any) -> str:
-    """A hash of a sample of the weights that are not quantized, rounded to bfloat16 so that loading in another precision keeps it."""
+    """A hash of a sample of the base weights that are not quantized, rounded to bfloat16: loading in another precision keeps it."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        if weight.is_floating_point():
-            digest.update(name.encode() + bytes(weight.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.uint8).tolist()))
+        if weight.is_floating_point() and "lora_" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            sample = weight.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.uint8)
+            digest.update(name.encode() + bytes(sample.tolist()))
     return digest.hexdigest()
 
 
@@ -1159,7 +1215,7 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     write_json(folder / "judge.json", {
         "distjudge": __version__, "base": judge.base, "weights": "adapter" if is_adapter else "model",
         "four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False)), "labels": judge.labels, "spellings": judge.spellings,
-        "base_fingerprint": judge.model.get_base_model().fingerprint if is_adapter else None, "top_k": judge.top_k,
+        "base_fingerprint": _fingerprint(judge.model) if is_adapter else None, "top_k": judge.top_k,
         "frame": judge.encoder.frame, "sequences": judge.tokens.sequences, "whole": judge.tokens.whole, "max_length": judge.max_length})
 
 
@@ -1184,8 +1240,9 @@ def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | No
     if tokens.sequences != sequences:
         raise InputError(f"{folder}: labels: their tokens are not those the judge was trained on")
     model = _load_model(base if is_adapter else str(folder / "model"), four_bit, device, len(tokenizer), trained=not is_adapter)
+    add_label_readout(model)
     if is_adapter:
-        if model.fingerprint != fingerprint:
+        if _fingerprint(model) != fingerprint:
             raise InputError(f"{folder}: base: the weights of {base} are not those the judge was trained on")
         model = _load_adapter(model, folder / "adapter")
     length = trained_length if max_length is None else max_length
@@ -1447,13 +1504,15 @@ class Config:
             raise InputError(f"schedule: must be one of {', '.join(schedules)}, not {self.schedule}")
 
 
-def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Sequence[Item] = ()) -> list[dict[str, float]]:
+def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Sequence[Item] = (),
+          callbacks: Sequence[Any] = ()) -> list[dict[str, float]]:
     """Trains the judge in place with the method's objective; returns the log: one dict a logged step, losses in nats.
 
     The loss is the mean over items, whatever the batches: an optimizer step has the gradient of one batch of
     batch_size * grad_accum items. Two runs with one seed on one machine give the same weights.
-    Raises InputError if the items' labels are not the judge's, or a prompt is longer than judge.max_length (dropping such
-    items is run()'s affair, see keep_short), FloatingPointError when the loss is no longer finite.
+    callbacks: more callbacks of transformers' Trainer. Raises InputError if the items' labels are not the judge's, or a prompt
+    is longer than judge.max_length (dropping such items is run()'s affair, see keep_short), FloatingPointError when the loss
+    is no longer finite.
     """
     import transformers
 
@@ -1558,7 +1617,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     try:
         arguments = transformers.TrainingArguments(**settings)
         arguments._n_gpu = min(1, arguments.n_gpu)  # nn.DataParallel would split a pack's row numbers; torchrun is the way to more GPUs
-        trainer = Trainer(model=judge.model, args=arguments, callbacks=[Log()],
+        trainer = Trainer(model=judge.model, args=arguments, callbacks=[Log(), *callbacks],
                           train_dataset=list(range(len(items))), eval_dataset=list(eval_items) or None,
                           data_collator=lambda chosen: {"chosen": torch.tensor(chosen)})
     except (ValueError, RuntimeError, ImportError) as error:  # an unknown schedule, a logger that is not installed

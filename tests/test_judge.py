@@ -231,6 +231,14 @@ def test_a_model_whose_logits_we_cannot_reproduce_is_refused(tiny_model, monkeyp
         load_judge(tiny_model, labels=["yes", "no"])
 
 
+def test_a_judge_from_a_model_in_memory_is_the_one_from_its_folder(tiny_model):
+    import transformers
+
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(tiny_model), transformers.AutoTokenizer.from_pretrained(tiny_model)
+    judge = distjudge.make_judge(model, tokenizer, ["yes", "no"], lora_rank=0)
+    assert numpy.allclose(judge.predict(TEXTS), load_judge(tiny_model, ["yes", "no"]).predict(TEXTS), atol=1e-6)
+
+
 def test_label_scores_stay_float32_under_bfloat16_autocast(tiny_model):
     judge = load_judge(tiny_model, labels=["yes", "no"])
     batch = {k: v for k, v in judge.batch(judge.encode(TEXTS)).items() if k != "reads"}

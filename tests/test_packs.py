@@ -76,6 +76,25 @@ def test_a_pack_by_hand():
     assert pack.segments == [(-1, 0, 2), (0, 2, 4), (0, 4, 6), (-1, 6, 7)]
 
 
+@settings(max_examples=200, deadline=None)
+@given(prompts(), st.sampled_from([((),), ((), (7,))]))
+def test_two_levels_are_groups_of_one_beginning(token_lists, branches):
+    order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
+    pack, tree = build_pack(token_lists, order, branches, two_levels=True), build_pack(token_lists, order, branches)
+    lists = [[*token_lists[i], *branch] for i in order for branch in branches]
+    assert len(tree.ids) <= len(pack.ids) <= sum(map(len, lists))
+    table = pack.segments
+    assert all(parent == -1 or table[parent][0] == -1 for parent, _, _ in table)
+    for tokens, path in zip(lists, pack.paths, strict=True):
+        assert [pack.ids[i] for i in path] == tokens
+        assert all(visible(pack, i) == path[: k + 1] for k, i in enumerate(path))
+
+
+def test_two_levels_by_hand():
+    pack = build_pack([[1, 2, 3, 4], [1, 2, 3, 5], [1, 9], [8]], [0, 1, 2, 3], two_levels=True)
+    assert pack.ids == [1, 2, 3, 4, 5, 1, 9, 8] and pack.segments == [(-1, 0, 3), (0, 3, 4), (0, 4, 5), (-1, 5, 7), (-1, 7, 8)]
+
+
 def test_shuffling_keeps_groups_together_or_not_and_loses_nothing():
     draw = random.Random(0)
     articles = [[1] * 30 + [draw.randrange(100) for _ in range(40)] for _ in range(6)]

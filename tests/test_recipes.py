@@ -121,12 +121,18 @@ def test_bars_choose_the_items_they_say(tmp_path):
     assert heights == [0.5, 0.5, 0.5, 0.5]
 
 
-def test_bench_compares_with_the_solver(tmp_path):
-    done = command("recipes/bench.py", "--out", "b", "--labels", 3, "--solved", 2, "--repeats", 1, cwd=tmp_path)
+def test_bench_runs_every_part(tmp_path):
+    done = command("recipes/bench.py", "--out", "b", "--backbone", "toy", "--tasks", "sample", "--batch_size", 4, "--judged", 4,
+                   "--labels", 3, "--solved", 2, "--repeats", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    row = json.loads((tmp_path / "b" / "bench.json").read_text())["projection"][0]
-    assert row["labels"] == 3 and row["largest_difference"] < 1e-4
-    assert all(times["min"] > 0 for times in row["ms_a_projection"].values()) and "| 3 |" in (tmp_path / "b" / "bench.md").read_text()
+    found = json.loads((tmp_path / "b" / "bench.json").read_text())
+    assert set(found["train"][0]["seconds_a_step"]) == {"ours", "ours without packs", "stock SFTTrainer"} and found["train"][0]["shared_tokens"] > 0.3
+    assert max(found["judge"][0]["largest_difference_nats"].values()) < 1e-4  # the other ways judge the same
+    assert found["projection"][0]["labels"] == 3 and found["projection"][0]["largest_difference"] < 1e-4
+    assert all(row["peak"] >= row["before"] > 0 for row in found["memory"][0]["mib"].values()) and len(found["scaling"]) == 11
+    assert 0 < found["rate"]["reached"]["median"] < 1.5
+    table = (tmp_path / "b" / "bench.md").read_text()
+    assert all(title in table for title in ("Training step", "Judging", "Matrix rate", "Memory", "Forward and backward", "Projection"))
 
 
 def test_importing_distjudge_needs_torch_alone():
