@@ -26,11 +26,11 @@ import io
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -449,11 +449,33 @@ def bench_rate(config: BenchConfig) -> dict:
     return {"tokens": tokens, "flops": flops, "seconds": spread(times), "matrix_flops_a_second": spread(rates), "reached": spread(reached)}
 
 
-def peak_memory() -> float:
-    """MiB: of the GPU where there is one, else of this process."""
+@contextlib.contextmanager
+def peak_memory():
+    """Yields a dict that holds, at the end, MiB before and at the peak within: of the GPU where there is one, else of this process.
+
+    A process's own high-water mark would show the building of the model, so its resident size is sampled every 2 ms.
+    """
+    found: dict[str, float] = {}
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        torch.cuda.reset_peak_memory_stats()
+        found["before"] = torch.cuda.memory_allocated() / 2**20
+        yield found
+        found["peak"] = torch.cuda.max_memory_allocated() / 2**20
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * page / 2**20  # noqa: E731
+    found["before"] = found["peak"] = resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            found["peak"] = max(found["peak"], resident())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    yield found
+    done.set()
+    watcher.join()
 
 
 def measure_memory(config: BenchConfig) -> None:
@@ -466,9 +488,10 @@ def measure_memory(config: BenchConfig) -> None:
     else:
         judge = make_judge(small, TASKS[task], packs=way == "ours")
         run = lambda: train_ours(judge, items, small)  # noqa: E731
-    before = peak_memory()
-    run()
-    print(json.dumps({"before": before, "peak": peak_memory()}))
+    gc.collect()
+    with peak_memory() as found:
+        run()
+    print(json.dumps(found))
 
 
 def bench_memory(task: str, config: BenchConfig) -> dict:
