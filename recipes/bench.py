@@ -141,9 +141,14 @@ def take_turns(ways: dict[str, Callable[[], float]], repeats: int, warm_up: int 
 
 
 # --- prompts and models -------------------------------------------------------------------------------------------------
+def data_folder() -> Path:
+    """The folder of public data sets, or one that does not exist."""
+    return Path(os.environ.get("DISTJUDGE_DATA") or ROOT / "no data sets")
+
+
 def load_task(task: str, limit: int) -> list[Item]:
     """Items with real prompts, in the order of their file (which keeps articles and questions together)."""
-    folder = Path(os.environ.get("DISTJUDGE_DATA", ROOT.parent / "shared" / "data"))
+    folder = data_folder()
     labels = TASKS[task]
     if task == "sample":
         return distjudge.load_items(ROOT / "data" / "panel.jsonl")[:limit]
@@ -181,7 +186,7 @@ def load_task(task: str, limit: int) -> list[Item]:
 
 
 def available_tasks(config: BenchConfig) -> list[str]:
-    folder = Path(os.environ.get("DISTJUDGE_DATA", ROOT.parent / "shared" / "data"))
+    folder = data_folder()
     return list(config.tasks) or [task for task in ("snli", "summeval", "mtbench") if (folder / task).is_dir()] or ["sample"]
 
 
@@ -189,7 +194,7 @@ def build_parts(config: BenchConfig):
     """A model with random weights on the machine's device, and a tokenizer: Qwen's own where it lies beside the data sets."""
     import transformers
 
-    folder = Path(os.environ.get("DISTJUDGE_DATA", ROOT.parent / "shared" / "data")).parent / "tokenizers" / "qwen2.5"
+    folder = data_folder().parent / "tokenizers" / "qwen2.5"
     if folder.is_dir():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     else:
