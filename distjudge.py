@@ -987,11 +987,15 @@ class Judge:
             batch = collate(encoded, self.tokens, self.pad_id)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def shrink(self, members: Sequence[int], error: Exception) -> None:
-        """Halves pack_tokens after a pass over the members ran out of memory; raises `error` if it was one prompt alone."""
+    def shrink(self, members: Sequence[int], tokens: int) -> None:
+        """After a pass over the members, of so many tokens, ran out of memory: from here on half as many a pass, at most.
+
+        Raises torch.OutOfMemoryError if it was one prompt alone. To be called outside the `except` block, for while an error is
+        handled the pass that failed is still in memory.
+        """
         if len(members) < 2:
-            raise error
-        self.pack_tokens = max(1, self.pack_tokens // 2)
+            raise torch.OutOfMemoryError(f"one prompt alone, of {tokens} tokens, does not fit into memory")
+        self.pack_tokens = max(1, min(self.pack_tokens, tokens) // 2)
         log.warning("out of memory with %d prompts in a pass: from here on at most %d tokens; no item is lost",
                     len(members), self.pack_tokens)
         if torch.cuda.is_available():
@@ -1003,12 +1007,16 @@ class Judge:
         todo = self.plan(encoded)[::-1]
         while todo:
             members = todo.pop()
+            batch, fits = self.batch([encoded[i] for i in members]), True
             try:
-                q, m = label_logprobs(self.model, self.batch([encoded[i] for i in members]), self.tokens, with_mass=True, top_k=self.top_k)
+                q, m = label_logprobs(self.model, batch, self.tokens, with_mass=True, top_k=self.top_k)
                 logq[members], mass[members] = q.float().cpu(), m.exp().float().cpu()  # type: ignore[union-attr]
-            except torch.OutOfMemoryError as error:
-                self.shrink(members, error)
-                todo += [members[len(members) // 2 :], members[: len(members) // 2]]
+            except torch.OutOfMemoryError:
+                fits = False
+            if not fits:
+                self.shrink(members, batch["input_ids"].numel())
+                left = [i for group in (*todo, members) for i in group]  # those still waiting are too large as well
+                todo = [[left[i] for i in group] for group in self.plan([encoded[i] for i in left])][::-1]
                 continue
             tick(len(members))
         if not torch.isfinite(mass).all() or torch.isnan(logq).any():
@@ -1025,12 +1033,13 @@ class Judge:
         """
         from tqdm.auto import tqdm
 
-        was_training, prompts = self.model.training, iter(prompts)
+        prompts = iter([prompts] if isinstance(prompts, str) else prompts)
         with tqdm(desc="judging", unit="item", disable=not progress) as bar:
             for start in itertools.count(0, window):
                 chunk = list(itertools.islice(prompts, window))
                 if not chunk:
                     return
+                was_training = self.model.training
                 self.model.eval()
                 try:
                     logq, mass = self._score(self.encode(chunk, start), bar.update)
@@ -1043,7 +1052,7 @@ class Judge:
 
         Label mass is the probability that the model, free to say anything, begins with (or is) one of the labels.
         """
-        rows = list(self.stream([prompts] if isinstance(prompts, str) else prompts, progress))
+        rows = list(self.stream(prompts, progress))
         if not rows:
             return torch.empty(0, len(self.labels)), torch.empty(0)
         return torch.stack([logq for logq, _ in rows]), torch.tensor([mass for _, mass in rows])
@@ -1524,7 +1533,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     eps = annotator_radius(counts, config.eps) if config.radius == "annotators" else torch.full((len(items),), config.eps)
     p, eps = (counts / counts.sum(1, keepdim=True)).float(), eps.float()
     encoded = judge.encode([item.prompt for item in items])
-    judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
+    could_pack = judge.packs
+    judge.packs, judge.pack_tokens = could_pack and config.packs, config.pack_tokens or judge.pack_tokens
 
     class Order(torch.utils.data.Sampler):
         """The order of the items, another one each epoch: see shuffled()."""
@@ -1557,18 +1567,21 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             while True:
                 passes = judge.plan([encoded[i] for i in chosen])
                 total = torch.zeros((), device=self.args.device)
+                fits = True
                 for n, members in enumerate(passes):
                     rows = [chosen[k] for k in members]
                     batch = judge.batch([encoded[i] for i in rows]) | {"p": p[rows], "eps": eps[rows]}
+                    tokens = batch["input_ids"].numel()
                     try:  # processes exchange their gradients with the last pass only
                         with self.accelerator.no_sync(model) if n < len(passes) - 1 else contextlib.nullcontext():
                             total += super().training_step(model, batch, num_items_in_batch)
-                    except torch.OutOfMemoryError as error:
-                        judge.shrink(members, error)
-                        model.zero_grad()  # the backward pass may have stopped half way: the whole step starts again
+                    except torch.OutOfMemoryError:
+                        fits = False
                         break
-                else:
+                if fits:
                     return total
+                model.zero_grad()  # the backward pass may have stopped half way: the whole step starts again
+                judge.shrink(members, tokens)
 
         def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
             logq, _ = label_logprobs(model, inputs, judge.tokens)
@@ -1629,6 +1642,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         trainer.train()
     finally:  # takes off the wrapper that runs every forward in bfloat16, or judgments would differ after loading
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        judge.packs = could_pack
     judge.model.eval()
     return trainer.state.log_history
 

@@ -234,8 +234,15 @@ def test_out_of_memory_while_judging(tiny_model):
     whole = judge.batch(judge.encode(STRUCTURES["nested"]))["input_ids"].numel()
     scarce = Scarce(judge.model.base_model.model, whole - 1)
     assert torch.allclose(judge.score(STRUCTURES["nested"])[0], expected, atol=1e-6) and scarce.refused
+    many = load_judge(tiny_model, ["yes", "no"])
+    texts = [f"{n} soup " * 4 for n in range(40)]
+    expected = many.score(texts)[0]
+    many.pack_tokens = 200  # several passes wait when the first one fails: together they shrink once, not once each
+    limit = max(many.batch([many.encode(texts)[i] for i in group])["input_ids"].numel() for group in many.plan(many.encode(texts))) - 1
+    scarce = Scarce(many.model.base_model.model, limit)
+    assert torch.allclose(many.score(texts)[0], expected, atol=1e-6) and scarce.refused == 1 and many.pack_tokens >= limit // 2
     Scarce(judge.model.base_model.model, 5)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="one prompt alone"):
         judge.score(STRUCTURES["nested"])
 
 
