@@ -559,6 +559,11 @@ class LabelTokens:
         return [label for label, _ in self.sequences]
 
     @property
+    def token_ids(self) -> list[int]:
+        """Every token that is read, once, in ascending order."""
+        return sorted({token for _, ids in self.sequences for token in ids})
+
+    @property
     def branches(self) -> list[tuple[int, ...]]:
         """What must stand behind a prompt for its labels to be read: all but the last token of each spelling, sorted."""
         return sorted({ids[:-1] for _, ids in self.sequences})
@@ -709,13 +714,15 @@ def _in_two_levels(lists: Sequence[Sequence[int]], shared: Sequence[int]) -> lis
     return kept
 
 
-def pack_prompts(token_lists: Sequence[Sequence[int]], max_tokens: int, branches: Sequence[Sequence[int]] = ((),)) -> list[Pack]:
+def pack_prompts(token_lists: Sequence[Sequence[int]], max_tokens: int, branches: Sequence[Sequence[int]] = ((),),
+                 two_levels: bool = False) -> list[Pack]:
     """Divides prompts into packs of at most max_tokens tokens, with as few tokens altogether as can be, then as few packs.
 
     Prompts are sorted, so that those that share a beginning stand together; what a pack saves is then the sum of the
     beginnings that neighbours share, and a cut between two neighbours loses theirs. Dynamic programming over the cuts finds
     the cheapest division. Deterministic; a prompt is never split, and one of more than max_tokens gets a pack of its own.
     branches: continuations (of whole labels) that every prompt carries with it, see LabelTokens.branches.
+    two_levels: see build_pack(); packs that then are too large are halved, so that the division is not always the cheapest.
     """
     order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
     extra = len({tuple(branch[:k]) for branch in branches for k in range(1, len(branch) + 1)})
@@ -735,15 +742,25 @@ def pack_prompts(token_lists: Sequence[Sequence[int]], max_tokens: int, branches
     cuts = [len(order)]
     while cuts[-1] > 0:
         cuts.append(best[cuts[-1]][2])
-    cuts.reverse()
-    return [build_pack(token_lists, order[start:stop], branches) for start, stop in itertools.pairwise(cuts)]
+    todo, packs = list(itertools.pairwise(reversed(cuts)))[::-1], []
+    while todo:
+        start, stop = todo.pop()
+        pack = build_pack(token_lists, order[start:stop], branches, two_levels)
+        if len(pack.ids) > max_tokens and stop - start > 1:
+            middle = (start + stop) // 2
+            todo += [(middle, stop), (start, middle)]
+        else:
+            packs.append(pack)
+    return packs
 
 
-def shuffled(token_lists: Sequence[Sequence[int]], seed: int, keep_together: int = 0) -> list[int]:
-    """A random order of the prompts; with keep_together > 0, one in which prompts that share a beginning stay neighbours.
+def shuffled(token_lists: Sequence[Sequence[int]], seed: int, keep_together: int = 0, chunk: int = 8) -> list[int]:
+    """A random order of the prompts; with keep_together > 0, one in which prompts that share a beginning come in chunks.
 
-    Then prompts are divided by their beginnings, as a tree: those that share keep_together tokens more than all of their
-    group do form a group within it. At every level groups and single prompts are shuffled. With 0 the order is uniform.
+    Prompts are divided by their beginnings, as a tree: those that share keep_together tokens more than all of their group do
+    form a group within it. A group of at most `chunk` prompts stays whole; what a larger one holds beside its own groups is
+    dealt at random into chunks of `chunk`. All chunks, and the prompts that are in no group, then stand in uniformly random
+    order, so that a large group (a rubric, say) is spread over the whole epoch. With keep_together = 0 the order is uniform.
     """
     draw = random.Random(seed)
     order = list(range(len(token_lists)))
@@ -752,18 +769,19 @@ def shuffled(token_lists: Sequence[Sequence[int]], seed: int, keep_together: int
         return order
     order.sort(key=token_lists.__getitem__)
     shared = [0] + [_common(token_lists[a], token_lists[b]) for a, b in itertools.pairwise(order)]  # with the one before
-    todo, out = [(0, len(order))], []
+    chunks, todo = [], [(0, len(order), 1)]
     while todo:
-        start, stop = todo.pop()
-        if stop - start < 2:
-            out += order[start:stop]
-            continue
-        least = min(shared[start + 1 : stop])
+        start, stop, size = todo.pop()  # size: what prompts of this group that are in no group within it are dealt into
+        least = min(shared[start + 1 : stop], default=0)
         cuts = [start, *(k for k in range(start + 1, stop) if shared[k] < least + keep_together), stop]
-        groups = list(itertools.pairwise(cuts))
-        draw.shuffle(groups)
-        todo += groups
-    return out
+        groups = [(a, b) for a, b in itertools.pairwise(cuts) if b - a > 1]
+        single = [order[a] for a, b in itertools.pairwise(cuts) if b - a == 1]
+        draw.shuffle(single)
+        chunks += [single[k : k + size] for k in range(0, len(single), size)]
+        chunks += [order[a:b] for a, b in groups if b - a <= chunk]
+        todo += [(a, b, chunk) for a, b in groups if b - a > chunk]
+    draw.shuffle(chunks)
+    return [i for some in chunks for i in some]
 
 
 def unsloth_segments(ends: torch.Tensor, positions: torch.Tensor) -> Any:
@@ -782,10 +800,12 @@ def unsloth_segments(ends: torch.Tensor, positions: torch.Tensor) -> Any:
 def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: torch.Tensor) -> Any:
     """The attention mask of a pack in the form the model takes: ends and positions (L,), see Pack.
 
-    Boolean (1, 1, L, L) for SDPA, additive for eager attention, a BlockMask for flex_attention; for models that mix full and
-    sliding attention a dict of the two by layer type.
+    For SDPA in blocks (see block_attention), boolean (1, 1, L, L) where a model would not take those, additive for eager
+    attention, a BlockMask for flex_attention; for models that mix full and sliding attention a dict of the two by layer type.
+    Raises NotImplementedError for other kinds of layers.
     """
     implementation, length, device = config._attn_implementation, len(ends), ends.device
+    at = torch.arange(length, device=device)
 
     def mask(window: int | None) -> Any:
         def sees(batch: Any, head: Any, q: Any, kv: Any) -> Any:
@@ -796,7 +816,14 @@ def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: to
             from torch.nn.attention.flex_attention import create_block_mask
 
             return create_block_mask(sees, None, None, length, length, device=device)
-        at = torch.arange(length, device=device)
+        if implementation == BLOCKS:
+            carrier = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)  # what models hand through to their attention
+            carrier.blocks = []
+            for rows in at.split(128 if device.type == "cpu" else 512):
+                seen = sees(None, None, rows[:, None], at[None, : int(rows[-1]) + 1])
+                columns = seen.any(0).nonzero()[:, 0]
+                carrier.blocks.append((len(rows), columns, seen[:, columns][None, None]))
+            return carrier
         seen = sees(None, None, at[:, None], at[None, :])[None, None]
         if implementation == "sdpa":
             return seen
@@ -808,16 +835,51 @@ def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: to
     return {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds} if kinds else mask(window)
 
 
+BLOCKS = "distjudge_blocks"
+
+
+def block_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+                    **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA; for a pack, one block of queries at a time against the keys that any of them sees.
+
+    query, key, value (1, heads, L, D); returns (1, L, heads, D). In one call, SDPA would compute all L x L pairs and throw most
+    away: half the time of a step at L = 1,000.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    blocks = getattr(attention_mask, "blocks", None)
+    if blocks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    out = []
+    for rows, (_, columns, seen) in zip(query.split([rows for rows, _, _ in blocks], dim=2), blocks, strict=True):
+        out.append(sdpa_attention_forward(module, rows, key.index_select(2, columns), value.index_select(2, columns), seen, **kwargs)[0])
+    return torch.cat(out, dim=1), None
+
+
+def use_block_attention(model: Any) -> None:
+    """Switches a model that runs SDPA to block_attention, where its architecture lets the attention function be chosen."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(BLOCKS, block_attention)
+    AttentionMaskInterface.register(BLOCKS, sdpa_mask)
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        with contextlib.suppress(ValueError, AttributeError):  # some older architectures choose by name, and keep SDPA's dense mask
+            model.set_attn_implementation(BLOCKS)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The judge: a causal LM that is read at the label tokens only
 # ---------------------------------------------------------------------------------------------------------------------
 def add_label_readout(model: Any) -> None:
-    """Teaches a causal LM's forward three more arguments: `answer_at`, (M, 2) rows and columns, `token_ids`, (T,), and `ends`.
+    """Teaches a causal LM's forward more arguments: `answer_at`, `token_ids`, `vocabulary`, `top_k` and `ends`.
 
-    `ends` (1, L) says that the row is a pack (see Pack) and makes its attention mask. With `answer_at` it returns float32
-    logits (M, T) of those positions and tokens (all tokens where `token_ids` is None) and never makes a (batch, length,
-    vocabulary) tensor. The patch sits in the model's own forward, so that PEFT, autocast and DistributedDataParallel
-    wrap it like any other. The architecture's logit scale and soft cap apply.
+    `ends` (1, L) says that the row is a pack (see Pack) and makes its attention mask. With `answer_at`, (M, 2) rows and columns,
+    and `token_ids`, (T,), it returns the float32 logits (M, T) of those positions and tokens; with `vocabulary` a tuple of
+    them, the logsumexp over the whole vocabulary, (M,), and the top_k-th largest logit, (M,), or None; with no token_ids at all
+    the hidden states, (M, H). It never makes a (positions, vocabulary) tensor, forward or backward. The patch sits in the
+    model's own forward, so that PEFT, autocast and DistributedDataParallel wrap it like any other. The architecture's logit
+    scale and soft cap apply.
     """
     plain_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
     if not head.weight.is_floating_point():
@@ -825,9 +887,34 @@ def add_label_readout(model: Any) -> None:
     config, model.two_levels = model.config.get_text_config(), type(decoder).forward.__module__.startswith("unsloth.")
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
+    if not model.two_levels:
+        use_block_attention(model)
+
+    def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        logits = F.linear(hidden, weight.float(), None if bias is None else bias.float()) * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def over_vocabulary(hidden: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """In slices that are computed again in the backward pass; a float32 copy of the whole layer would be 2 GB at 7B."""
+        from torch.utils.checkpoint import checkpoint
+
+        width = min(16_384, max(256, 2**24 // max(1, len(hidden))))
+        biases = itertools.repeat(None) if head.bias is None else head.bias.split(width)
+        norms, top = [], None
+        for weight, bias in zip(head.weight.split(width), biases, strict=False):
+            if top_k:
+                logits = logits_of(hidden, weight, bias)
+                norms.append(logits.logsumexp(1))
+                best = logits.topk(min(top_k, len(weight)), dim=1).values
+                top = best if top is None else torch.cat([top, best], 1).topk(min(top_k, top.shape[1] + best.shape[1]), dim=1).values
+            elif torch.is_grad_enabled():
+                norms.append(checkpoint(lambda *x: logits_of(*x).logsumexp(1), hidden, weight, bias, use_reentrant=False))
+            else:
+                norms.append(logits_of(hidden, weight, bias).logsumexp(1))
+        return torch.stack(norms, dim=1).logsumexp(1), None if top is None else top[:, -1]
 
     def forward(self: Any, *args: Any, answer_at: torch.Tensor | None = None, token_ids: torch.Tensor | None = None,
-                ends: torch.Tensor | None = None, **kwargs: Any) -> Any:
+                vocabulary: bool = False, top_k: int = 0, ends: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if ends is not None:
             positions = kwargs["position_ids"][0]
             if self.two_levels:  # Unsloth drops masks in training, but takes this
@@ -839,12 +926,11 @@ def add_label_readout(model: Any) -> None:
         kwargs = {k: v for k, v in kwargs.items() if v is not None} | {"use_cache": False, "return_dict": True}
         hidden = decoder(*args, **kwargs).last_hidden_state[answer_at[:, 0], answer_at[:, 1]]
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 logits near 20 would be off by 4e-4 nats
-            weight = head.weight if token_ids is None else head.weight[token_ids]
-            bias = head.bias if token_ids is None or head.bias is None else head.bias[token_ids]
-            # in slices, for a float32 copy of the whole output layer would be 2 GB at 7B
-            logits = torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(16_384)], dim=1)
-            logits = (logits if bias is None else logits + bias.float()) * scale
-            return logits if cap is None else cap * torch.tanh(logits / cap)
+            hidden = hidden.float()
+            if token_ids is None:
+                return hidden
+            logits = logits_of(hidden, head.weight[token_ids], None if head.bias is None else head.bias[token_ids])
+            return (logits, *over_vocabulary(hidden, top_k)) if vocabulary else logits
 
     model.forward = types.MethodType(forward, model)  # bound, as those who wrap it and unwrap it expect
 
@@ -852,33 +938,37 @@ def add_label_readout(model: Any) -> None:
 def collate(prompts: Sequence[list[int]], tokens: LabelTokens, pad_id: int) -> dict[str, torch.Tensor]:
     """Right-padded rows and the positions to read: one row a prompt, or, for whole labels, a row a prompt and spelling.
 
-    Returns input_ids and attention_mask (R, L), answer_at (M, 2), and reads (B * T, 2): for every prompt the rows of answer_at
-    and the tokens whose log-probabilities make up its labels', in the order of `tokens.sequences`.
+    Returns input_ids and attention_mask (R, L); answer_at (M, 2), the positions to read; token_ids (T,), the tokens to read there;
+    and reads (B * S, 2): for every prompt the rows of answer_at and the columns of token_ids whose log-probabilities make
+    up its labels', in the order of `tokens.sequences`.
     """
-    rows, at, reads = [], [], []
+    rows, at, reads, column = [], [], [], {token: k for k, token in enumerate(tokens.token_ids)}
     for ids in prompts:
-        for _, sequence in tokens.sequences if tokens.whole else [(0, (-1,))]:
-            reads += [(len(at) + k, token) for k, token in enumerate(sequence)]
-            at += [(len(rows), len(ids) - 1 + k) for k in range(len(sequence))]
-            rows.append([*ids, *sequence[:-1]])
+        for n, (_, sequence) in enumerate(tokens.sequences):
+            if n == 0 or tokens.whole:
+                first = len(at)
+                at += [(len(rows), len(ids) - 1 + k) for k in range(len(sequence))]
+                rows.append([*ids, *sequence[:-1]])
+            reads += [(first + k, column[token]) for k, token in enumerate(sequence)]
     length = max(map(len, rows))
     return {"input_ids": torch.tensor([r + [pad_id] * (length - len(r)) for r in rows]),
             "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows]),
-            "answer_at": torch.tensor(at), "reads": torch.tensor(reads)}
+            "answer_at": torch.tensor(at), "token_ids": torch.tensor(tokens.token_ids), "reads": torch.tensor(reads)}
 
 
 def collate_pack(prompts: Sequence[list[int]], tokens: LabelTokens, two_levels: bool = False) -> dict[str, torch.Tensor]:
-    """The same for prompts laid out as one pack, in the order given: input_ids, position_ids and ends (1, L), answer_at, reads."""
+    """The same for prompts laid out as one pack, in the order given: input_ids, position_ids, ends (1, L), and what to read."""
     pack = build_pack(prompts, range(len(prompts)), tokens.branches, two_levels)
     each, branch_of = len(tokens.branches), {branch: k for k, branch in enumerate(tokens.branches)}
     at: dict[int, int] = {}  # place in the pack -> row of answer_at
-    reads = []
+    reads, column = [], {token: k for k, token in enumerate(tokens.token_ids)}
     for i, ids in enumerate(prompts):
-        for _, sequence in tokens.sequences if tokens.whole else [(0, (-1,))]:
+        for _, sequence in tokens.sequences:
             path = pack.paths[i * each + branch_of[sequence[:-1]]]
-            reads += [(at.setdefault(path[len(ids) - 1 + k], len(at)), token) for k, token in enumerate(sequence)]
+            reads += [(at.setdefault(path[len(ids) - 1 + k], len(at)), column[token]) for k, token in enumerate(sequence)]
     return {"input_ids": torch.tensor([pack.ids]), "position_ids": torch.tensor([pack.positions]), "ends": torch.tensor([pack.ends]),
-            "answer_at": torch.tensor([(0, place) for place in at]), "reads": torch.tensor(reads)}
+            "answer_at": torch.tensor([(0, place) for place in at]), "token_ids": torch.tensor(tokens.token_ids),
+            "reads": torch.tensor(reads)}
 
 
 def label_logprobs(model: Any, batch: dict[str, torch.Tensor], tokens: LabelTokens, with_mass: bool = False,
@@ -890,27 +980,23 @@ def label_logprobs(model: Any, batch: dict[str, torch.Tensor], tokens: LabelToke
     top_k > 0 (the paper reads closed models so): tokens outside the k most probable count as probability 0; an item
     without any label among them gets a uniform distribution and a log mass of -inf.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "ends", "answer_at") if name in batch}
-    if tokens.whole:
-        logp = model(**inputs).log_softmax(-1)[batch["reads"][:, 0], batch["reads"][:, 1]]
-        lengths = [len(ids) for _, ids in tokens.sequences]
-        per_prompt = logp.view(-1, sum(lengths)).split(lengths, dim=1)
-        scores, log_norm = torch.stack([part.sum(1) for part in per_prompt], dim=1), 0.0
+    wanted = ("input_ids", "attention_mask", "position_ids", "ends", "answer_at", "token_ids")
+    inputs = {name: batch[name] for name in wanted if name in batch}
+    place, column = batch["reads"].T
+    if tokens.whole or with_mass or top_k:
+        logits, log_norm, least = model(**inputs, vocabulary=True, top_k=top_k)
+        if top_k:
+            logits = logits.masked_fill(logits < least[:, None], -math.inf)
+        scores = (logits - log_norm[:, None])[place, column]
     else:
-        ids = torch.tensor([ids[0] for _, ids in tokens.sequences], device=batch["input_ids"].device)
-        if with_mass or top_k:
-            logits = model(**inputs)[batch["reads"][:, 0]]  # a prompt that stands twice is computed once
-            scores, log_norm = logits[:, ids], logits.logsumexp(1)
-            if top_k:
-                least = logits.topk(min(top_k, logits.shape[1]), dim=1).values[:, -1:]
-                scores = scores.masked_fill(scores < least, -math.inf)
-        else:
-            scores, log_norm = model(**inputs, token_ids=ids)[batch["reads"][:, 0]], 0.0
+        scores = model(**inputs)[place, column]
+    lengths = [len(ids) for _, ids in tokens.sequences]
+    scores = torch.stack([part.sum(1) for part in scores.view(-1, sum(lengths)).split(lengths, dim=1)], dim=1)
     owner = torch.tensor(tokens.owner, device=scores.device)
     label_scores = torch.stack([scores[:, owner == c].logsumexp(1) for c in range(len(tokens.labels))], dim=1)
     total = label_scores.logsumexp(1)
     logq = label_scores.log_softmax(1).masked_fill(total.isneginf()[:, None], -math.log(len(tokens.labels)))
-    return logq, total - log_norm if with_mass else None
+    return logq, total if with_mass else None
 
 
 class Judge:
@@ -926,7 +1012,14 @@ class Judge:
         if top_k and tokens.whole:
             raise InputError("top_k: reading the top k tokens needs labels that differ in their first token")
         self.model, self.encoder, self.tokens, self.base = model, encoder, tokens, base
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+        config = model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or max_length
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            positions = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", positions)
+            if positions < max_length:
+                log.warning("%s: prompts may have about %d tokens, not %d: its position codes change for everything in a pass with a "
+                            "longer one", base or type(model).__name__, positions, max_length)
         room = positions - max(len(ids) for _, ids in tokens.sequences) + 1
         self.max_length, self.top_k, self.spellings = min(max_length, room), top_k, dict(spellings or {})
         self.pack_tokens = 1024 if self.device.type == "cpu" else 8192
@@ -954,10 +1047,7 @@ class Judge:
         start: the number of the first prompt, for messages.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str) or not prompt.strip():
-                wrong = "empty" if isinstance(prompt, str) else f"not text but {type(prompt).__name__}"
-                raise InputError(f"prompts[{start + i}]: prompt: {wrong}")
+        _check_prompts(prompts, start)
         encoded = [self.encoder(prompt) for prompt in prompts]
         longest = max(map(len, encoded), default=0)
         if longest > self.max_length:
@@ -969,7 +1059,8 @@ class Judge:
     def plan(self, encoded: Sequence[list[int]]) -> list[list[int]]:
         """Divides prompts into forward passes of at most pack_tokens tokens, as packs or, without them, as padded rows."""
         if self.packs:
-            return [pack.members for pack in pack_prompts(encoded, self.pack_tokens, self.tokens.branches)]
+            two_levels = getattr(self.model, "two_levels", False)
+            return [pack.members for pack in pack_prompts(encoded, self.pack_tokens, self.tokens.branches, two_levels)]
         groups: list[list[int]] = []
         rows = len(self.tokens.sequences) if self.tokens.whole else 1
         for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i])):
@@ -1050,8 +1141,15 @@ class Judge:
     def score(self, prompts: Sequence[str], progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Label log-probabilities (N, C) and label mass (N,), float32 on the CPU, in the order of the prompts.
 
-        Label mass is the probability that the model, free to say anything, begins with (or is) one of the labels.
+        Label mass is the probability that the model, free to say anything, begins with (or is) one of the labels. All prompts are
+        checked before the first is judged.
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        _check_prompts(prompts)
+        may_be_long = [k for k, text in enumerate(prompts) if len(text.encode("utf-8", "replace")) > self.max_length // 2]
+        if len(prompts) > 2048:  # what stream() would find out only when it gets there; a token is hardly less than a byte
+            for k in may_be_long:
+                self.encode([prompts[k]], k)
         rows = list(self.stream(prompts, progress))
         if not rows:
             return torch.empty(0, len(self.labels)), torch.empty(0)
@@ -1065,25 +1163,50 @@ class Judge:
         return self.score(prompts, progress)[0].exp().numpy()
 
 
+def _check_prompts(prompts: Sequence[Any], start: int = 0) -> None:
+    for i, prompt in enumerate(prompts, start):
+        if not isinstance(prompt, str) or not prompt.strip():
+            wrong = "empty" if isinstance(prompt, str) else f"not text but {type(prompt).__name__}"
+            raise InputError(f"prompts[{i}]: prompt: {wrong}")
+
+
 @torch.no_grad()
 def check_packs(judge: Judge) -> bool:
-    """Whether the model gives the same label scores from a pack as one prompt at a time; says so where it does not.
+    """Whether the model's last hidden states from a pack are those of one prompt at a time; says so where they are not.
 
     Packs rest on a causal mask and position ids that the model honours; where an architecture has other ideas (recurrent
-    layers, masks of its own), prompts are run as padded rows instead.
+    layers, masks of its own), prompts are run as padded rows instead. The probes are longer than a sliding window of up to 1,024
+    tokens (on CUDA of any length). An architecture with another kind of window is not packed at all.
     """
+    config = judge.model.config.get_text_config()
+    windows = {name: value for name, value in config.to_dict().items() if "window" in name and isinstance(value, int) and value > 1}
+    longest = max([0, *(w for w in windows.values() if w <= 1024 or judge.device.type == "cuda")])
     probes = ["Is this so?", "Is this so? Yes.", "Is this it, then?", "Other words altogether, and a few more of them."]
-    encoded = sorted(judge.encoder(probe) for probe in probes)
-    try:
-        judge.packs = True
-        packed, _ = label_logprobs(judge.model, judge.batch(encoded), judge.tokens)
-        judge.packs = False
-        single = torch.cat([label_logprobs(judge.model, judge.batch([ids]), judge.tokens)[0] for ids in encoded])
-        off = (packed - single).abs().max().item()
-        why = f"label scores differ by {off:.2g} nats"
-    except Exception as error:  # an architecture can refuse the mask in ways of its own
-        off, why = math.inf, _first_line(error)
-    if off <= (1e-3 if next(judge.model.parameters()).dtype == torch.float32 else 0.1):
+    if longest:
+        probes += ["word " * min(longest + 8, max(1, judge.max_length - 64)) + ending for ending in ("one", "two")]
+    encoded = sorted(judge.encoder(probe)[: judge.max_length] for probe in probes)
+
+    def states(prompts: Sequence[list[int]]) -> torch.Tensor:
+        batch = judge.batch(prompts)
+        rows = batch.pop("reads")[:, 0]
+        return judge.model(**{name: tensor for name, tensor in batch.items() if name != "token_ids"})[rows]
+
+    off, why = math.inf, ""
+    if unknown := [name for name in sorted(windows) if name not in ("sliding_window", "max_window_layers", "_sliding_window_pattern")]:
+        why = f"its {unknown[0]} is unknown to us"
+    else:
+        try:
+            judge.packs = True
+            packed = states(encoded)
+            judge.packs = False
+            single = torch.cat([states([ids]) for ids in encoded])
+            off = ((packed - single).norm(dim=1) / single.norm(dim=1)).max().item()
+            why = f"hidden states are off by {off:.1%}"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # an architecture can refuse the mask in ways of its own
+            why = _first_line(error)
+    if off <= (1e-4 if next(judge.model.parameters()).dtype == torch.float32 else 0.05):
         return True
     log.warning("%s cannot be run on packed prompts (%s): they are run as padded rows", type(judge.model).__name__, why)
     return False
@@ -1202,10 +1325,12 @@ def check_readout(model: Any, encoder: PromptEncoder, tokens: LabelTokens) -> No
     model.eval()
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate([encoder("Is this so?")], tokens, 0).items()}
-    ours = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "answer_at")})
+    ours, norm, _ = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "answer_at", "token_ids")}, vocabulary=True)
     at = batch["answer_at"]
     stock = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[at[:, 0], at[:, 1]].float()
-    tolerance = 1e-4 if stock.abs().max() < 1 or next(model.parameters()).dtype == torch.float32 else 0.05
+    ours = torch.cat([ours, norm[:, None]], dim=1)
+    stock = torch.cat([stock[:, batch["token_ids"]], stock.logsumexp(1)[:, None]], dim=1)
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
     if not torch.allclose(ours, stock, rtol=tolerance, atol=tolerance * float(stock.abs().max())):
         raise InputError(f"{type(model).__name__}: its label scores cannot be read exactly (off by {(ours - stock).abs().max():.2g} "
                          "in a logit): this architecture changes its logits in a way that add_label_readout does not know")
@@ -1473,8 +1598,8 @@ class Config:
     packs: bool = True
     """Compute a beginning that several prompts of a step share once. The mathematics is the same without."""
     shuffle: Literal["packs", "items"] = "packs"
-    """Order of the items in an epoch: prompts that share 16 tokens or more beyond their group's stay neighbours, so that steps
-    share more ("packs"), or uniformly random ("items")."""
+    """Order of the items in an epoch: prompts that share 16 tokens or more beyond what all share come in chunks of at most one
+    step, so that steps share more ("packs"), or every item by itself ("items"); chunks and items in uniformly random order."""
     warmup: float = 0.03
     """Linear warm-up: a share of all steps if below 1, else a number of steps."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -1533,8 +1658,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     eps = annotator_radius(counts, config.eps) if config.radius == "annotators" else torch.full((len(items),), config.eps)
     p, eps = (counts / counts.sum(1, keepdim=True)).float(), eps.float()
     encoded = judge.encode([item.prompt for item in items])
-    could_pack = judge.packs
-    judge.packs, judge.pack_tokens = could_pack and config.packs, config.pack_tokens or judge.pack_tokens
+    before = judge.packs, judge.pack_tokens
+    judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
 
     class Order(torch.utils.data.Sampler):
         """The order of the items, another one each epoch: see shuffled()."""
@@ -1549,7 +1674,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
 
         def __iter__(self) -> Iterator[int]:
             keep_together = 16 if config.shuffle == "packs" else 0
-            return iter(shuffled(encoded, seed=config.seed * 1_000_003 + self.epoch, keep_together=keep_together))
+            return iter(shuffled(encoded, config.seed * 1_000_003 + self.epoch, keep_together, config.batch_size * config.grad_accum))
 
     class Trainer(transformers.Trainer):
         """One of its batches is the items of a whole optimizer step; training_step divides them into forward passes."""
@@ -1642,7 +1767,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         trainer.train()
     finally:  # takes off the wrapper that runs every forward in bfloat16, or judgments would differ after loading
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-        judge.packs = could_pack
+        judge.packs, judge.pack_tokens = before
     judge.model.eval()
     return trainer.state.log_history
 

@@ -243,27 +243,59 @@ def test_label_scores_stay_float32_under_bfloat16_autocast(tiny_model):
     judge = load_judge(tiny_model, labels=["yes", "no"])
     batch = {k: v for k, v in judge.batch(judge.encode(TEXTS)).items() if k != "reads"}
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = judge.model(**batch, token_ids=torch.tensor([5, 6]))
+        logits = judge.model(**batch)
     assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_training_never_makes_a_vocabulary_wide_tensor(tiny_model):
-    judge = load_judge(tiny_model, labels=["yes", "no"])
-    vocabulary, widest = judge.model.config.vocab_size, 0
+@pytest.mark.parametrize("labels", [["yes", "no"], ["1", "10"]])
+def test_no_tensor_of_positions_times_vocabulary(tmp_path, tiny_tokenizer, labels):
+    """At Qwen's vocabulary, forward and backward, training and judging: the largest tensor is a slice of the output layer's product."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151_936, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                         num_key_value_heads=1, initializer_range=0.5, tie_word_embeddings=True))
+    judge = distjudge.make_judge(model, tiny_tokenizer, labels, lora_rank=2)
+    largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal widest
+            nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dim() > 1 and out.shape[-1] == vocabulary:
-                widest = max(widest, out.numel())
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor) and 151_936 not in tensor.shape[:1]:  # but for the weights themselves
+                    largest = max(largest, tensor.numel())
             return out
 
-    batch = judge.batch(judge.encode(TEXTS))
+    texts = [f"Is this soup number {n}?" for n in range(80)]
+    batch = judge.batch(judge.encode(texts))
+    positions = len(batch["answer_at"])
+    assert positions >= 80
     judge.model.train()
     with Watch():
         distjudge.label_logprobs(judge.model, batch, judge.tokens)[0].sum().backward()
-    assert widest == 0
+        trained, largest = largest, 0
+        judge.score(texts)
+    assert largest == positions * 16_384 and trained == (largest if judge.tokens.whole else trained) and trained <= largest
+    assert judge.tokens.whole or trained < 100 * 1000
+
+
+@pytest.mark.parametrize("labels", [["yes", "no"], ["1", "10"]])
+def test_slices_of_the_vocabulary_add_up(tiny_model, labels, monkeypatch):
+    """Scores, mass, top k and gradients with the vocabulary cut into many slices, against a plain logsumexp."""
+    results = []
+    for slices in (False, True):
+        judge = load_judge(tiny_model, labels, lora_rank=0)
+        if slices:
+            monkeypatch.setattr("builtins.min", lambda *a, plain=min, **k: 50 if a and a[0] == 16_384 else plain(*a, **k))
+        logq, mass = distjudge.label_logprobs(judge.model, judge.batch(judge.encode(TEXTS)), judge.tokens, with_mass=True)
+        (logq[:, 0].sum() + mass.sum()).backward()
+        with torch.no_grad():
+            top = distjudge.label_logprobs(judge.model, judge.batch(judge.encode(TEXTS)), judge.tokens, with_mass=True, top_k=60)
+        monkeypatch.undo()
+        results.append((logq.detach(), mass.detach(), top[1], torch.cat([w.grad.flatten() for w in judge.model.parameters()])))
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_four_bit_weights_on_a_cpu(tmp_path, tiny_tokenizer):
