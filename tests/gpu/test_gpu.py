@@ -24,27 +24,59 @@ def model(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
-@pytest.mark.parametrize(("implementation", "dtype", "tolerance"), [("sdpa", torch.float32, 1e-4), ("flex_attention", torch.float32, 1e-3),
-                                                                    ("sdpa", torch.bfloat16, 0.1), ("flex_attention", torch.bfloat16, 0.1)])
+def on(judge, implementation):
+    getattr(judge.model, "get_base_model", lambda: judge.model)().set_attn_implementation(implementation)
+    assert judge.model.config.get_text_config()._attn_implementation == implementation
+
+
+IMPLEMENTATIONS = [distjudge.BLOCKS, "sdpa", "flex_attention"]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("labels", [["yes", "no"], ["1", "10", "2"]])
 def test_packs_equal_one_at_a_time(model, implementation, dtype, tolerance, labels):
     judge = load_judge(model, labels)
     judge.model.to(dtype)
     judge.packs = False
     single = torch.cat([judge.score([text])[0] for text in TEXTS])
-    judge.model.get_base_model().set_attn_implementation(implementation)
+    on(judge, implementation)
     judge.packs = True
     assert (judge.score(TEXTS)[0] - single).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_the_bfloat16_tolerance_would_see_a_wrong_mask(model, monkeypatch):
+    """A pack in which every prompt sees all that stands before it is off by more than the tolerance, and fails the check at load."""
+    judge = load_judge(model, ["yes", "no"])
+    judge.packs = False
+    single = torch.cat([judge.score([text])[0] for text in TEXTS])
+    judge.packs, plain = True, distjudge.tree_mask
+    monkeypatch.setattr(distjudge, "tree_mask", lambda config, dtype, ends, positions: plain(config, dtype, torch.full_like(ends, len(ends)), positions))
+    assert (judge.score(TEXTS)[0] - single).abs().max() > 0.05
+    assert not distjudge.check_packs(judge)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packs_of_many_lengths(model, implementation):
+    """A new shape every pass, as in training: no limit of recompilations, no stale mask."""
+    judge = load_judge(model, ["yes", "no"])
+    texts = [f"{n} " + "soup " * (7 * n % 60) for n in range(60)]
+    judge.packs = False
+    single = judge.score(texts)[0]
+    on(judge, implementation)
+    judge.packs, judge.pack_tokens = True, 300
+    assert len(judge.plan(judge.encode(texts))) > 4
+    assert (judge.score(texts)[0] - single).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_of_packs(model, implementation):
     grads = []
     for packs in (False, True):
         judge = load_judge(model, ["yes", "no"], lora_rank=0)
         judge.packs = packs
         if packs:
-            judge.model.set_attn_implementation(implementation)
+            on(judge, implementation)
         for members in judge.plan(judge.encode(TEXTS)) if packs else [[i] for i in range(len(TEXTS))]:
             logq, _ = distjudge.label_logprobs(judge.model, judge.batch([judge.encode(TEXTS)[i] for i in members]), judge.tokens)
             logq[:, 0].sum().backward()
@@ -52,17 +84,23 @@ def test_gradients_of_packs(model, implementation):
     assert (grads[0] - grads[1]).abs().max() < 1e-3 * grads[0].abs().max()
 
 
-def test_running_out_of_memory_makes_packs_smaller(model, votes, tmp_path):
-    judge = load_judge(model, ["1", "2", "3"])
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**24) / torch.cuda.get_device_properties(0).total_memory)
-    try:
-        items = distjudge.load_items([{"id": i, "prompt": f"{i} " + "soup " * 300, "counts": {"1": 1, "2": 2, "3": 0}} for i in range(24)])
-        judge.pack_tokens = 100_000
-        train(judge, items, Config(out=str(tmp_path), batch_size=24, epochs=1.0, pack_tokens=100_000))
-        assert judge.pack_tokens < 100_000
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+def test_running_out_of_memory_makes_packs_smaller(model, tmp_path, caplog):
+    """The same losses and weights with memory for all items of a step at once and for a few."""
+    items = distjudge.load_items([{"id": i, "prompt": f"{i} " + "soup " * 300, "counts": {"1": 1, "2": 2, "3": i % 3}} for i in range(24)])
+    after = []
+    for scarce in (False, True):
+        judge = load_judge(model, ["1", "2", "3"], lora_rank=4)
+        torch.cuda.empty_cache()
+        if scarce:
+            allowed = torch.cuda.memory_reserved() + 2**26
+            torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+        try:
+            log = train(judge, items, Config(out=str(tmp_path), batch_size=24, epochs=2.0, learning_rate=1e-3, log_every=1, pack_tokens=100_000))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        after.append(([row["loss"] for row in log if "loss" in row], torch.cat([w.detach().flatten() for w in judge.model.parameters() if w.requires_grad])))
+    assert "no item is lost" in caplog.text
+    assert after[0][0] == pytest.approx(after[1][0], abs=0.02) and (after[0][1] - after[1][1]).abs().max() < 5e-3
 
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="needs Unsloth")
@@ -78,6 +116,21 @@ import torch, distjudge
 model, tokenizer = FastLanguageModel.from_pretrained({str(model)!r}, load_in_4bit=False, max_seq_length=4096, dtype=torch.bfloat16)
 judge = distjudge.make_judge(model, tokenizer, ["yes", "no"], lora_rank=0)
 assert judge.model.two_levels and judge.packs, (judge.model.two_levels, judge.packs)
+texts = {TEXTS!r}
+model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, use_gradient_checkpointing="unsloth")
+judge.model = model
+model.train()
+grads = []
+for packs in (True, False):
+    judge.packs = packs
+    encoded = judge.encode(texts)
+    model.zero_grad()
+    for members in [list(range(len(texts)))] if packs else [[i] for i in range(len(texts))]:
+        logq, _ = distjudge.label_logprobs(model, judge.batch([encoded[i] for i in members]), judge.tokens)
+        logq[:, 0].sum().backward()
+    grads.append(torch.cat([w.grad.float().flatten() for w in model.parameters() if w.grad is not None]))
+cosine = torch.nn.functional.cosine_similarity(*grads, dim=0).item()
+assert cosine > 0.99, cosine
 """
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == 0, done.stderr[-3000:]
