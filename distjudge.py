@@ -53,6 +53,14 @@ class InputError(ValueError):
 # 1. Items: what was judged, and how people voted
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
+class Swap:
+    """A pair shown in the other order. labels: for each label, in label order, the index of the one that means the same there."""
+
+    prompt: str
+    labels: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Item:
     """One judged thing. `counts` holds every label of the data set, in label order, also those without a vote.
 
@@ -66,7 +74,13 @@ class Item:
     group: str | None = None
     split: str | None = None
     truth: dict[str, float] | None = None
+    swap: Swap | None = None
     where: str = ""
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt, and that of the other order where there is one."""
+        return [self.prompt, self.swap.prompt] if self.swap else [self.prompt]
 
     @property
     def votes(self) -> float:
@@ -103,7 +117,9 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
       "distribution": {label: share}, "votes": n   shares that add up to 1 (rounded ones to 0.02 are rescaled), and the number
                                                of people behind them
     and optionally "id" (without one, a hash of the prompt), "group" (items that must stay on one side of a split),
-    "split" ("train" or "test") and "truth" ({label: probability}). Other fields are ignored.
+    "split" ("train" or "test"), "truth" ({label: probability}) and, for a pair, "swap": {"prompt": the pair in the other order,
+    "labels": {label: the one that means the same there}}, where labels that keep their meaning may be left out. Other fields are
+    ignored.
 
     Label order: `labels` where given (an item may then leave out labels without votes, unless `complete`); else numeric
     labels by value; else the order in which the first item with the commonest label set lists them; else, with
@@ -148,8 +164,18 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
         if item["truth"] is not None and set(item["truth"]) - known:
             found[name].append(f"{head}truth: unknown label {_listed(sorted(set(item['truth']) - known))}")
         truth = item["truth"] and {label: item["truth"].get(label, 0.0) for label in order}
+        swap = None
+        if item["swap"]:
+            prompt, other = item["swap"]
+            if set(other) - known or set(other.values()) - known:
+                unknown = sorted((set(other) | set(other.values())) - known)
+                found[name].append(f"{head}swap: unknown label {_listed(unknown)}; the labels are {_listed(order)}")
+            elif any(other.get(other.get(label, label), other.get(label, label)) != label for label in order):
+                found[name].append(f"{head}swap: labels {other} do not trade places: swapped twice, every label must be itself again")
+            else:
+                swap = Swap(prompt, tuple(order.index(other.get(label, label)) for label in order))
         items.append(Item(item["id"], item["prompt"], {label: item["counts"].get(label, 0) for label in order},
-                          item["group"], item["split"], truth, where))
+                          item["group"], item["split"], truth, swap, where))
     problems = [line for name, lines in found.items()
                 for line in lines[:20] + ([f"{name}: and {len(lines) - 20} more problems"] if len(lines) > 20 else [])]
     if problems:
@@ -258,20 +284,39 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """One row as {"id", "prompt", "counts", "field", "group", "split", "truth"}, and its problems as (field, text)."""
-    bad = [(_short(key), "stands twice in the row") for key in getattr(row, "twice", ())]
-    item: dict[str, Any] = {"id": None, "counts": {}, "truth": None}
-    prompt = row.get("prompt")
+def _prompt_problem(prompt: Any) -> str:
     if _missing(prompt):
-        bad.append(("prompt", "missing"))
-    elif not isinstance(prompt, str):
-        bad.append(("prompt", f"not text but {type(prompt).__name__}"))
-    elif not prompt.strip():
-        bad.append(("prompt", "empty"))
-    elif not _is_text(prompt):
-        bad.append(("prompt", "holds a lone surrogate, which is no character"))
-    item["prompt"] = prompt
+        return "missing"
+    if not isinstance(prompt, str):
+        return f"not text but {type(prompt).__name__}"
+    if not prompt.strip():
+        return "empty"
+    return "" if _is_text(prompt) else "holds a lone surrogate, which is no character"
+
+
+def _parse_swap(value: Any, bad: list[tuple[str, str]]) -> tuple[str, dict[str, str]] | None:
+    if not isinstance(value, dict) or not isinstance(value.get("labels") or {}, dict):
+        bad.append(("swap", 'must be {"prompt": ..., "labels": {label: label in the other order}}, not ' + _short(repr(value))))
+        return None
+    if problem := _prompt_problem(value.get("prompt")):
+        bad.append(("swap", f"prompt: {problem}"))
+        return None
+    pairs = {_label(a): _label(b) for a, b in (value.get("labels") or {}).items() if not _missing(b)}
+    if None in pairs or None in pairs.values():
+        bad.append(("swap", f"labels: must be text without spaces around it, or whole numbers, not {_short(repr(value['labels']))}"))
+        return None
+    return value["prompt"], pairs  # type: ignore[return-value]
+
+
+def _parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """One row as {"id", "prompt", "counts", "field", "group", "split", "truth", "swap"}, and its problems as (field, text)."""
+    bad = [(_short(key), "stands twice in the row") for key in getattr(row, "twice", ())]
+    item: dict[str, Any] = {"id": None, "counts": {}, "truth": None, "swap": None}
+    item["prompt"] = prompt = row.get("prompt")
+    if problem := _prompt_problem(prompt):
+        bad.append(("prompt", problem))
+    if not _missing(row.get("swap")):
+        item["swap"] = _parse_swap(row["swap"], bad)
     for field in ("id", "group", "split"):
         value = row.get(field)
         item[field] = None if _missing(value) else _label(value)
@@ -405,7 +450,7 @@ def split_items(items: Sequence[Item], test_share: float = 0.2, seed: int = 0) -
 
     first: dict[tuple[str, str], int] = {}
     for i, item in enumerate(items):
-        for key in [("prompt", item.prompt), *([("group", item.group)] if item.group is not None else [])]:
+        for key in [*(("prompt", prompt) for prompt in item.prompts), *([("group", item.group)] if item.group is not None else [])]:
             parent[root(i)] = root(first.setdefault(key, i))
     members: dict[int, list[int]] = {}
     for i in range(len(items)):
@@ -426,13 +471,13 @@ def split_items(items: Sequence[Item], test_share: float = 0.2, seed: int = 0) -
 
 def check_apart(train_items: Sequence[Item], test_items: Sequence[Item]) -> None:
     """Raises InputError if an item (its id, or its prompt to the letter) or a group is on both sides."""
+    keys = lambda item: [("id", item.id), *(("prompt", p) for p in item.prompts), ("group", item.group)]  # noqa: E731
+    where = {key: item.where for item in train_items for key in keys(item)}
     lines = []
-    where = {field: {getattr(item, field): item.where for item in train_items} for field in ("id", "prompt", "group")}
     for item in test_items:
-        for field, places in where.items():
-            value = getattr(item, field)
-            if value is not None and value in places:
-                lines.append(f"{item.where}: item '{_short(item.id)}': {field}: also in the training items, at {places[value]}")
+        for field, value in keys(item):
+            if value is not None and (field, value) in where:
+                lines.append(f"{item.where}: item '{_short(item.id)}': {field}: also in the training items, at {where[field, value]}")
                 break
     if lines:
         raise InputError("\n".join(lines[:20] + ([f"and {len(lines) - 20} more test items"] if len(lines) > 20 else [])))
@@ -1595,6 +1640,8 @@ class Config:
     """Multiplies batch_size, for settings taken over from elsewhere: a step is always one mean over all its items."""
     pack_tokens: int = 0
     """Tokens a forward pass, at most; what sets the memory needed. 0: 1,024 on a CPU, 8,192 on CUDA."""
+    swap: bool = True
+    """Train on both orders of items that are pairs (see load_items), each an item of its own. Judging averages both in any case."""
     packs: bool = True
     """Compute a beginning that several prompts of a step share once. The mathematics is the same without."""
     shuffle: Literal["packs", "items"] = "packs"
@@ -1658,6 +1705,10 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     eps = annotator_radius(counts, config.eps) if config.radius == "annotators" else torch.full((len(items),), config.eps)
     p, eps = (counts / counts.sum(1, keepdim=True)).float(), eps.float()
     encoded = judge.encode([item.prompt for item in items])
+    if pairs := [i for i, item in enumerate(items) if item.swap and config.swap]:  # in the other order they are items of their own
+        encoded += judge.encode([items[i].swap.prompt for i in pairs])  # type: ignore[union-attr]
+        turned = torch.stack([p[i, list(items[i].swap.labels)] for i in pairs])  # type: ignore[union-attr]
+        p, eps = torch.cat([p, turned]), torch.cat([eps, eps[pairs]])
     before = judge.packs, judge.pack_tokens
     judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
 
@@ -1717,8 +1768,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            logq, mass = judge.score([item.prompt for item in eval_items])
-            found = evaluate(logq.exp(), eval_items, train_items=items, label_mass=mass, ordered=config.ordered, floor_draws=0)
+            q, mass, orders = judge_items(judge, eval_items)
+            found = evaluate(q, eval_items, train_items=items, label_mass=mass, ordered=config.ordered, floor_draws=0) | orders
             metrics = {f"eval_{name}": value for name, value in found.items() if value is not None}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -1756,7 +1807,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         arguments = transformers.TrainingArguments(**settings)
         arguments._n_gpu = min(1, arguments.n_gpu)  # nn.DataParallel would split a pack's row numbers; torchrun is the way to more GPUs
         trainer = Trainer(model=judge.model, args=arguments, callbacks=[Log(), *callbacks],
-                          train_dataset=list(range(len(items))), eval_dataset=list(eval_items) or None,
+                          train_dataset=list(range(len(encoded))), eval_dataset=list(eval_items) or None,
                           data_collator=lambda chosen: {"chosen": torch.tensor(chosen)})
     except (ValueError, RuntimeError, ImportError) as error:  # an unknown schedule, a logger that is not installed
         raise InputError(f"training settings: {_first_line(error)}") from error
@@ -1960,7 +2011,7 @@ def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
 
 def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) -> list[Item]:
     """The items whose prompts fit judge.max_length; with overlong = "error" raises InputError if any does not."""
-    lengths = [len(judge.encoder(item.prompt)) for item in items]
+    lengths = [max(len(judge.encoder(prompt)) for prompt in item.prompts) for item in items]
     over = [i for i, length in enumerate(lengths) if length > judge.max_length]
     if over and overlong == "error":
         first = items[over[0]]
@@ -1987,17 +2038,39 @@ def versions() -> dict[str, str]:
     return found
 
 
+def judge_items(judge: Judge, items: Sequence[Item], progress: bool = False) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Probabilities (N, C), label masses (N,) and what the order of pairs did: {} where no item is a pair.
+
+    A pair is judged in both orders and gets the mean, of the masses too. order_flips: the share of pairs whose top label
+    changes with the order; order_variation: the mean total variation between the two.
+    """
+    logq, mass = judge.score([prompt for item in items for prompt in item.prompts], progress)
+    q, masses, flips, apart, k = [], [], [], [], 0
+    for item in items:
+        one = logq[k].exp()
+        if item.swap:
+            other = logq[k + 1].exp()[list(item.swap.labels)]
+            flips.append(float(one.argmax() != other.argmax()))
+            apart.append((one - other).abs().sum().item() / 2)
+            one = (one + other) / 2
+        q.append(one)
+        masses.append(mass[k : k + len(item.prompts)].mean())
+        k += len(item.prompts)
+    found = {"order_flips": sum(flips) / len(flips), "order_variation": sum(apart) / len(apart)} if flips else {}
+    return torch.stack(q), torch.stack(masses), found
+
+
 def write_results(judge: Judge, items: Sequence[Item], train_items: Sequence[Item], config: Config, folder: str | os.PathLike) -> dict:
     """Judges the items and writes predictions.jsonl, metrics.json and config.json into the folder; returns the metrics."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    logq, mass = judge.score([item.prompt for item in items], progress=True)
+    probabilities, mass, orders = judge_items(judge, items, progress=True)
     rows = []
-    for item, q, m in zip(items, logq.exp().tolist(), mass.tolist(), strict=True):
+    for item, q, m in zip(items, probabilities.tolist(), mass.tolist(), strict=True):
         row = {"id": item.id, "counts": item.counts, "predicted": dict(zip(judge.labels, q, strict=True)), "label_mass": m}
         rows.append(json.dumps(row | ({"truth": item.truth} if item.truth else {}), ensure_ascii=False))
     write_lines(folder / "predictions.jsonl", rows)
-    metrics = evaluate(logq.exp(), items, train_items=train_items, label_mass=mass, ordered=config.ordered, seed=config.seed)
+    metrics = evaluate(probabilities, items, train_items=train_items, label_mass=mass, ordered=config.ordered, seed=config.seed) | orders
     write_json(folder / "metrics.json", metrics)
     prompt_hash = hashlib.sha256(json.dumps([judge.encoder.frame, judge.tokens.sequences]).encode()).hexdigest()
     sizes = {"train": len(train_items), "test": len(items)}

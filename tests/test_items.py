@@ -205,3 +205,37 @@ def test_the_command_line_ends_in_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "recipes" / "tiny.py", "--train", path, "--out", tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert done.stderr == f"error: {path}:2: item 'z': counts: votes for 'yes' are negative: -1\n"
+
+
+PAIR = {"id": "x", "prompt": "a: hot b: cold", "counts": {"a": 3, "b": 1, "tie": 0}, "swap": {"prompt": "a: cold b: hot", "labels": {"a": "b", "b": "a"}}}
+
+
+def test_pairs_know_their_other_order():
+    item, other = distjudge.load_items([PAIR, {"prompt": "alone", "counts": {"a": 1, "b": 1, "tie": 0}}])
+    assert item.swap == distjudge.Swap("a: cold b: hot", (1, 0, 2)) and item.prompts == ["a: hot b: cold", "a: cold b: hot"]
+    assert other.swap is None and other.prompts == ["alone"]
+
+
+@pytest.mark.parametrize(("swap", "message"), [
+    ("a: cold b: hot", "items[0]: item 'x': swap: must be"),
+    ({"labels": {"a": "b", "b": "a"}}, "items[0]: item 'x': swap: prompt: missing"),
+    ({"prompt": " ", "labels": {}}, "items[0]: item 'x': swap: prompt: empty"),
+    ({"prompt": "p", "labels": {"a": "c"}}, "items[0]: item 'x': swap: unknown label {c}"),
+    ({"prompt": "p", "labels": {"a": "b"}}, "do not trade places"),
+    ({"prompt": "p", "labels": {"a": "b", "b": "tie", "tie": "a"}}, "do not trade places"),
+    ({"prompt": "p", "labels": {"a": [1]}}, "items[0]: item 'x': swap: labels: must be text"),
+])
+def test_broken_swaps(swap, message):
+    with pytest.raises(InputError) as caught:
+        distjudge.load_items([PAIR | {"swap": swap}])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pair_and_its_other_order_stay_on_one_side():
+    rows = [{"id": f"{n}{k}", "prompt": f"{n} {'ab'[k]}", "counts": {"a": 1, "b": 2}, "swap": {"prompt": f"{n} {'ba'[k]}", "labels": {"a": "b", "b": "a"}}}
+            for n in range(20) for k in (0, 1)]
+    train, test = distjudge.split_items(distjudge.load_items(rows))
+    assert not {item.id[:-1] for item in train} & {item.id[:-1] for item in test}
+    items = distjudge.load_items(rows)
+    with pytest.raises(InputError, match="prompt: also in the training items"):
+        distjudge.check_apart(items[:1], items[1:2])

@@ -240,3 +240,38 @@ def test_where_test_items_come_from(files, tmp_path, votes):
     assert distjudge.parse_spellings(["a=x, y,z"]) == {"a": ["x", " y", "z"]}
     with pytest.raises(InputError, match="not LABEL=TEXT"):
         distjudge.parse_spellings(["a:x"])
+
+
+def pairs(n):
+    words = ["soup", "good", "bad", "fine", "service", "word", "hot", "label"]
+    rows = []
+    for i in range(n):
+        a, b = f"{words[i % 8]} {i}", f"{words[(3 * i + 1) % 8]} {i}"
+        rows.append({"id": i, "prompt": f"yes: {a} no: {b}", "counts": {"yes": 1 + i % 4, "no": 1, "maybe": i % 2},
+                     "swap": {"prompt": f"yes: {b} no: {a}", "labels": {"yes": "no", "no": "yes"}}})
+    return rows
+
+
+def test_pairs_are_trained_in_both_orders_and_judged_in_both(tiny_model, tmp_path):
+    """Training on pairs is training on twice as many items, the votes of half of them turned round."""
+    rows, weights = pairs(6), []
+    apart = [{k: v for k, v in row.items() if k != "swap"} for row in rows]
+    apart += [{"id": f"{r['id']} turned", "prompt": r["swap"]["prompt"], "counts": {"yes": r["counts"]["no"], "no": r["counts"]["yes"], "maybe": r["counts"]["maybe"]}}
+              for r in rows]
+    for data in (rows, apart):
+        items = distjudge.load_items(data, labels=["yes", "no", "maybe"])
+        judge = load_judge(tiny_model, ["yes", "no", "maybe"], lora_rank=4)
+        train(judge, items, Config(out=str(tmp_path), learning_rate=1e-2, batch_size=4, epochs=2.0, shuffle="items"))
+        weights.append(torch.cat([w.detach().flatten() for w in judge.model.parameters() if w.requires_grad]))
+    assert torch.allclose(*weights, atol=1e-6)
+    items = distjudge.load_items(rows, labels=["yes", "no", "maybe"])
+    q, mass, found = distjudge.judge_items(judge, items)
+    one, other = judge.predict([item.prompt for item in items]), judge.predict([item.swap.prompt for item in items])[:, [1, 0, 2]]
+    assert torch.allclose(q, torch.tensor((one + other) / 2), atol=1e-6) and mass.shape == (6,)
+    assert found["order_flips"] == pytest.approx((one.argmax(1) != other.argmax(1)).mean())
+    assert found["order_variation"] == pytest.approx(abs(one - other).sum(1).mean() / 2, abs=1e-6) and found["order_variation"] > 1e-4
+    metrics = distjudge.write_results(judge, items, items, Config(), tmp_path / "run")
+    assert metrics["order_flips"] == found["order_flips"] and distjudge.judge_items(judge, distjudge.load_items(apart[:3], labels=["yes", "no", "maybe"]))[2] == {}
+    alone = load_judge(tiny_model, ["yes", "no", "maybe"], lora_rank=4)
+    log = train(alone, items, Config(out=str(tmp_path), batch_size=4, epochs=1.0, swap=False, log_every=1))
+    assert len([row for row in log if "loss" in row]) == 2  # six items; with both orders there would be three steps
