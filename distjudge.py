@@ -483,6 +483,20 @@ def check_apart(train_items: Sequence[Item], test_items: Sequence[Item]) -> None
         raise InputError("\n".join(lines[:20] + ([f"and {len(lines) - 20} more test items"] if len(lines) > 20 else [])))
 
 
+def keep_apart(train_items: Sequence[Item], test_items: Sequence[Item],
+               overlap: Literal["refuse", "remove"] = "refuse") -> tuple[list[Item], dict[str, int]]:
+    """Training items of which none also stands in the test items, and how many were left out, by reason.
+
+    An item stands in both if they share its prompt (to the letter), its group (one premise, article or question, which
+    data/prepare.py names alike in every data set) or its id; the first of these counts. "refuse" raises InputError instead.
+    """
+    if overlap == "refuse":
+        check_apart(train_items, test_items)
+    taken = {field: {getattr(item, field) for item in test_items} - {None} for field in ("prompt", "group", "id")}
+    why = [next((field for field in taken if getattr(item, field) in taken[field]), None) for item in train_items]
+    return [item for item, field in zip(train_items, why, strict=True) if field is None], {field: why.count(field) for field in taken}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Prompts and label tokens
 # ---------------------------------------------------------------------------------------------------------------------
