@@ -36,8 +36,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "recipes", "data")]
 
+import prepare
 import torch
 
 import distjudge
@@ -147,42 +148,16 @@ def data_folder() -> Path:
 
 
 def load_task(task: str, limit: int) -> list[Item]:
-    """Items with real prompts, in the order of their file (which keeps articles and questions together)."""
+    """Items with real prompts, in the converters' order (which keeps articles and questions together)."""
     folder = data_folder()
-    labels = TASKS[task]
     if task == "sample":
         return distjudge.load_items(ROOT / "data" / "panel.jsonl")[:limit]
-    template = (ROOT / "data" / "prompts" / f"{task}.txt").read_text(encoding="utf-8").rstrip("\n")
-    prompts: list[str] = []
-    if task == "snli":
-        rows = [json.loads(line) for line in (folder / "snli" / "snli_1.0_dev.jsonl").open(encoding="utf-8")]
-        prompts = [template.replace("{premise}", r["sentence1"]).replace("{hypothesis}", r["sentence2"]) for r in rows]
-    elif task == "summeval":
-        files = sorted((folder / "summeval").glob("M*_outputs_annotations.jsonl"))
-        systems = [[json.loads(line) for line in file.open(encoding="utf-8")] for file in files]
-        filled = template.replace("{quality}", "coherence, whether the sentences fit together and build on one another")
-        for rows in zip(*systems, strict=True):  # the summaries of one article by all systems
-            prompts += [filled.replace("{article}", r["text"]).replace("{summary}", r["decoded"]) for r in rows]
-    else:
-        questions = {r["question_id"]: r["turns"] for r in map(json.loads, (folder / "mtbench" / "question.jsonl").open(encoding="utf-8"))}
-        names = ["alpaca-13b", "claude-v1", "gpt-3.5-turbo", "gpt-4", "llama-13b", "vicuna-13b-v1.2"]
-        answers = {
-            n: {
-                r["question_id"]: r["choices"][0]["turns"]
-                for r in map(json.loads, (folder / "mtbench" / f"{n}.jsonl").open(encoding="utf-8"))
-            }
-            for n in names
-        }
-        for question in questions:
-            for a, b in [(a, b) for a in names for b in names if a < b]:
-                filled = template.replace("{question}", questions[question][0])
-                prompts.append(filled.replace("{answer_a}", answers[a][question][0]).replace("{answer_b}", answers[b][question][0]))
-    rows = [
-        {"id": i, "prompt": prompt, "counts": {label: 1 + (i + k) % 3 for k, label in enumerate(labels)}}
-        for i, prompt in enumerate(prompts[:limit])
-    ]
-    unique = {row["prompt"]: row for row in rows}
-    return distjudge.load_items(list(unique.values()), labels=labels)
+    other = ("snli_1.0_test.jsonl", "reference_answer_gpt-4.jsonl")  # not needed, and no model's answer
+    raw = [str(path) for path in sorted((folder / task).glob("*.jsonl")) if path.name not in other]
+    quality = ("coherence",) if task == "summeval" else ()
+    rows, card = prepare.convert(prepare.PrepareConfig(task=task, out="", raw=tuple(raw), dimension=quality))
+    unique = {row["prompt"]: row for row in rows[:limit]}
+    return distjudge.load_items(list(unique.values()), labels=card["labels"])
 
 
 def available_tasks(config: BenchConfig) -> list[str]:
