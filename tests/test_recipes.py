@@ -122,17 +122,26 @@ def test_bars_choose_the_items_they_say(tmp_path):
 
 
 def test_bench_runs_every_part(tmp_path):
-    done = command("recipes/bench.py", "--out", "b", "--backbone", "toy", "--tasks", "sample", "--batch_size", 4, "--judged", 4,
-                   "--labels", 3, "--solved", 2, "--repeats", 1, cwd=tmp_path)
+    done = command("recipes/bench.py", "--out", "b", "--backbone", "toy", "--tasks", "sample", "--batch_size", 4, "--judged", 4, "--stock_rows", 2, 4,
+                   "--labels", 3, "--solved", 2, "--repeats", 1, "--parts", "train", "judge", "rate", "scaling", "projection", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "b" / "bench.json").read_text())
     assert set(found["train"][0]["seconds_a_step"]) == {"ours", "ours without packs", "stock SFTTrainer"} and found["train"][0]["shared_tokens"] > 0.3
     assert max(found["judge"][0]["largest_difference_nats"].values()) < 1e-4  # the other ways judge the same
     assert found["projection"][0]["labels"] == 3 and found["projection"][0]["largest_difference"] < 1e-4
-    assert all(row["peak"] >= row["before"] > 0 for row in found["memory"][0]["mib"].values()) and len(found["scaling"]) == 11
+    assert found["train"][0]["stock_rows"] in (2, 4) and set(found["train"][0]["stock_rows_tried"]) == {"2", "4"} and len(found["scaling"]) == 11
     assert 0 < found["rate"]["reached"]["median"] < 1.5
     table = (tmp_path / "b" / "bench.md").read_text()
-    assert all(title in table for title in ("Training step", "Judging", "Matrix rate", "Memory", "Forward and backward", "Projection"))
+    assert all(title in table for title in ("Training step", "Judging", "Matrix rate", "Forward and backward", "Projection"))
+
+
+@pytest.mark.slow
+def test_bench_measures_memory(tmp_path):
+    done = command("recipes/bench.py", "--out", "b", "--backbone", "toy", "--tasks", "sample", "--batch_size", 4, "--stock_rows", 4, "--parts", "memory", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "b" / "bench.json").read_text())
+    assert all(row["peak"] > row["before"] > 0 for row in found["memory"][0]["mib"].values())
+    assert "Memory of training" in (tmp_path / "b" / "bench.md").read_text()
 
 
 def test_importing_distjudge_needs_torch_alone():
