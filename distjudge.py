@@ -30,7 +30,10 @@ import numbers
 import os
 import random
 import re
+import shutil
+import signal
 import sys
+import threading
 import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +46,14 @@ import torch.nn.functional as F
 __version__ = "0.1.0"
 KL_FLOOR = 1e-6  # evaluate() raises model probabilities to this before it takes a logarithm
 log = logging.getLogger("distjudge")
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal, after saving a checkpoint to go on from. Commands exit with 128 + the signal's number."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 class InputError(ValueError):
@@ -1678,13 +1689,17 @@ class Config:
     nothing is selected by it."""
     log_every: int = 10
     """Log the training loss every so many steps."""
+    save_every: float = 0.1
+    """Write a checkpoint every so many steps (below 1: a share of all steps), and keep the two newest; 0 is never."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint of a run that was stopped. Data, model and settings must be the same."""
     report_to: tuple[str, ...] = ()
     """Loggers known to transformers: tensorboard, wandb, trackio, ..."""
 
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
         at_least = dict.fromkeys(("eps", "steps", "step_size", "learning_rate", "epochs", "warmup", "lora_rank", "top_k", "eval_every",
-                                  "pack_tokens", "weight_decay", "max_grad_norm"), 0)
+                                  "save_every", "pack_tokens", "weight_decay", "max_grad_norm"), 0)
         at_least |= dict.fromkeys(("batch_size", "grad_accum", "lora_alpha", "max_length", "log_every"), 1)
         if not 0 <= self.alpha <= 1:
             raise InputError(f"alpha: must be between 0 and 1, not {self.alpha}")
@@ -1706,8 +1721,9 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     The loss is the mean over items, whatever the batches: an optimizer step has the gradient of one batch of
     batch_size * grad_accum items. Two runs with one seed on one machine give the same weights.
     callbacks: more callbacks of transformers' Trainer. Raises InputError if the items' labels are not the judge's, or a prompt
-    is longer than judge.max_length (dropping such items is run()'s affair, see keep_short), FloatingPointError when the loss
-    is no longer finite.
+    is longer than judge.max_length (dropping such items is run()'s affair, see keep_short), or if config.resume finds
+    checkpoints of another run or damaged ones only, FloatingPointError when the loss is no longer finite, OSError when a checkpoint
+    cannot be written, Stopped after SIGINT or SIGTERM.
     """
     import transformers
 
@@ -1731,9 +1747,6 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
 
         epoch = 0
 
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
-
         def __len__(self) -> int:
             return len(encoded)
 
@@ -1745,7 +1758,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         """One of its batches is the items of a whole optimizer step; training_step divides them into forward passes."""
 
         def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:
-            return Order()
+            return order
 
         def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
             batches = [b for _, b in zip(range(num_batches), epoch_iterator, strict=False)]
@@ -1759,7 +1772,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 total = torch.zeros((), device=self.args.device)
                 fits = True
                 for n, members in enumerate(passes):
-                    rows = [chosen[k] for k in members]
+                    rows = self.rows = [chosen[k] for k in members]
                     batch = judge.batch([encoded[i] for i in rows]) | {"p": p[rows], "eps": eps[rows]}
                     tokens = batch["input_ids"].numel()
                     try:  # processes exchange their gradients with the last pass only
@@ -1776,10 +1789,45 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
             logq, _ = label_logprobs(model, inputs, judge.tokens)
             if not torch.isfinite(logq).all():
-                raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}: label scores {logq.tolist()}")
+                bad = [items[self.rows[k]].id if self.rows[k] < len(items) else items[pairs[self.rows[k] - len(items)]].id
+                       for k in (~torch.isfinite(logq)).any(1).nonzero()[:, 0].tolist()]
+                last = next(iter(_checkpoints(checkpoints)), None)
+                raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}, for item{'s' * (len(bad) > 1)} "
+                                         f"{', '.join(map(_short, bad[:8]))}{', ...' * (len(bad) > 8)}; last checkpoint: {last or 'none'}")
             worst = worst_case(inputs["p"], logq, inputs["eps"], config.steps, config.step_size)
             loss = hybrid_loss(logq, inputs["p"], config.alpha, worst).sum()
             return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            if self.args.should_save:
+                weights = {name: p for name, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.requires_grad}
+                progress = {"loss": self._tr_loss.item(), "logged": self._globalstep_last_logged, "pack_tokens": judge.pack_tokens}
+                state = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict(), "random": _random_states(),
+                         "progress": progress, "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}}
+                save_checkpoint(checkpoints / f"step-{self.state.global_step:09d}", weights, state,
+                                {"made_from": made_from, "trainer": dataclasses.asdict(self.state)})
+                for old in _checkpoints(checkpoints)[2:]:
+                    shutil.rmtree(old)
+
+        def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+            weights, self.found, _ = load_checkpoint(Path(folder))
+            mine = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            with torch.no_grad():
+                for name, parameter in mine.items():
+                    parameter.copy_(weights[name])
+
+        def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+            if folder:
+                self.optimizer.load_state_dict(self.found["optimizer"])
+                self.lr_scheduler.load_state_dict(self.found["schedule"])
+
+        def _load_scaler(self, folder: str | None) -> None:
+            if folder and self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(self.found["scaler"])
+
+        def _load_rng_state(self, folder: str | None) -> None:
+            if folder:
+                _set_random_states(self.found["random"])
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             q, mass, orders = judge_items(judge, eval_items)
@@ -1788,6 +1836,22 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
+
+    class Steps(transformers.TrainerCallback):
+        """Tells the sampler its epoch, goes on counting where a checkpoint stopped, and stops after a step when a signal came."""
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            order.epoch = int((state.epoch or 0) + 1e-9)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if resumed:
+                trainer._tr_loss.fill_(trainer.found["progress"]["loss"])
+                trainer._globalstep_last_logged = trainer.found["progress"]["logged"]
+                judge.pack_tokens = trainer.found["progress"]["pack_tokens"]
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if signals:
+                control.should_save, control.should_training_stop = bool(config.save_every), True
 
     class Log(transformers.TrainerCallback):
         """log.jsonl, a line a logged step."""
@@ -1805,10 +1869,16 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    (Path(config.out) / "log.jsonl").write_text("")
     on_cpu = judge.device.type == "cpu"
+    order, signals, checkpoints = Order(), [], Path(config.out) / "checkpoints"
+    made_from = _made_from(judge, items, eval_items, config)
+    resumed = _newest_checkpoint(checkpoints, made_from) if config.resume else None
+    _start_log(Path(config.out) / "log.jsonl", resumed)
+    if not config.resume and int(os.environ.get("RANK", 0)) == 0:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     settings = dict(
-        output_dir=str(Path(config.out) / "checkpoints"), save_strategy="no", report_to=list(config.report_to) or "none",
+        output_dir=str(checkpoints), save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or 1,
+        report_to=list(config.report_to) or "none",
         per_device_train_batch_size=config.batch_size * config.grad_accum, gradient_accumulation_steps=1, num_train_epochs=config.epochs,
         optim="adamw_torch", learning_rate=config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         lr_scheduler_type=config.schedule, warmup_steps=config.warmup, seed=config.seed, data_seed=config.seed,
@@ -1820,7 +1890,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     try:
         arguments = transformers.TrainingArguments(**settings)
         arguments._n_gpu = min(1, arguments.n_gpu)  # nn.DataParallel would split a pack's row numbers; torchrun is the way to more GPUs
-        trainer = Trainer(model=judge.model, args=arguments, callbacks=[Log(), *callbacks],
+        trainer = Trainer(model=judge.model, args=arguments, callbacks=[Steps(), Log(), *callbacks],
                           train_dataset=list(range(len(encoded))), eval_dataset=list(eval_items) or None,
                           data_collator=lambda chosen: {"chosen": torch.tensor(chosen)})
     except (ValueError, RuntimeError, ImportError) as error:  # an unknown schedule, a logger that is not installed
@@ -1828,13 +1898,179 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     if trainer.pop_callback(transformers.ProgressCallback):  # notebooks have another, which stays
         trainer.add_callback(Progress)
     trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, so Trainer must not
+    if threading.current_thread() is threading.main_thread():
+        def note(number: int, frame: Any) -> None:
+            signals.append(number)
+            signal.signal(number, plain[number])  # a second one stops at once
+
+        plain = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    else:
+        plain = {}
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resumed and str(resumed))
     finally:  # takes off the wrapper that runs every forward in bfloat16, or judgments would differ after loading
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         judge.packs, judge.pack_tokens = before
+        for number, handler in plain.items():
+            signal.signal(number, handler)
     judge.model.eval()
+    if signals and trainer.state.global_step < trainer.state.max_steps:
+        saved = f"a checkpoint is saved, --resume goes on from it ({config.out})" if config.save_every else "no checkpoint: save_every is 0"
+        raise Stopped(f"stopped by {signal.Signals(signals[0]).name} after step {trainer.state.global_step} of "
+                      f"{trainer.state.max_steps}; {saved}", signals[0])
     return trainer.state.log_history
+
+
+# Checkpoints hold numbers only: tensors in safetensors, the rest in JSON. transformers' own would unpickle random states and more.
+def _pack_state(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """A state of dicts, lists, numbers and tensors as JSON; its tensors go into `tensors` by number."""
+    if isinstance(value, torch.Tensor):
+        tensors[str(len(tensors))] = value.detach().cpu().contiguous()
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack_state(v, tensors)] for key, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_pack_state(v, tensors) for v in value]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+def _unpack_state(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    (kind, content), = value.items()
+    if kind == "tensor":
+        return tensors[str(content)]
+    if kind == "dict":
+        return {key: _unpack_state(v, tensors) for key, v in content}
+    return (tuple if kind == "tuple" else list)(_unpack_state(v, tensors) for v in content)
+
+
+def _random_states() -> dict[str, Any]:
+    import numpy
+
+    name, keys, *rest = numpy.random.get_state()
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    import numpy
+
+    name, keys, *rest = states["numpy"]
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _made_from(judge: Judge, items: Sequence[Item], eval_items: Sequence[Item], config: Config) -> dict[str, Any]:
+    """What a run depends on, by name: resuming with anything else is refused."""
+    rows = lambda some: _digest([(item.id, item.prompts, list(item.counts.values())) for item in some])  # noqa: E731
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
+                if f.name not in ("out", "resume", "report_to", "save_every")}
+    named = {"labels": judge.labels, "label tokens": judge.tokens.sequences, "prompt template": judge.encoder.frame,
+             "base model": judge.base, "base weights": _fingerprint(judge.model) if hasattr(judge.model, "peft_config") else None,
+             "training items": rows(items), "test items": rows(eval_items), "processes": int(os.environ.get("WORLD_SIZE", 1)),
+             "device": judge.device.type, "versions": versions()}
+    named |= {name: value for name, value in settings.items() if name not in named}  # the labels are the judge's
+    return json.loads(json.dumps(named))
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(folder: Path, weights: dict[str, torch.Tensor], state: dict[str, Any], about: dict[str, Any]) -> None:
+    """Writes a checkpoint under a temporary name, makes sure it is on the disk, and renames it. Raises OSError, leaving nothing."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    part, tensors = folder.with_name(folder.name + ".part"), {}
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        (part / "state.json").write_text(json.dumps(_pack_state(state, tensors)), encoding="utf-8")
+        save_file(tensors, part / "state.safetensors")
+        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, part / "weights.safetensors")
+        (part / "about.json").write_text(json.dumps(about["made_from"]), encoding="utf-8")
+        (part / "trainer_state.json").write_text(json.dumps(about["trainer"], sort_keys=True), encoding="utf-8")
+        sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(part.iterdir())}
+        (part / "sha256.json").write_text(json.dumps(sums), encoding="utf-8")
+        for path in (*part.iterdir(), part):
+            _sync(path)
+        shutil.rmtree(folder, ignore_errors=True)  # of the same step, when a run was stopped right after it
+        part.rename(folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{folder}: the checkpoint cannot be written: {_first_line(error)}; earlier ones are whole") from None
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+    """(weights, state, what it was made from). Raises InputError for a file that is missing, cut or changed."""
+    from safetensors.torch import load_file
+
+    try:
+        sums = json.loads((folder / "sha256.json").read_text(encoding="utf-8"))
+        for name in ("state.json", "state.safetensors", "weights.safetensors", "about.json", "trainer_state.json"):
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sums[name]:
+                raise InputError(f"{folder / name}: is damaged: its checksum is another")
+        state = _unpack_state(json.loads((folder / "state.json").read_text(encoding="utf-8")), load_file(folder / "state.safetensors"))
+        return load_file(folder / "weights.safetensors"), state, json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: is no whole checkpoint: {_first_line(error)}") from None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, the newest first."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name)), reverse=True)
+
+
+def _newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> Path | None:
+    """The newest whole checkpoint of this very run. Raises InputError if none is whole, or if it is another run's."""
+    found = _checkpoints(folder)
+    if not found:
+        log.warning("%s: no checkpoint yet: starting from the beginning", folder)
+        return None
+    for path in found:
+        try:
+            then = load_checkpoint(path)[2]
+        except InputError as error:
+            log.warning("%s; trying the one before", error)
+            continue
+        if different := [name for name in {**then, **made_from} if then.get(name) != made_from.get(name)]:
+            name = different[0]
+            raise InputError(f"resume: {path}: {name} differs: {_short(then.get(name))} then, {_short(made_from.get(name))} now"
+                             + (f"; so do {', '.join(different[1:])}" if different[1:] else ""))
+        return path
+    raise InputError(f"{folder}: resume: none of its checkpoints is whole")
+
+
+def _start_log(path: Path, resumed: Path | None) -> None:
+    """Empties the log, or takes off what was logged after the checkpoint."""
+    kept = []
+    if resumed and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError):
+                if json.loads(line)["step"] <= int(resumed.name[5:]):
+                    kept.append(line)
+    write_lines(path, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1987,6 +2223,8 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     with open(temporary, "w", encoding="utf-8") as file:
         for line in lines:
             file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -2116,7 +2354,7 @@ def run(config: Config) -> dict[str, float | None]:
 def cli(main: Callable[[Any], Any], config: type) -> None:
     """A recipe's command line: tyro reads `config`; what the user got wrong ends in one line a problem and exit code 2.
 
-    A run that diverges ends in exit code 1.
+    A run that diverges ends in exit code 1, one that a signal stops in 128 and the signal's number.
     """
     import tyro
 
@@ -2126,3 +2364,6 @@ def cli(main: Callable[[Any], Any], config: type) -> None:
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)

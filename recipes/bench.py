@@ -234,7 +234,7 @@ def train_ours(judge: Judge, items: list[Item], config: BenchConfig, alpha: floa
     """Mean seconds of a step over one epoch of the items: every way then computes the same items, whatever their order."""
     timer = step_timer()
     with tempfile.TemporaryDirectory() as out:
-        settings = distjudge.Config(out=out, batch_size=config.batch_size, epochs=1.0, alpha=alpha, eps=eps, learning_rate=1e-5, warmup=0.0)
+        settings = distjudge.Config(out=out, batch_size=config.batch_size, epochs=1.0, alpha=alpha, eps=eps, warmup=0.0, save_every=0.0)
         quietly(lambda: distjudge.train(judge, items, settings, callbacks=[timer]))
     return statistics.mean(timer.times)
 

@@ -62,7 +62,7 @@ class TinyConfig(Config):
     epochs: float = 8.0
     """Passes over the training items."""
     batch_size: int = 16
-    """Items a forward pass."""
+    """Items an optimizer step."""
     weight_decay: float = 0.1
     """Weight decay of AdamW."""
     seeds: int = 1

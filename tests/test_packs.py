@@ -359,6 +359,14 @@ def test_judging_streams_in_order_and_reads_no_further_than_it_must(tiny_model):
         list(judge.stream([*texts[:9], ""], window=8))
 
 
+def test_a_list_is_checked_before_anything_is_judged(tiny_model, monkeypatch):
+    judge = load_judge(tiny_model, ["yes", "no"])
+    monkeypatch.setattr(judge, "_score", lambda *a: pytest.fail("judged before all was checked"))
+    for wrong, message in (("", r"prompts\[3000\]: prompt: empty"), (7, r"prompts\[3000\]: prompt: not text"), ("word " * 600, "longer than max_length")):
+        with pytest.raises(distjudge.InputError, match=message):
+            judge.predict(["soup"] * 3000 + [wrong])
+
+
 def test_a_shared_rubric_is_computed_once(tiny_model):
     judge = load_judge(tiny_model, ["yes", "no"])
     texts = ["Rate this soup by these rules: " + "good is good " * 20 + f"Soup {n}" for n in range(16)]
