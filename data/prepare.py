@@ -519,7 +519,7 @@ def own(config: PrepareConfig) -> tuple[list[dict], dict]:
             for name in names:
                 if name not in columns:
                     close = difflib.get_close_matches(name, columns, 1)
-                    raise InputError(f"{path}: {option}: no column '{_short(name)}'" + (f", did you mean '{close[0]}'?" if close else "") +
+                    raise InputError(f"{path}: {option}: no column '{_short(name)}'" + (f", did you mean '{close[0]}'?" if close else ".") +
                                      f" The columns are {', '.join(_short(c, 30) for c in columns)}")
         if not config.prompts and not config.text:
             raise InputError(f"{path}: text: name the column with the judged text (--text), or a template of columns (--template). "

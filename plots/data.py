@@ -110,7 +110,7 @@ def look(items: list[Item], model: str = "", pack_tokens: int = 8192, most: int 
     shared = 1 - sum(len(pack.ids) for pack in packs) / sum(map(len, sample))
     ordered = distjudge.are_numeric(labels)
     return Look(items, labels, counts, -torch.xlogy(p, p).sum(1), distjudge.majority(p), ordered, krippendorff_alpha(counts, ordered),
-                distjudge.noise_floor(items), lengths, "tokens" if model else "characters", shared, len(sample))
+                distjudge.noise_floor(some_groups(items, 10_000)), lengths, "tokens" if model else "characters", shared, len(sample))
 
 
 def describe(data: Look, each: int = 3) -> list[str]:
