@@ -385,6 +385,7 @@ def helpsteer2_pref(config: PrepareConfig) -> tuple[list[dict], dict]:
     """Every annotator's strength from -3 (reply 1 much better) to 3: {-3, -2} is a, {-1, 0, 1} tie, {2, 3} b; -100 is no verdict."""
     template = read_template(config, "helpsteer2_pref", ["conversation", "answer_a", "answer_b"])
     folded = {-3: "a", -2: "a", -1: "tie", 0: "tie", 1: "tie", 2: "b", 3: "b"}
+    published = {"train": {"published": "train"}, "val": {"published": "test"}}
     rows, read, dropped = [], Counter(), Counter({"no text": 0, "no verdict": 0, "votes without a verdict": 0})
     for where, row in raw_rows(config):
         read["pairs"] += 1
@@ -403,8 +404,9 @@ def helpsteer2_pref(config: PrepareConfig) -> tuple[list[dict], dict]:
         else:
             values = {"conversation": conversation(prompt), "answer_a": one, "answer_b": other}
             rows.append({"id": str(read["pairs"]), "prompt": fill(template, values), "counts": tally(PAIR, votes),
-                         "group": text_key("question", prompt), "published": {"val": "test"}.get(row.get("split"), "train"),
-                         "swap": {"prompt": fill(template, values | {"answer_a": other, "answer_b": one}), "labels": SWAP}})
+                         "group": text_key("question", prompt),
+                         "swap": {"prompt": fill(template, values | {"answer_a": other, "answer_b": one}), "labels": SWAP}}
+                        | published.get(row.get("split"), {}))
     return rows, {"labels": PAIR, "ordered": False, "licence": "CC BY 4.0", "spellings": SPELLINGS["pair"], "read": dict(read),
                   "dropped": dict(dropped), "notes": ["strengths -3, -2 are a; -1, 0, 1 tie; 2, 3 b"]}
 

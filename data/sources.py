@@ -212,11 +212,13 @@ def read_table(path: str, split: str = "train") -> tuple[list[str], Iterator[tup
         return columns, ((f"{path}: row {n}", row) for n, row in enumerate(rows, 2))
     if kind in (".xlsx", ".xls", ".ods"):
         return _read_excel(path)
-    if kind in (".parquet", ".jsonl", ".gz", ".zip"):
+    if kind in (".parquet", ".jsonl", ".zip") or path.lower().endswith(".jsonl.gz"):
         rows = list(read_rows(path))
         return list(dict.fromkeys(column for _, row in rows for column in row)), iter(rows)
-    if not Path(path).is_dir() and (kind or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
-        raise InputError(f"{path}: " + ("is not a table: CSV, Excel, Parquet and .jsonl are" if Path(path).exists() else "no such file"))
+    if Path(path).is_file():
+        raise InputError(f"{path}: is not a table that can be read: CSV, Excel, Parquet and .jsonl can")
+    if not Path(path).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):  # a hub id is OWNER/NAME
+        raise InputError(f"{path}: no such file")
     return _read_datasets(path, split)
 
 

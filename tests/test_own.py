@@ -114,11 +114,14 @@ def test_one_annotator_works_and_warns(own, caplog):
     ("text,text\nx,3\n", ["--text", "text", "--label", "text"], "column 'text' stands there twice"),
     ("text,a,b\nx,1,2\nx,1,2\n", ["--text", "text", "--label", "a", "b", "--item", "text"], "item 'x': stands twice, first at votes.csv: row 2"),
     (VOTES, ["--text", "answer", "--label", "rating", "--labels", "5-1"], "labels: '5-1' is not a range from low to high"),
+    ("votes", ["--text", "answer", "--label", "rating"], "votes: no such file"),
+    ("prompt.txt.gz", ["--text", "answer", "--label", "rating"], "prompt.txt.gz: is not a table that can be read"),
     ("gone.csv", ["--text", "answer", "--label", "rating"], "gone.csv: no such file"),
     ("gone.xlsx", ["--text", "answer", "--label", "rating"], "gone.xlsx: no such file"),
     ("gone.parquet", ["--text", "answer", "--label", "rating"], "gone.parquet: cannot be read as Parquet: no such file"),
 ])
 def test_what_a_new_user_gets_wrong(own, tmp_path, table, arguments, words):
+    (tmp_path / "prompt.txt.gz").write_bytes(b"")
     with pytest.raises(InputError) as error:
         own(table, *arguments)
     assert words in str(error.value) and not (tmp_path / "o").exists()

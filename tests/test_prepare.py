@@ -317,7 +317,7 @@ def test_helpsteer2_pref_folds_strengths(tmp_path):
     assert one["swap"]["prompt"].endswith("Reply a:\nTwo.\n\nReply b:\nOne.") and one["swap"]["labels"] == {"a": "b", "b": "a"}
     assert [row["id"] for row in read(tmp_path / "o" / "test.jsonl")] == ["4"]
     card = card_of(tmp_path / "o")
-    assert card["read"] == {"pairs": 4, "votes": 10}
+    assert card["read"] == {"pairs": 4, "votes": 10} and card["split"] == "published"
     assert card["dropped"] == {"no text": 0, "no verdict": 1, "votes without a verdict": 2, "also in test or valid": 0}
 
 
