@@ -5,15 +5,15 @@
     python data/prepare.py mnli --without votes/chaosnli/items.jsonl --out votes/mnli    # leaves out what stands in a test set
     python data/prepare.py own --raw votes.csv --text answer --label rating --item id --template prompt.txt --out votes/own
 
-snli         Stanford NLI (Bowman et al. 2015), CC BY-SA 4.0; five labels for a tenth of it
-mnli         MultiNLI (Williams et al. 2018), OANC and others; also any file of premise, hypothesis and annotator_labels
-chaosnli     ChaosNLI (Nie et al. 2020), CC BY-NC 4.0: 100 labels for each of 3,113 items of SNLI's and MNLI's development sets
-summeval     SummEval (Fabbri et al. 2021), MIT; the news articles are third-party: 3 experts and 5 of a crowd on four qualities
-mtbench      MT-Bench human judgments (Zheng et al. 2023), CC BY 4.0: which of two models' answers is better
-helpsteer2   HelpSteer2's single ratings of five qualities (Wang et al. 2024), CC BY 4.0
-helpsteer2_pref   HelpSteer2-Preference (Wang et al. 2024), CC BY 4.0: which of two replies is better
-emobank      EmoBank (Buechel and Hahn 2017), CC BY-SA 4.0: about five readers on a sentence's valence, arousal or dominance
-own          your table, CSV, Excel, Parquet, .jsonl or a Hugging Face data set: a row a vote (--item, --label) or a row an item
+    snli            Stanford NLI (Bowman et al. 2015), CC BY-SA 4.0; five labels for a tenth of it
+    mnli            MultiNLI (Williams et al. 2018), OANC and others; also any file of premise, hypothesis and annotator_labels
+    chaosnli        ChaosNLI (Nie et al. 2020), CC BY-NC 4.0: 100 labels for each of 3,113 items of SNLI's and MNLI's development sets
+    summeval        SummEval (Fabbri et al. 2021), MIT; the news articles are third-party: 3 experts and 5 of a crowd on four qualities
+    mtbench         MT-Bench human judgments (Zheng et al. 2023), CC BY 4.0: which of two models' answers is better
+    helpsteer2      HelpSteer2's single ratings of five qualities (Wang et al. 2024), CC BY 4.0
+    helpsteer2_pref HelpSteer2-Preference (Wang et al. 2024), CC BY 4.0: which of two replies is better
+    emobank         EmoBank (Buechel and Hahn 2017), CC BY-SA 4.0: about five readers on a sentence's valence, arousal or dominance
+    own             your table, CSV, Excel, Parquet, .jsonl or a Hugging Face data set: a row a vote (--item, --label) or a row an item
 
 Writes train.jsonl and test.jsonl (emobank: and valid.jsonl; --split none: items.jsonl) and card.json into --out.
 """
