@@ -240,7 +240,8 @@ def _rows(source: Any) -> Iterator[tuple[str, dict, str]]:
         return
     path = Path(source)
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        with (contextlib.nullcontext(sys.stdin.buffer) if source == "-" else
+              gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
             for number, raw in enumerate(file, 1):
                 row, problem = {}, ""
                 try:
@@ -255,7 +256,7 @@ def _rows(source: Any) -> Iterator[tuple[str, dict, str]]:
                     problem = f"broken JSON: {error.msg} (column {error.colno})"
                 except (ValueError, RecursionError) as error:
                     problem = f"broken JSON: {_short(error, 100)}"
-                yield f"{path}:{number}", row, problem
+                yield f"{'stdin' if source == '-' else path}:{number}", row, problem
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -2180,7 +2181,6 @@ def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Ite
     counts = counts_of(items)
     p = counts / counts.sum(1, keepdim=True)
     middle = (p + q) / 2
-    entropy = lambda x: -torch.xlogy(x, x).sum(1)  # noqa: E731
     out: dict[str, float | None] = {
         "items": len(items),
         "kl": kl_divergence(p, q).mean().item(),
@@ -2208,6 +2208,44 @@ def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Ite
         out["rps"] = ((below_q - below_p) ** 2 + below_p * (1 - below_p)).sum(1).mean().item()
         out["mean_correlation"] = _pearson(p @ values, q @ values)
     return out
+
+
+def entropy(q: Any) -> torch.Tensor:
+    """-sum_c q_c log q_c in nats: (N, C) -> (N,), float64. 0 for a sure judge, log C for one that knows nothing."""
+    q = torch.as_tensor(q).double()
+    return -torch.xlogy(q, q).sum(-1)
+
+
+def mean_rating(q: Any, labels: Sequence[str]) -> torch.Tensor:
+    """sum_c q_c value_c, the value of a label being its number: (N, C) -> (N,), float64. Raises InputError for other labels.
+
+    >>> mean_rating([[0.5, 0.0, 0.5]], ["1", "2", "5"])
+    tensor([3.], dtype=torch.float64)
+    """
+    if not are_numeric(labels):
+        raise InputError(f"labels: {_listed(labels)} are no numbers, so they have no mean")
+    return torch.as_tensor(q).double() @ torch.tensor([float(label) for label in labels], dtype=torch.float64)
+
+
+def modes(q: Any, labels: Sequence[str]) -> list[str]:
+    """The most probable label of each row, (N, C) -> N labels; of labels that tie, the first."""
+    return [labels[c] for c in torch.as_tensor(q).argmax(-1).tolist()]
+
+
+def credible_sets(q: Any, labels: Sequence[str], level: float = 0.9) -> list[list[str]]:
+    """For each row the smallest set of labels that hold at least `level` of the probability: (N, C) -> N lists, in label order.
+
+    Labels are taken from the most probable down (of those that tie, the first ones), until their sum reaches level - 1e-6: float32
+    probabilities of 0.7 and 0.2 make 0.9. Raises InputError unless 0 < level <= 1.
+
+    >>> credible_sets([[0.3, 0.1, 0.6]], ["a", "b", "c"], 0.9)
+    [['a', 'c']]
+    """
+    if not 0 < level <= 1:
+        raise InputError(f"level: must be above 0 and at most 1, not {level}")
+    ranked, order = torch.as_tensor(q).double().sort(dim=-1, descending=True, stable=True)
+    needed = (ranked.cumsum(-1) < level - 1e-6).sum(-1) + 1
+    return [[labels[c] for c in sorted(row[:n])] for row, n in zip(order.tolist(), needed.tolist(), strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
