@@ -2358,6 +2358,7 @@ def write_results(judge: Judge, items: Sequence[Item], train_items: Sequence[Ite
     rows = []
     for item, q, m in zip(items, probabilities.tolist(), mass.tolist(), strict=True):
         row = {"id": item.id, "counts": item.counts, "predicted": dict(zip(judge.labels, q, strict=True)), "label_mass": m}
+        row |= {"prompt": item.prompt} | ({"group": item.group} if item.group is not None else {})
         rows.append(json.dumps(row | ({"truth": item.truth} if item.truth else {}), ensure_ascii=False))
     write_lines(folder / "predictions.jsonl", rows)
     metrics = evaluate(probabilities, items, train_items=train_items, label_mass=mass, ordered=config.ordered, seed=config.seed) | orders

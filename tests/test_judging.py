@@ -1,10 +1,8 @@
 """recipes/judge.py: streaming, resuming, both orders, bad lines; and what predicted distributions say."""
 import io
 import json
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import judge as recipe
 import numpy
@@ -14,7 +12,6 @@ import torch
 import distjudge
 from distjudge import InputError, load_judge, save_judge
 
-ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["a", "b", "tie"]
 LOADED = {}
 
@@ -226,8 +223,13 @@ def test_settings_that_cannot_be(run_folder, tmp_path, monkeypatch, settings, wo
     assert (tmp_path / "in.jsonl").read_text() == '{"prompt": "x"}\n'
 
 
-def test_the_command_line(run_folder, tmp_path):
+def test_the_command_line(judged, run_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "in.jsonl").write_text('{"id": "x", "prompt": "fine?"}\n{"prompt": 5}\n')
-    done = subprocess.run([sys.executable, ROOT / "recipes" / "judge.py", "--run", run_folder, "--items", "in.jsonl", "--out", "o.jsonl"],
-                          capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == "error: in.jsonl:2: prompt: not text but int\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["judge.py", "--run", str(run_folder), "--items", "in.jsonl", "--out", "o.jsonl"])
+    with pytest.raises(SystemExit) as stopped:
+        distjudge.cli(recipe.main, recipe.JudgeConfig)
+    assert stopped.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == "error: in.jsonl:2: prompt: not text but int"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--skip_bad"])
+    distjudge.cli(recipe.main, recipe.JudgeConfig)
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 1
