@@ -1352,7 +1352,7 @@ def _load_tokenizer(path: str) -> Any:
 def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trained: bool) -> Any:
     import transformers
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" or trained else torch.bfloat16  # weights that are trained themselves need float32
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if four_bit:
@@ -1756,25 +1756,31 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             return iter(shuffled(encoded, config.seed * 1_000_003 + self.epoch, keep_together, config.batch_size * config.grad_accum))
 
     class Trainer(transformers.Trainer):
-        """One of its batches is the items of a whole optimizer step; training_step divides them into forward passes."""
+        """One of its batches is the items of a whole optimizer step; training_step divides them into forward passes.
 
-        def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:
-            return order
+        Of several processes each reads the whole step and takes its share, so that no item is repeated to make shares equal.
+        """
+
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(self.train_dataset, config.batch_size * config.grad_accum, sampler=order,
+                                               collate_fn=self.data_collator)
 
         def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
             batches = [b for _, b in zip(range(num_batches), epoch_iterator, strict=False)]
-            items_here = torch.tensor(sum(len(b["chosen"]) for b in batches), device=device)
-            return batches, self.accelerator.gather(items_here).sum()
+            return batches, torch.tensor(sum(len(b["chosen"]) for b in batches), device=device)
 
         def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
-            chosen = inputs["chosen"].tolist()
+            step, rank, processes = inputs["chosen"].tolist(), self.args.process_index, self.args.world_size
+            chosen = step[rank * len(step) // processes : (rank + 1) * len(step) // processes]
+            counts_here = float(len(chosen) > 0)  # a process without a share must exchange gradients all the same, of zero
+            chosen = chosen or step[:1]
             while True:
                 passes = judge.plan([encoded[i] for i in chosen])
                 total = torch.zeros((), device=self.args.device)
                 fits = True
                 for n, members in enumerate(passes):
                     rows = self.rows = [chosen[k] for k in members]
-                    batch = judge.batch([encoded[i] for i in rows]) | {"p": p[rows], "eps": eps[rows]}
+                    batch = judge.batch([encoded[i] for i in rows]) | {"p": p[rows], "eps": eps[rows], "weight": counts_here}
                     tokens = batch["input_ids"].numel()
                     try:  # processes exchange their gradients with the last pass only
                         with self.accelerator.no_sync(model) if n < len(passes) - 1 else contextlib.nullcontext():
@@ -1796,7 +1802,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}, for item{'s' * (len(bad) > 1)} "
                                          f"{', '.join(map(_short, bad[:8]))}{', ...' * (len(bad) > 8)}; last checkpoint: {last or 'none'}")
             worst = worst_case(inputs["p"], logq, inputs["eps"], config.steps, config.step_size)
-            loss = hybrid_loss(logq, inputs["p"], config.alpha, worst).sum()
+            loss = inputs["weight"] * hybrid_loss(logq, inputs["p"], config.alpha, worst).sum()
             return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -1874,9 +1880,10 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     order, signals, checkpoints = Order(), [], Path(config.out) / "checkpoints"
     made_from = _made_from(judge, items, eval_items, config)
     resumed = _newest_checkpoint(checkpoints, made_from) if config.resume else None
-    _start_log(Path(config.out) / "log.jsonl", resumed)
-    if not config.resume and int(os.environ.get("RANK", 0)) == 0:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    if os.environ.get("RANK", "0") == "0":
+        _start_log(Path(config.out) / "log.jsonl", resumed)
+        if not config.resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
     settings = dict(
         output_dir=str(checkpoints), save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or 1,
         report_to=list(config.report_to) or "none",
@@ -2374,7 +2381,8 @@ def run(config: Config) -> dict[str, float | None]:
     """Loads, trains, judges the test items and fills the run folder; returns the metrics.
 
     The folder then holds config.json (resolved, with versions), judge.json, adapter/ or model/, tokenizer/,
-    predictions.jsonl, metrics.json and log.jsonl; load_judge(folder) brings the judge back.
+    predictions.jsonl, metrics.json and log.jsonl; load_judge(folder) brings the judge back. Under torchrun the first process does the
+    writing, and the others return {}.
     """
     config.check()
     items, test = load_data(config)
@@ -2386,6 +2394,8 @@ def run(config: Config) -> dict[str, float | None]:
     trained = sum(p.numel() for p in judge.model.parameters() if p.requires_grad)
     print(f"{len(items)} training items, {len(test)} test items, {trained:,} trainable weights on {judge.device}")
     train(judge, items, config, eval_items=test)
+    if os.environ.get("RANK", "0") != "0":  # of several processes (torchrun) the first writes the folder
+        return {}
     save_judge(judge, config.out)
     return write_results(judge, test, items, config, config.out)
 

@@ -26,7 +26,7 @@ def write_run(folder, n=12, seed=0, labels=LABELS, config=None, skip=()):
         counts = [votes.randint(0, 3) for _ in labels]
         counts[i % len(labels)] += 1
         name = HOSTILE if i == 1 else f"item {i}"
-        rows.append({"id": name, "prompt": HOSTILE * 2 if i == 1 else f"Rate soup {i}. " + "word " * (i * 20), "group": HOSTILE if i == 1 else f"g{i // 3}",
+        rows.append({"id": name, "prompt": HOSTILE * 2 if i == 1 else f"Rate soup {i}. " + "word " * (i % 40 * 20), "group": HOSTILE if i == 1 else f"g{i // 3}",
                      "counts": dict(zip(labels, counts, strict=True)), "predicted": {label: x / sum(q) for label, x in zip(labels, q, strict=True)}, "label_mass": draw.random()})
     rows = [row for i, row in enumerate(rows) if i not in skip]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -186,11 +186,11 @@ def test_the_page_in_a_browser(tmp_path, scheme):
         page.select_option("#sort", "place")
         page.click("#next")
         assert page.locator("#where").inner_text().startswith("26 to 50")
-        page.select_option("#human", "2")
+        page.select_option("#human", value="2")
         expected = [row for row in rows if row["counts"]["10"] == max(row["counts"].values())]
         page.select_option("#size", "100")
         assert page.locator("#where").inner_text() == f"1 to 100 of {len(expected)} (10000 in all)"
-        page.select_option("#human", "")
+        page.select_option("#human", value="")
         page.check("#wrong")
         wrong = [row for row in rows if row["counts"][max(row["predicted"], key=row["predicted"].get)] < max(row["counts"].values())]
         assert page.locator("#where").inner_text() == f"1 to 100 of {len(wrong)} (10000 in all)"

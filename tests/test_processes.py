@@ -1,0 +1,92 @@
+"""Several processes: training under torchrun with gloo, and (in an environment with Ray) the judge over Ray Data."""
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELS = ["1", "2", "3"]
+
+TRAIN = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import torch, distjudge
+torch.set_num_threads(1)
+items = distjudge.load_items("items.jsonl")
+judge, given = distjudge.load_judge({model!r}, distjudge.labels_of(items), lora_rank=4), []
+plan = judge.plan
+judge.plan = lambda encoded: given.append([tuple(ids) for ids in encoded]) or plan(encoded)
+log = distjudge.train(judge, items, distjudge.Config(out=sys.argv[1], batch_size=4, grad_accum=2, epochs=2.0, learning_rate=1e-2, warmup=0.0,
+                                                     schedule="constant", log_every=1))
+number = {{tuple(ids): i for i, ids in enumerate(judge.encode([item.prompt for item in items]))}}
+weights = torch.cat([p.detach().flatten() for p in judge.model.parameters() if p.requires_grad])
+with open(sys.argv[1] + "/rank" + os.environ.get("RANK", "0") + ".json", "w") as file:
+    json.dump({{"losses": [line["loss"] for line in log if "loss" in line], "given": [[number[ids] for ids in step] for step in given],
+               "weights": weights.tolist()}}, file)
+"""
+RUN = """
+import sys
+sys.path.insert(0, {root!r})
+import distjudge
+found = distjudge.run(distjudge.Config(train=("items.jsonl",), model={model!r}, out=sys.argv[1], epochs=1.0, batch_size=6))
+print("metrics", len(found))
+"""
+
+
+@pytest.fixture
+def launch(tiny_model, votes, tmp_path):
+    """A function that runs a script on n processes and returns its standard output."""
+    items = votes(25)  # steps of 8, 8, 8 and 1: in the last one a process of two has nothing to do
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps({"id": i.id, "prompt": i.prompt, "counts": i.counts}) + "\n" for i in items))
+
+    def run(script, out, processes):
+        (tmp_path / "script.py").write_text(script.format(root=str(ROOT), model=str(tiny_model)))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        done = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), "script.py", out], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_train_as_one_does(launch, tmp_path, processes):
+    """Same losses and weights as one process: batch_size * grad_accum items a step altogether, dealt without repeats or losses."""
+    launch(TRAIN, "one", 1)
+    launch(TRAIN, "several", processes)
+    read = lambda name: json.loads((tmp_path / name).read_text())  # noqa: E731
+    one, ranks = read("one/rank0.json"), [read(f"several/rank{k}.json") for k in range(processes)]
+    steps = [8, 8, 8, 1] * 2
+    assert [len(step) for step in one["given"]] == steps and sorted(itertools.chain(*one["given"][:4])) == list(range(25))
+    for k, step in enumerate(one["given"]):
+        dealt = [rank["given"][k] for rank in ranks]
+        if steps[k] == 8:
+            assert list(itertools.chain(*dealt)) == step and max(map(len, dealt)) - min(map(len, dealt)) <= 1
+        else:  # one has the item, and the others compute it for nothing, to exchange gradients of zero
+            assert all(given == step for given in dealt)
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(set(one["losses"])) == 8
+        assert torch.allclose(torch.tensor(rank["weights"]), torch.tensor(one["weights"]), atol=1e-4)
+        assert rank["weights"] == ranks[0]["weights"]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_writes_one_folder(launch, tmp_path):
+    assert sorted(launch(RUN, "two", 2).split("metrics ")[1:])[0].strip() == "0"
+    launch(RUN, "one", 1)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert metrics[0].keys() == metrics[1].keys() and metrics[0]["items"] == 5
+    for name, value in metrics[0].items():
+        assert metrics[1][name] == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), name
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
