@@ -307,13 +307,13 @@ def _prompt_problem(prompt: Any) -> str:
 
 
 def _parse_swap(value: Any, bad: list[tuple[str, str]]) -> tuple[str, dict[str, str]] | None:
-    if not isinstance(value, dict) or not isinstance(value.get("labels") or {}, dict):
+    if not isinstance(value, dict) or not isinstance(value.get("labels"), dict):
         bad.append(("swap", 'must be {"prompt": ..., "labels": {label: label in the other order}}, not ' + _short(repr(value))))
         return None
     if problem := _prompt_problem(value.get("prompt")):
         bad.append(("swap", f"prompt: {problem}"))
         return None
-    pairs = {_label(a): _label(b) for a, b in (value.get("labels") or {}).items() if not _missing(b)}
+    pairs = {_label(a): _label(b) for a, b in value["labels"].items() if not _missing(b)}
     if None in pairs or None in pairs.values():
         bad.append(("swap", f"labels: must be text without spaces around it, or whole numbers, not {_short(repr(value['labels']))}"))
         return None

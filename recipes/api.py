@@ -39,7 +39,7 @@ from urllib.parse import urlsplit, urlunsplit
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
-from judge import average_orders, parse_swap
+from judge import average_orders
 
 import distjudge
 from distjudge import InputError, Item
@@ -477,21 +477,6 @@ def check_mass(readings: Sequence[Reading], prompts: Sequence[tuple[str, str]], 
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------------
-def swaps_of(paths: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{id: (swapped prompt, where its columns belong)} of the items that have one. Raises InputError naming file, line and field."""
-    found = {}
-    for path in paths:
-        for where, row, problem in distjudge._rows(path):
-            if problem or row.get("swap") is None:
-                continue
-            prompt, back, wrong = parse_swap(row, labels)
-            name = distjudge._parse_row(row)[0]["id"]
-            if wrong:
-                raise InputError(f"{where}: item '{distjudge._short(name)}': swap: {wrong}")
-            found[name] = (prompt, back)
-    return found
-
-
 def load(config: ApiConfig) -> tuple[list[Item], list[Item]]:
     """The items to judge, and those that give the marginal."""
     items = distjudge.load_items(*config.items, labels=config.labels or None)
@@ -512,13 +497,12 @@ async def judge_items(items: Sequence[Item], config: ApiConfig, labels: Sequence
         reader = LabelReader(labels, distjudge.parse_spellings(config.spellings), config.match, config.case)
         if not config.samples:
             reader.check_first_tokens()
-    swaps = swaps_of(config.items, labels)
     prompts, owner = [], []
     for i, item in enumerate(items):
         prompts.append((item.prompt, f"{item.where}: item '{distjudge._short(item.id)}'"))
         owner.append(i)
-        if item.id in swaps:
-            prompts.append((swaps[item.id][0], f"{item.where}: item '{distjudge._short(item.id)}': swap"))
+        if item.swap:
+            prompts.append((item.swap.prompt, f"{item.where}: item '{distjudge._short(item.id)}': swap"))
             owner.append(i)
     cache = Cache(Path(config.cache or Path(config.out) / "cache.jsonl"))
     try:
@@ -541,7 +525,7 @@ def main(config: ApiConfig) -> None:
         print(f"error: {plain_url(config.base_url)}: {error}. The answers so far are kept; the same command goes on from here",
               file=sys.stderr)
         sys.exit(1)
-    swaps, readings_of, dropped = swaps_of(config.items, labels), collections.defaultdict(list), 0
+    readings_of, dropped = collections.defaultdict(list), 0
     for reading, i in zip(readings, owner, strict=True):
         readings_of[i].append(reading)
     rows, kept, predicted, masses, flips = [], [], [], [], []
@@ -554,7 +538,7 @@ def main(config: ApiConfig) -> None:
         q, mass = own[0].q, sum(reading.mass for reading in own) / len(own)
         row: dict[str, Any] = {"id": item.id, "counts": item.counts}
         if len(own) == 2:
-            q, flipped = average_orders(q, own[1].q, swaps[item.id][1])
+            q, flipped = average_orders(q, own[1].q, item.swap.labels)
             flips.append(flipped)
             row["flipped"] = flipped
         kept.append(item)

@@ -78,22 +78,16 @@ class Ask:
     back: tuple[int, ...] = ()
 
 
-def parse_swap(row: dict[str, Any], labels: Sequence[str]) -> tuple[str | None, tuple[int, ...], str]:
-    """The swapped prompt, where its columns belong, and what is wrong with the field "swap", if anything."""
-    swap = row.get("swap")
+def place_swap(swap: tuple[str, dict[str, str]] | None, labels: Sequence[str]) -> tuple[str | None, tuple[int, ...], str]:
+    """The swapped prompt, where its columns belong, and what is wrong with its labels, if anything."""
     if swap is None:
         return None, (), ""
-    names = swap.get("labels") if isinstance(swap, dict) else None
-    prompt = swap.get("prompt") if isinstance(swap, dict) else None
-    if not isinstance(names, dict) or not isinstance(prompt, str) or not prompt.strip() or not distjudge._is_text(prompt):
-        return None, (), 'must be {"prompt": text, "labels": {label: label in the other order}}'
-    named = {distjudge._label(a): distjudge._label(b) for a, b in names.items()}
+    prompt, named = swap
     if unknown := [label for label in [*named, *named.values()] if label not in labels]:
         return None, (), f"unknown label {distjudge._short(repr(unknown[0]))}; the labels are {distjudge._listed(labels)}"
     target = [named.get(label, label) for label in labels]
-    if len(set(target)) != len(labels):
-        twice = next(label for label in target if target.count(label) > 1)
-        return None, (), f"two labels map to '{distjudge._short(twice)}'"
+    if any(named.get(other, other) != label for label, other in zip(labels, target, strict=True)):
+        return None, (), f"labels {named} do not trade places: swapped twice, every label must be itself again"
     return prompt, tuple(list(labels).index(label) for label in target), ""
 
 
@@ -108,7 +102,7 @@ def check_row(row: dict[str, Any], labels: Sequence[str]) -> tuple[Ask | None, l
     parsed, bad = distjudge._parse_row(row)
     if all(distjudge._missing(row.get(field)) for field in ("counts", "annotations", "distribution")):
         bad = [(field, text) for field, text in bad if field != "counts"]
-    swapped, back, problem = parse_swap(row, labels)
+    swapped, back, problem = place_swap(parsed["swap"], labels)
     bad += [("swap", problem)] if problem else []
     if bad:
         return None, bad

@@ -193,7 +193,7 @@ def test_both_orders_are_averaged(measure, fake):
     rows, metrics = measure([pair, other])
     assert rows[0]["predicted"] == pytest.approx({"a": 0.4, "b": 0.5, "tie": 0.1}) and rows[0]["flipped"] is True and "flipped" not in rows[1]
     assert metrics["pairs"] == 1 and metrics["flip_rate"] == 1.0 and metrics["requests"] == 3
-    with pytest.raises(InputError, match=r"items.jsonl:1: item 'p': swap: unknown label 'c'"):
+    with pytest.raises(InputError, match=r"items.jsonl:1: item 'p': swap: unknown label {c}"):
         measure([pair | {"swap": {"prompt": "B or A", "labels": {"a": "c"}}}])
 
 

@@ -106,8 +106,8 @@ def test_both_orders_are_averaged_after_mapping_labels_back(judged, run_folder, 
 
 
 @pytest.mark.parametrize(("swap", "words"), [
-    ("text", "must be {"), ({"prompt": "x"}, "must be {"), ({"prompt": " ", "labels": {}}, "must be {"),
-    ({"prompt": "x", "labels": {"a": "c"}}, "unknown label 'c'"), ({"prompt": "x", "labels": {"a": "b"}}, "two labels map to 'b'"),
+    ("text", "must be {"), ({"prompt": "x"}, "must be {"), ({"prompt": " ", "labels": {}}, "prompt: empty"),
+    ({"prompt": "x", "labels": {"a": "c"}}, "unknown label 'c'"), ({"prompt": "x", "labels": {"a": "b"}}, "do not trade places"),
     ({"prompt": "soup " * 100, "labels": {}}, "more than the judge's max_length 60"),
 ])
 def test_a_wrong_swap_is_refused(judged, swap, words):
