@@ -90,3 +90,86 @@ def test_a_run_of_two_processes_writes_one_folder(launch, tmp_path):
         assert metrics[1][name] == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), name
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+
+
+# --- Ray ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def run_folder(tiny_model, tmp_path_factory):
+    import distjudge
+
+    folder = tmp_path_factory.mktemp("ray") / "run"
+    distjudge.save_judge(distjudge.load_judge(tiny_model, ["a", "b", "tie"], max_length=80), folder)
+    return folder
+
+
+def rows(n):
+    swap = {"prompt": "Second or first?", "labels": {"a": "b", "b": "a"}}
+    return [{"id": f"i{i}", "prompt": f"Is soup {i} fine? " + "good " * (i % 7), "note": {"n": i}} | ({"swap": swap} if i % 5 == 0 else {}) for i in range(n)]
+
+
+def by_ray(run_folder, tmp_path, items, out, *arguments):
+    return subprocess.Popen([sys.executable, ROOT / "recipes" / "judge_ray.py", "--run", run_folder, "--items", items, "--out", out, *map(str, arguments)],
+                            cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def judged_here(run_folder, tmp_path):
+    """What recipes/judge.py writes for in.jsonl."""
+    done = subprocess.run([sys.executable, ROOT / "recipes" / "judge.py", "--run", run_folder, "--items", "in.jsonl", "--out", "here.jsonl"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines()]
+
+
+def assert_same(found, expected):
+    assert [row["id"] for row in found] == [row["id"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row["predicted"] == pytest.approx(other["predicted"], abs=1e-5) and row["key"] == other["key"] and row.get("flipped") == other.get("flipped")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_no_row_and_doubles_none(run_folder, tmp_path):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'ray[data]'")
+    import time
+
+    import psutil
+
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(1500)))
+    running = by_ray(run_folder, tmp_path, "in.jsonl", "out.jsonl", "--judges", 2, "--batch_size", 4, "--blocks", 8)
+    killed = None
+    while running.poll() is None and killed is None:
+        time.sleep(0.02)
+        if (tmp_path / "out.jsonl.part").exists() and (tmp_path / "out.jsonl.part").stat().st_size:  # some rows are written
+            workers = [p for p in psutil.Process(running.pid).children(recursive=True) if p.name().startswith("ray::MapWorker")]
+            killed = workers[0].pid
+            workers[0].kill()
+    said = running.communicate()[1]
+    assert killed and running.returncode == 0, said[-3000:]
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(found) == 1500 and all(row["note"] == {"n": i} for i, row in enumerate(found)) and "judged 1500 items with 2 judges" in said
+    assert_same(found, judged_here(run_folder, tmp_path))
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+
+@pytest.mark.slow
+def test_parquet_in_and_out_and_bad_rows(run_folder, tmp_path):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'ray[data]'")
+    import pyarrow
+    import pyarrow.parquet
+
+    some = rows(20)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), tmp_path / "in.parquet")
+    running = by_ray(run_folder, tmp_path, "in.parquet", "out.parquet", "--batch_size", 6)
+    assert running.wait() == 0, running.stderr.read()[-3000:]
+    expected = judged_here(run_folder, tmp_path)
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert_same(found, expected)
+    assert [row["low_mass"] for row in found] == [row.get("low_mass", False) for row in expected] and json.loads(found[3]["fields"]) == {"note": {"n": 3}}
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some[:2]) + '{"id": "odd", "prompt": 5}\n{broken\n' + json.dumps({"prompt": "soup " * 99}) + "\n")
+    running = by_ray(run_folder, tmp_path, "bad.jsonl", "bad.out.jsonl")
+    said = running.communicate()[1]
+    assert running.returncode == 2 and "bad.jsonl: item 'odd': prompt: not text but int" in said and not (tmp_path / "bad.out.jsonl").exists()
+    running = by_ray(run_folder, tmp_path, "bad.jsonl", "bad.out.jsonl", "--skip_bad")
+    said = running.communicate()[1]
+    assert running.returncode == 0 and "skipped 3 bad rows" in said and "broken JSON" in said and "more than the judge's max_length 80" in said
+    assert_same([json.loads(line) for line in (tmp_path / "bad.out.jsonl").read_text().splitlines()], expected[:2])
