@@ -545,7 +545,9 @@ def main(config: ApiConfig) -> None:
         predicted.append(q)
         masses.append(mass)
         row |= {"predicted": dict(zip(labels, q.tolist(), strict=True)), "label_mass": mass} | ({"low_mass": True} if low else {})
-        rows.append(json.dumps(row | ({"truth": item.truth} if item.truth else {}), ensure_ascii=False))
+        row |= {"prompt": item.prompt} | ({"group": item.group} if item.group is not None else {})
+        row |= {"truth": item.truth} if item.truth else {}
+        rows.append(json.dumps(row, ensure_ascii=False))
     if not kept:
         raise InputError(f"no items are left: all {dropped} are under min_mass {config.min_mass:g}")
     distjudge.write_lines(out / "predictions.jsonl", rows)

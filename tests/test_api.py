@@ -129,6 +129,7 @@ def test_spellings_add_up_and_the_mass_is_reported(measure, fake, tmp_path):
     from plots import figures
 
     assert len(figures.draw_all(tmp_path / "run")) == 3  # it is a run folder like another
+    assert [row["prompt"] for row in rows] == ["Rate soup 0", "Rate soup 1"]
 
 
 def test_labels_of_several_tokens_are_read_by_a_beginning_that_is_theirs_alone(measure, fake):
