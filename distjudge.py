@@ -163,7 +163,7 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
         if len(set(order)) != len(order):
             raise InputError(f"labels: {order} names a label twice")
     if are_numeric(order) and len(set(map(float, order))) != len(order):
-        raise InputError(f"labels: {_listed(order)} holds a number in two spellings")
+        raise InputError(f"{parsed[0][1] if parsed else 'load_items'}: labels: {_listed(order)} holds a number in two spellings")
     items, known = [], set(order)
     for name, where, item in parsed:
         head, got, field = f"{where}: item '{_short(item['id'])}': ", set(item["counts"]), item["field"]
@@ -212,7 +212,7 @@ def _name(source: Any) -> str:
 
 
 def _short(text: Any, width: int = 60) -> str:
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", str(text))  # a message is one line
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", " ", str(text))  # a message is one line, left to right
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
