@@ -1503,12 +1503,48 @@ def ce_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return _cross(majority(p), logq)
 
 
-def hybrid_loss(logq: torch.Tensor, p: torch.Tensor, alpha: float, worst: torch.Tensor | None = None) -> torch.Tensor:
+def rps_loss(logq: torch.Tensor, p: torch.Tensor, order: Sequence[int] | None = None) -> torch.Tensor:
+    """Ranked probability score of ordered labels, less its least value: sum_{k<C} (Q_k - P_k)^2, Q and P the cumulative
+    probabilities. (B, C), (B, C) -> (B,), no units, from 0 to C - 1.
+
+    Being wrong by two labels costs more than by one, which KL does not know. Its mean over single votes is evaluate()'s "rps",
+    which stands sum_k P_k (1 - P_k) higher. Finite, with a finite gradient, wherever p or q are zero. `order` names the columns
+    from the lowest label to the highest; by default they are in order. Source: Epstein (1969); Gneiting and Raftery (2007).
+
+    >>> rps_loss(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[1.0, 0.0, 0.0]]))    # 0.5^2 + 0.25^2
+    tensor([0.3125])
+    """
+    wide = torch.promote_types(logq.dtype, torch.float32)
+    gap = logq.to(wide).exp() - p.to(wide)
+    return ((gap if order is None else gap[..., list(order)]).cumsum(-1)[..., :-1] ** 2).sum(-1)
+
+
+def hybrid_loss(logq: torch.Tensor, p: torch.Tensor, alpha: float, worst: torch.Tensor | None = None, rps: float = 0.0,
+                order: Sequence[int] | None = None) -> torch.Tensor:
     """alpha KL(p' || q) + (1 - alpha) CE(r, q), p' being `worst` or, without it, p; r is always that of p. -> (B,), nats.
 
     alpha = 0 is single-point training, alpha = 1 drops the cross-entropy. Source: arXiv 2505.12301, section 3.
+    rps > 0 (our addition) puts (1 - rps) KL(p' || q) + rps rps_loss(p', q) in the place of KL.
     """
-    return alpha * kl_loss(logq, p if worst is None else worst) + (1 - alpha) * ce_loss(logq, p)
+    aim = p if worst is None else worst
+    distance = kl_loss(logq, aim) if rps < 1 else 0.0
+    if rps:
+        distance = (1 - rps) * distance + rps * rps_loss(logq, aim, order)
+    return alpha * distance + (1 - alpha) * ce_loss(logq, p)
+
+
+def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """(counts + prior) / (N + k): the mean of a Dirichlet posterior, prior = k m with k = prior.sum(-1). (B, C) -> (B, C).
+
+    One vote moves it 1 / (1 + k) of the way from m to that vote, a hundred 100 / (100 + k): see fit_concentration for k.
+    Note what it is as a loss. The gradient of KL to it, in the logits, is w (q - counts / N) + (1 - w) (q - m) with w =
+    N / (N + k): votes as they are, plus a pull toward m. With m = q, the model's own prediction, the pull is nothing and
+    what is left is a weight w for each item.
+
+    >>> shrink_votes(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
+    tensor([[0.7500, 0.2500]])
+    """
+    return (counts + prior) / (counts + prior).sum(-1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1595,28 +1631,233 @@ def worst_case(p: torch.Tensor, logq: torch.Tensor, eps: float | torch.Tensor, s
     return torch.where(gained[..., None], x, p_).to(p.dtype)
 
 
-def annotator_radius(counts: torch.Tensor, eps: float) -> torch.Tensor:
+EXACT_LABELS = 10  # worst_case_exact tries every subset of labels
+
+
+def worst_case_exact(p: torch.Tensor, logq: torch.Tensor, eps: float | torch.Tensor, ball: str = "l2") -> torch.Tensor:
+    """The p' that maximises KL(p' || q) over the whole ball around p, with no step size. (B, C), (B, C) -> (B, C).
+
+    ball: "l2"  ||p' - p||_2 <= eps, the paper's; "tv"  ||p' - p||_1 / 2 <= eps; "kl"  KL(p' || p) <= eps, in nats.
+    KL is convex in p', so the maximum is at an extreme point. For "tv" these are the vertices of a polytope: all mass that may
+    move goes to one label, and labels give all they have but one. For "kl" an extreme point is a corner of the simplex or lies
+    on the sphere, where the objective is linear up to a constant: on each face the best is an exponential tilt of p by
+    log(p / q), and on faces of two labels either of two points. Both lists are complete, so the result is the maximum.
+    For "l2" we climb, without a step size, from points in all 2^C directions: x <- the point of the ball furthest along the
+    gradient at x, which never lowers a convex objective. That is not a proof: worst_case_bound gives one, and the tests hold it
+    against this function to 1e-6 nats. For one-hot p the ball is left too: this is where the paper's five steps find nothing.
+    No gradient flows through. eps: a number or (B,). Raises ValueError for a negative eps, an unknown ball, more than ten labels.
+    """
+    if p.shape[-1] > EXACT_LABELS:
+        raise ValueError(f"the exact worst case tries all subsets of labels: {EXACT_LABELS} labels at most, not {p.shape[-1]}")
+    p_, logq_ = _working(p.detach(), logq.detach())
+    p_, logq_, radius = p_ / p_.sum(-1, keepdim=True), logq_.clamp_min(-1e4), _radius(eps, p_)
+    if ball not in _EXTREMES:
+        raise ValueError(f"ball must be one of {', '.join(_EXTREMES)}, not {ball}")
+    x = torch.cat([p_[:, None], _EXTREMES[ball](p_, logq_, radius)], 1)
+    found = kl_loss(logq_[:, None].expand_as(x), x)
+    best = found.nan_to_num(-math.inf).argmax(1)  # NaN marks what is not in the ball
+    return torch.where(radius > 0, x[torch.arange(len(x), device=x.device), best].to(p.dtype), p.detach())
+
+
+def _extremes_l2(p: torch.Tensor, logq: torch.Tensor, eps: torch.Tensor, keep: int = 24, climb: int = 3, turns: int = 31) -> torch.Tensor:
+    """Local maxima over the l2 ball, (B, 2 keep, C)."""
+    labels = p.shape[-1]
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=labels))[1:-1], dtype=p.dtype, device=p.device)
+    ways = torch.cat([signs, torch.eye(labels, dtype=p.dtype, device=p.device), -torch.eye(labels, dtype=p.dtype, device=p.device)])
+
+    def furthest(way: torch.Tensor) -> torch.Tensor:
+        here = p[:, None].expand_as(way)
+        return _project_ball(here + 1e3 * way, here, eps[:, None].expand(*way.shape[:-1], 1))
+
+    x, logq = furthest(ways.expand(len(p), -1, -1)), logq[:, None]
+    best = kl_loss(logq.expand_as(x), x).topk(min(keep, x.shape[1]), 1).indices
+    x = x.gather(1, best[..., None].expand(-1, -1, labels))
+    for _ in range(climb):
+        x = furthest(x.clamp_min(1e-12).log() - logq)
+    y, on, before = x, x > 0, [x, x]
+    for turn in range(turns):  # the same without a search where no label reaches zero: a sphere around `middle` in the labels still on
+        size = on.sum(-1, keepdim=True).clamp_min(1)
+        middle = torch.where(on, p[:, None] + (1 - (p[:, None] * on).sum(-1, keepdim=True)) / size, 0.0)
+        left = (eps[:, None] ** 2 - ((middle - p[:, None]) ** 2).sum(-1, keepdim=True)).clamp_min(0).sqrt()
+        way = torch.where(on, y.clamp_min(1e-12).log() - logq, 0.0)
+        if turn % 4 == 3:  # the steps shrink by one factor in the end: go on to where they lead
+            last, former = y - before[-1], before[-1] - before[-2]
+            factor = ((last * former).sum(-1, keepdim=True) / (former**2).sum(-1, keepdim=True).clamp_min(1e-300)).clamp(0, 0.97)
+            way = torch.where(on, y + factor / (1 - factor) * last - middle, 0.0)
+        before = [before[-1], y]
+        way = torch.where(on, way - way.sum(-1, keepdim=True) / size, 0.0)
+        y = middle + left * way / way.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        on, y = y > 0, y.clamp_min(0)
+    here = p[:, None].expand_as(y)
+    return torch.cat([x, _project_ball(y, here, eps[:, None].expand(*y.shape[:-1], 1))], 1)
+
+
+def _extremes_tv(p: torch.Tensor, logq: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """The best vertex of the total-variation ball for each label that receives, (B, C, C)."""
+    labels, found = p.shape[-1], []
+    for to in range(labels):
+        rest = [c for c in range(labels) if c != to]
+        table = torch.zeros((labels - 1) * 2 ** (labels - 2), labels, dtype=p.dtype, device=p.device)  # 1: gives all, 2: gives what is left
+        kinds = itertools.product(range(labels - 1), itertools.product((0.0, 1.0), repeat=labels - 2))
+        for row, (last, emptied) in enumerate(kinds):
+            table[row, rest] = torch.tensor([*emptied[:last], 2.0, *emptied[last:]], dtype=p.dtype, device=p.device)
+        moved = torch.minimum(eps, 1 - p[:, [to]])
+        p_ = p[:, None].expand(-1, len(table), -1)
+        missing = moved - (p_ * (table == 1)).sum(-1)
+        last = (p_ * (table == 2)).sum(-1)
+        x = torch.where(table == 1, 0.0, torch.where(table == 2, (last - missing)[..., None].clamp_min(0), p_)).clone()
+        x[..., to] = p[:, [to]] + moved
+        x[(missing < -1e-12) | (missing > last + 1e-12)] = math.nan
+        best = kl_loss(logq[:, None].expand_as(x), x).nan_to_num(-math.inf).argmax(1)
+        found.append(x[torch.arange(len(p), device=p.device), best])
+    return torch.stack(found, 1)
+
+
+def _extremes_kl(p: torch.Tensor, logq: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """Tilts of p, both ways, on every face of the simplex where KL(. || p) = eps, and its corners: (B, 2 (2^C - 1), C)."""
+    faces = torch.tensor(list(itertools.product((False, True), repeat=p.shape[-1]))[1:], device=p.device)
+    on = faces.repeat(2, 1) & (p > 0)[:, None]
+    logp = p.clamp_min(1e-300).log()[:, None]
+    way = torch.tensor([1.0, -1.0], dtype=p.dtype, device=p.device).repeat_interleave(len(faces))[:, None]
+    pull = way * (logp - logq[:, None])
+    pull = pull - torch.where(on, pull, -math.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)  # so that large tilts stay finite
+
+    def tilt(t: torch.Tensor) -> torch.Tensor:
+        return torch.where(on, logp + t * pull, -math.inf).softmax(-1)
+
+    low, high = torch.zeros_like(pull[..., :1]), torch.full_like(pull[..., :1], 80.0)  # t = exp(s) - 1, by bisection in s
+    for _ in range(60):
+        s = (low + high) / 2
+        inside = kl_loss(logp.expand_as(pull), tilt(s.exp() - 1))[..., None] <= eps[:, None]
+        low, high = torch.where(inside, s, low), torch.where(inside, high, s)
+    x = tilt(low.exp() - 1)
+    outside = ~on.any(-1) | (on != faces.repeat(2, 1)).any(-1) | (kl_loss(logp.expand_as(x), x) > eps + 1e-9)
+    return torch.where(outside[..., None], math.nan, x)
+
+
+_EXTREMES: dict[str, Callable[..., torch.Tensor]] = {"l2": _extremes_l2, "tv": _extremes_tv, "kl": _extremes_kl}
+
+
+def worst_case_bound(p: torch.Tensor, logq: torch.Tensor, eps: float | torch.Tensor, attained: torch.Tensor, tol: float = 1e-6,
+                     rounds: int = 400) -> torch.Tensor:
+    """An upper bound on max KL(p' || q) over the l2 ball, (B,) in nats: the proof that `attained` (B,) is the maximum.
+
+    It is at most attained + tol where that is true to tol. For checks and studies; training does not need it. By branch and
+    bound over boxes lo <= x <= hi. In a box, for any mu and any lam >= 0,
+
+        max f  <=  mu + lam eps^2 + sum_i max_{lo_i <= x <= hi_i} ( x log x - x log q_i - mu x - lam (x - p_i)^2 )
+
+    and each of the inner maxima is at lo_i, at hi_i or at the larger root of a derivative that rises to x = 1 / (2 lam) and falls
+    from there. The bound is convex in (mu, lam); the ellipsoid method minimises it, and says how near the minimum is. What
+    the bound loses is in labels below 1 / (2 lam), at most two of which matter at a maximum (the Lagrangian's Hessian is diagonal and
+    no positive direction may lie in the tangent space of two constraints): boxes are cut there. NaN where `rounds` did not do.
+    """
+    p, logq = p.double().cpu(), logq.double().cpu().clamp_min(-1e4)
+    eps, goal = _radius(eps, p)[..., 0], attained.double().cpu() + tol
+    reach = eps[:, None] * math.sqrt(1 - 1 / p.shape[-1])
+    item, lo, hi = torch.arange(len(p)), (p - reach).clamp_min(0), (p + reach).clamp_max(1)
+    bound, dual = attained.double().cpu().clone(), torch.stack([torch.zeros_like(eps), 1.5 / eps.clamp_min(1e-9)], 1)
+    for turn in range(rounds):
+        spread = torch.stack([torch.full_like(dual[:, 0], 30.0 if turn == 0 else 4.0), dual[:, 1] * (10 if turn == 0 else 2) + 1], 1)
+        best, at = _dual_bound(p[item], logq[item], eps[item], lo, hi, dual, spread, goal[item])
+        closed = best <= goal[item]
+        bound = bound.scatter_reduce(0, item[closed], best[closed], "amax")
+        item, lo, hi, dual = item[~closed], lo[~closed], hi[~closed], at[~closed]
+        if not len(item):
+            return bound
+        if len(item) > 100_000:
+            break
+        # cut the label whose concave envelope from `lo` on is furthest above x log x - lam x^2, and there
+        knee = torch.minimum(hi, lo + 4 * (0.5 / dual[:, 1:] - lo).clamp_min(0))
+        share = torch.linspace(0, 1, 17, dtype=p.dtype)
+        x = lo[..., None] + (knee - lo)[..., None] * share
+        f = torch.xlogy(x, x) - dual[:, 1:, None] * x**2
+        slope, end = ((f[..., 1:] - f[..., :1]) / (x[..., 1:] - x[..., :1]).clamp_min(1e-300)).max(-1, keepdim=True)
+        loss = torch.where(torch.arange(17) <= end + 1, f[..., :1] + slope * (x - x[..., :1]) - f, 0.0)
+        most, place = loss.max(-1)
+        row, label = torch.arange(len(item)), most.argmax(1)
+        cut = x[row, label, place[row, label].clamp(1, 15)]
+        cut = torch.where((knee > lo)[row, label], cut, (lo + hi)[row, label] / 2)
+        lower, upper = hi.clone(), lo.clone()
+        lower[row, label], upper[row, label] = cut, cut
+        item, lo, hi, dual = item.repeat(2), torch.cat([lo, upper]), torch.cat([lower, hi]), dual.repeat(2, 1)
+        for _ in range(2):
+            hi = torch.minimum(hi, 1 - (lo.sum(1, keepdim=True) - lo))
+            lo = torch.maximum(lo, 1 - (hi.sum(1, keepdim=True) - hi))
+        nearest = torch.minimum(torch.maximum(p[item], lo), hi)
+        there = (lo <= hi + 1e-15).all(1) & (((nearest - p[item]) ** 2).sum(1) <= eps[item] ** 2 + 1e-12)
+        item, lo, hi, dual = item[there], lo[there], torch.maximum(hi, lo)[there], dual[there]
+        if not len(item):
+            return bound
+    return bound.index_fill(0, item, math.nan)
+
+
+def _dual_bound(p: torch.Tensor, logq: torch.Tensor, eps: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, start: torch.Tensor,
+                spread: torch.Tensor, goal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least bound found for each box (N,) and its (mu, lam) (N, 2): to below `goal`, or until that cannot be reached."""
+    centre, shape = start.clone(), torch.diag_embed(spread**2)
+    best, at, left = torch.full_like(eps, math.inf), start.clone(), torch.arange(len(p))
+    for _ in range(200):
+        mu, lam, p_, logq_, lo_, hi_ = centre[left, :1], centre[left, 1:].clamp_min(1e-9), p[left], logq[left], lo[left], hi[left]
+        root, floor = hi_, torch.minimum(torch.maximum(lo_, 0.5 / lam), hi_)
+        for _ in range(10):  # Newton from the right of a concave function's root stays to the right of it
+            rise = root.clamp_min(1e-300).log() + 1 - logq_ - mu - 2 * lam * (root - p_)
+            bend = 1 / root.clamp_min(1e-300) - 2 * lam
+            root = torch.maximum(root - torch.where((rise < 0) & (bend < 0), rise / bend, 0.0), floor)
+        places = torch.stack([lo_, hi_, root])
+        value, which = (torch.xlogy(places, places) - places * (logq_ + mu) - lam * (places - p_) ** 2).max(0)
+        x, found = places.gather(0, which[None])[0], value.sum(1) + mu[:, 0] + lam[:, 0] * eps[left] ** 2
+        slope = torch.stack([1 - x.sum(1), eps[left] ** 2 - ((x - p_) ** 2).sum(1)], 1)
+        slope = torch.where(centre[left, 1:] <= 1e-9, torch.tensor([0.0, -1.0], dtype=p.dtype), slope)
+        better = found < best[left]
+        best[left[better]], at[left[better]] = found[better], torch.cat([mu, lam], 1)[better]
+        step = (shape[left] @ slope[..., None])[..., 0]
+        size = (slope * step).sum(1).clamp_min(1e-300).sqrt()
+        step = step / size[:, None]
+        centre[left] -= step / 3
+        shape[left] = 4 / 3 * (shape[left] - 2 / 3 * step[:, :, None] * step[:, None, :])
+        left = left[(best[left] > goal[left]) & (found - size <= goal[left]) & (size > 1e-9)]
+        if not len(left):
+            break
+    return best, at
+
+
+def annotator_radius(counts: torch.Tensor, eps: float, prior: torch.Tensor | None = None) -> torch.Tensor:
     """The radius of each item's ball when it follows from the item's number of votes: (B, C) -> (B,).
 
     min(eps, s), s^2 = E ||pi - p||^2, the expected squared distance between the true distribution pi and the observed p
     = counts / N under the posterior pi ~ Dirichlet(counts + 1). For many votes s^2 is near (1 - ||p||^2) / N; for few, and
     for unanimous panels, the flat prior keeps it from being 0. So eps is what an item with few votes gets.
+    With `prior` = k m (B, C) or (C,), the target is the posterior mean (see shrink_votes) and s the standard error around that:
+    pi ~ Dirichlet(counts + prior), s^2 = sum_c v_c (1 - v_c) / (N + k + 1) for the mean v.
     """
-    a = counts.double() + 1
+    (counts,) = _working(counts)
+    a = counts + (1 if prior is None else prior.to(counts))
     total = a.sum(-1, keepdim=True)
     mean = a / total
     variance = mean * (1 - mean) / (total + 1)
-    squared = (variance + (mean - counts / counts.sum(-1, keepdim=True)) ** 2).sum(-1)
-    return squared.sqrt().clamp_max(eps)
+    centre = counts / counts.sum(-1, keepdim=True) if prior is None else mean
+    return (variance + (mean - centre) ** 2).sum(-1).sqrt().clamp_max(eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Training
 # ---------------------------------------------------------------------------------------------------------------------
+PRESETS: dict[str, dict[str, Any]] = {  # settings of the method by name; on a command line, flags beside --preset win
+    "paper": {"alpha": 0.8, "eps": 0.25, "radius": "fixed", "adversary": "pgd", "ball": "l2", "steps": 5, "step_size": 0.05,
+              "prior": "none", "loss": "kl"},
+    "single": {"alpha": 0.0, "eps": 0.0, "prior": "none", "loss": "kl"},
+    "kl": {"alpha": 1.0, "eps": 0.0, "prior": "none", "loss": "kl"},
+    "few": {"alpha": 1.0, "eps": 0.0, "prior": "marginal", "loss": "kl"},
+}
+
+
 @dataclasses.dataclass
 class Config:
     """Settings of a run. The defaults of the method are the paper's."""
 
+    preset: Literal["", "paper", "single", "kl", "few"] = ""
+    """The method's settings by name, see PRESETS; flags given beside it win. (In Python: Config(**PRESETS["kl"], ...).)"""
     train: tuple[str, ...] = ()
     """Training items: one or more .jsonl or .jsonl.gz files."""
     test: tuple[str, ...] = ()
@@ -1651,10 +1892,24 @@ class Config:
     """Radius of the l2 ball in which the adversary moves the human distribution; 0 is no adversary."""
     radius: Literal["fixed", "annotators"] = "fixed"
     """The same eps for every item, or one that shrinks with the item's votes, eps at most."""
+    adversary: Literal["pgd", "exact"] = "pgd"
+    """How the worst case is found: the paper's projected gradient ascent, or exactly (up to ten labels)."""
+    ball: Literal["l2", "tv", "kl"] = "l2"
+    """What eps is a distance in: l2, the paper's; total variation or KL(p' || p) in nats with the exact adversary."""
     steps: int = 5
     """Steps of the adversary."""
     step_size: float = 0.05
     """Step size of the adversary."""
+    prior: Literal["none", "marginal", "group", "model", "crossfit"] = "none"
+    """Shrink each item's votes toward: the training marginal, its group's mean, the model's own prediction at that moment (which
+    amounts to a weight an item), or the prediction of a judge trained on the other half of the items (twice the training).
+    The adversary then starts from there, with the posterior's radius if radius is "annotators"."""
+    concentration: float = 0.0
+    """How many votes the prior is worth; 0 fits it to the training votes, or takes 2 where no item has two votes."""
+    loss: Literal["kl", "rps", "mixed"] = "kl"
+    """Distance to the (worst) distribution: KL, for ordered labels the ranked probability score, or a mixture of both."""
+    rps_weight: float = 0.5
+    """With loss "mixed": the weight of the ranked probability score; KL has the rest."""
 
     learning_rate: float = 5e-5
     """Peak learning rate of AdamW."""
@@ -1700,10 +1955,20 @@ class Config:
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
         at_least = dict.fromkeys(("eps", "steps", "step_size", "learning_rate", "epochs", "warmup", "lora_rank", "top_k", "eval_every",
-                                  "save_every", "pack_tokens", "weight_decay", "max_grad_norm"), 0)
+                                  "save_every", "pack_tokens", "weight_decay", "max_grad_norm", "concentration"), 0)
         at_least |= dict.fromkeys(("batch_size", "grad_accum", "lora_alpha", "max_length", "log_every"), 1)
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"alpha: must be between 0 and 1, not {self.alpha}")
+        for name in ("alpha", "rps_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: must be between 0 and 1, not {getattr(self, name)}")
+        if self.ball != "l2" and self.adversary == "pgd" and self.eps:
+            raise InputError(f"ball: the {self.ball} ball needs --adversary exact")
+        if self.ball != "l2" and self.radius == "annotators":
+            raise InputError(f"radius: the annotators' radius is a distance in l2, ball is {self.ball}")
+        choices = {"radius": ("fixed", "annotators"), "adversary": ("pgd", "exact"), "ball": tuple(_EXTREMES),
+                   "loss": ("kl", "rps", "mixed"), "prior": ("none", "marginal", "group", "model", "crossfit")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)}")
         for name, low in at_least.items():
             value = getattr(self, name)
             if not low <= value < math.inf:
@@ -1713,6 +1978,58 @@ class Config:
         schedules = ("linear", "cosine", "constant", "constant_with_warmup")
         if self.schedule not in schedules:
             raise InputError(f"schedule: must be one of {', '.join(schedules)}, not {self.schedule}")
+
+
+SINGLE_VOTE_CONCENTRATION = 2.0  # a prior's weight in votes where no item has two votes and the data say nothing of it
+
+
+def prior_votes(items: Sequence[Item], config: Config, means: torch.Tensor | None = None) -> torch.Tensor:
+    """The pseudo-votes k m that config.prior adds to each training item, (N, C) float64; zeros for prior "none".
+
+    m is the training marginal, for "group" the group's votes shrunk toward that in the same way (a group is then one panel), or
+    `means` (N, C) where given ("crossfit"). For "model" it stands for the model's prediction, which replaces it in training.
+    k is config.concentration or, if that is 0, fitted (see fit_concentration) and printed.
+    """
+    counts = counts_of(items)
+    if config.prior == "none":
+        return torch.zeros_like(counts)
+    marginal = marginal_distribution(items).expand_as(counts)
+    if config.prior == "group":
+        names = [item.group if item.group is not None else f"item {i}" for i, item in enumerate(items)]
+        place = {name: g for g, name in enumerate(dict.fromkeys(names))}
+        at = torch.tensor([place[name] for name in names])
+        pooled = torch.zeros(len(place), counts.shape[1], dtype=counts.dtype).index_add(0, at, counts)
+        spread = fit_concentration(pooled)
+        means = shrink_votes(pooled, (SINGLE_VOTE_CONCENTRATION if spread is None else spread) * marginal[:1])[at]
+    means = (marginal if means is None else means).clamp_min(1e-9)
+    k, how = config.concentration, "given"
+    if not k:
+        k, how = fit_concentration(counts, means), "fitted"
+        if k is None:
+            k, how = SINGLE_VOTE_CONCENTRATION, "the default, for no item has two votes to fit it to"
+    print(f"prior {config.prior}: worth {k:.3g} votes ({how})")
+    return k * means
+
+
+def crossfit_means(judge: Judge, items: Sequence[Item], config: Config) -> torch.Tensor:
+    """Predictions (N, C) for the training items, each from a judge trained on the half that does not hold it (by group).
+
+    Both halves start from the judge's present weights, which are put back at the end.
+    """
+    start = {name: weight.detach().clone() for name, weight in judge.model.named_parameters() if weight.requires_grad}
+    place, means = {id(item): i for i, item in enumerate(items)}, torch.zeros_like(counts_of(items))
+    halves = split_items(items, 0.5, config.seed)
+    for fold, (learn, answer) in enumerate((halves, halves[::-1])):
+        settings = dataclasses.replace(config, prior="none", out=str(Path(config.out) / f"fold-{fold}"), eval_every=0.0)
+        try:
+            train(judge, learn, settings)
+            means[[place[id(item)] for item in answer]] = torch.as_tensor(judge.predict([item.prompt for item in answer])).double().cpu()
+        finally:
+            with torch.no_grad():
+                for name, weight in judge.model.named_parameters():
+                    if name in start:
+                        weight.copy_(start[name])
+    return means
 
 
 def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Sequence[Item] = (),
@@ -1733,13 +2050,19 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         if labels_of(some) != judge.labels:
             raise InputError(f"{some[0].where}: labels {_listed(labels_of(some))} are not the judge's {_listed(judge.labels)}")
     counts = counts_of(items)
-    eps = annotator_radius(counts, config.eps) if config.radius == "annotators" else torch.full((len(items),), config.eps)
-    p, eps = (counts / counts.sum(1, keepdim=True)).float(), eps.float()
+    if config.adversary == "exact" and config.eps and counts.shape[1] > EXACT_LABELS:
+        raise InputError(f"adversary: the exact one takes {EXACT_LABELS} labels at most, not {counts.shape[1]}")
+    if config.loss != "kl" and not (config.ordered or are_numeric(judge.labels)):
+        raise InputError(f"loss: {config.loss} needs ordered labels, and {_listed(judge.labels)} are none (--ordered says they are)")
+    scale = sorted(range(counts.shape[1]), key=lambda c: float(judge.labels[c]) if are_numeric(judge.labels) else c)
+    rps = {"kl": 0.0, "rps": 1.0, "mixed": config.rps_weight}[config.loss]
+    means = crossfit_means(judge, items, config) if config.prior == "crossfit" else None
+    prior, counts = prior_votes(items, config, means).float(), counts.float()
     encoded = judge.encode([item.prompt for item in items])
     if pairs := [i for i, item in enumerate(items) if item.swap and config.swap]:  # in the other order they are items of their own
         encoded += judge.encode([items[i].swap.prompt for i in pairs])  # type: ignore[union-attr]
-        turned = torch.stack([p[i, list(items[i].swap.labels)] for i in pairs])  # type: ignore[union-attr]
-        p, eps = torch.cat([p, turned]), torch.cat([eps, eps[pairs]])
+        turned = torch.tensor([items[i].swap.labels for i in pairs])  # type: ignore[union-attr]
+        counts, prior = (torch.cat([x, x[pairs].gather(1, turned)]) for x in (counts, prior))
     before = judge.packs, judge.pack_tokens
     judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
 
@@ -1780,7 +2103,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 fits = True
                 for n, members in enumerate(passes):
                     rows = self.rows = [chosen[k] for k in members]
-                    batch = judge.batch([encoded[i] for i in rows]) | {"p": p[rows], "eps": eps[rows], "weight": counts_here}
+                    batch = judge.batch([encoded[i] for i in rows]) | {"votes": counts[rows], "prior": prior[rows], "weight": counts_here}
                     tokens = batch["input_ids"].numel()
                     try:  # processes exchange their gradients with the last pass only
                         with self.accelerator.no_sync(model) if n < len(passes) - 1 else contextlib.nullcontext():
@@ -1801,8 +2124,17 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 last = next(iter(_checkpoints(checkpoints)), None)
                 raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}, for item{'s' * (len(bad) > 1)} "
                                          f"{', '.join(map(_short, bad[:8]))}{', ...' * (len(bad) > 8)}; last checkpoint: {last or 'none'}")
-            worst = worst_case(inputs["p"], logq, inputs["eps"], config.steps, config.step_size)
-            loss = inputs["weight"] * hybrid_loss(logq, inputs["p"], config.alpha, worst).sum()
+            votes, pseudo = inputs["votes"], inputs["prior"]
+            if config.prior == "model":
+                pseudo = pseudo.sum(-1, keepdim=True) * logq.detach().exp()
+            target, eps = shrink_votes(votes, pseudo), torch.full_like(votes[:, 0], config.eps)
+            if config.radius == "annotators":
+                eps = annotator_radius(votes, config.eps, None if config.prior == "none" else pseudo).to(eps.dtype)
+            if config.adversary == "exact" and config.eps:
+                worst = worst_case_exact(target, logq, eps, config.ball)
+            else:
+                worst = worst_case(target, logq, eps, config.steps, config.step_size)
+            loss = inputs["weight"] * hybrid_loss(logq, shrink_votes(votes, 0 * votes), config.alpha, worst, rps, scale).sum()
             return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -2084,10 +2416,17 @@ def _start_log(path: Path, resumed: Path | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Metrics
 # ---------------------------------------------------------------------------------------------------------------------
-def _pearson(a: torch.Tensor, b: torch.Tensor) -> float | None:
+def _moments(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(N, 5): what a correlation of a and b needs of each item. Centred first, for rounding's sake."""
     a, b = a - a.mean(), b - b.mean()
-    spread = (a.norm() * b.norm()).item()
-    return (a @ b).item() / spread if spread > 1e-12 else None  # a constant correlates with nothing
+    return torch.stack([a, b, a * a, b * b, a * b], -1)
+
+
+def _correlation(mean: torch.Tensor) -> torch.Tensor:
+    """Pearson's correlation from mean moments (..., 5) -> (...). NaN for a constant, which correlates with nothing."""
+    a, b, aa, bb, ab = mean.unbind(-1)
+    spread = ((aa - a * a).clamp_min(0) * (bb - b * b).clamp_min(0)).sqrt()
+    return torch.where(spread > 1e-14, (ab - a * b) / spread, math.nan)
 
 
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -2101,21 +2440,25 @@ def marginal_distribution(items: Sequence[Item]) -> torch.Tensor:
     return (counts / counts.sum(1, keepdim=True)).mean(0)
 
 
-def fit_concentration(counts: torch.Tensor) -> float | None:
+def fit_concentration(counts: torch.Tensor, means: torch.Tensor | None = None) -> float | None:
     """The concentration k of a Dirichlet prior k m, m the pooled vote shares, by the Dirichlet-multinomial likelihood.
 
     counts (N, C). Maximum over 0.01 <= k <= 10,000 by golden-section search in log k. None where votes say nothing of k:
-    no item has two votes. Source: Minka, "Estimating a Dirichlet distribution" (2000), without its Newton steps.
+    no item has two votes. `means` (N, C), positive, gives each item an m of its own.
+    Source: Minka, "Estimating a Dirichlet distribution" (2000), without its Newton steps.
     """
-    counts = counts[counts.sum(1) > 1.5]
+    several = counts.sum(1) > 1.5
+    counts = counts[several]
     if not len(counts):
         return None
-    mean = (counts.sum(0) + 1e-3) / (counts.sum() + 1e-3 * counts.shape[1])
+    mean = (counts.sum(0) + 1e-3) / (counts.sum() + 1e-3 * counts.shape[1]) if means is None else means[several].to(counts)
 
     def likelihood(log_k: float) -> float:
         k = math.exp(log_k)
         n = counts.sum(1)
-        return (torch.lgamma(counts + k * mean) - torch.lgamma(k * mean)).sum().item() + (math.lgamma(k) - torch.lgamma(n + k)).sum().item()
+        total = k * mean.sum(-1)
+        by_item = (torch.lgamma(counts + k * mean) - torch.lgamma(k * mean)).sum(1) + torch.lgamma(total) - torch.lgamma(n + total)
+        return by_item.sum().item()
 
     low, high, ratio = math.log(1e-2), math.log(1e4), (math.sqrt(5) - 1) / 2
     for _ in range(40):
@@ -2156,25 +2499,9 @@ def noise_floor(items: Sequence[Item], draws: int = 200, seed: int = 0) -> float
     return total / draws
 
 
-def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Item] | None = None, label_mass: Any = None,
-             ordered: bool | None = None, floor_draws: int = 200, seed: int = 0) -> dict[str, float | None]:
-    """Compares predicted distributions (N, C), columns in label order, with the votes. Plain numbers; None: undefined.
+def item_scores(predicted: Any, items: Sequence[Item], ordered: bool | None = None) -> dict[str, torch.Tensor]:
+    """What evaluate() averages, an item at a time: (N,) float64, or (N, 5) moments for the correlations (see bootstrap).
 
-    Means over items (p: votes as shares, q: predicted):
-      kl                  KL(p || q) in nats, q raised to KL_FLOOR = 1e-6
-      kl_noise_floor      what the true distributions would score (see noise_floor), with floor_draws > 0
-      kl_marginal         what the training marginal would score (of these items, an oracle, without train_items)
-      kl_truth            KL(truth || q), where every item's truth is known
-      accuracy            top label = majority label; a k-fold tie on either side counts 1/k for each label that agrees
-      js_divergence       Jensen-Shannon divergence in nats (0 .. log 2; SciPy's jensenshannon is its root)
-      total_variation     sum |p - q| / 2
-      brier               mean over single votes of sum_c (q_c - [vote = c])^2
-      entropy_correlation Pearson, entropies of p and q over items
-      label_mass, label_mass_min   full-vocabulary probability of the labels together, mean and minimum
-    and for ordered labels (by default: if all are numbers; distances then follow their values, else 1 a step)
-      emd                 earth mover's (Wasserstein-1) distance
-      rps                 ranked probability score, mean over single votes of sum_k (Q_k - [vote <= k])^2, k < C
-      mean_correlation    Pearson, mean ratings over items
     Raises InputError for a wrong shape, negative or NaN probabilities, or rows that do not add up to 1 within 1e-3.
     """
     labels = labels_of(items)
@@ -2188,32 +2515,22 @@ def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Ite
     counts = counts_of(items)
     p = counts / counts.sum(1, keepdim=True)
     middle = (p + q) / 2
-    out: dict[str, float | None] = {
-        "items": len(items),
-        "kl": kl_divergence(p, q).mean().item(),
-        "kl_noise_floor": noise_floor(items, floor_draws, seed) if floor_draws else None,
-        "kl_marginal": kl_divergence(p, marginal_distribution(train_items or items).expand_as(p)).mean().item(),
-        "kl_truth": None,
-        "accuracy": (majority(p) * majority(q)).sum(1).mean().item(),
-        "js_divergence": (entropy(middle) - (entropy(p) + entropy(q)) / 2).mean().item(),
-        "total_variation": ((p - q).abs().sum(1) / 2).mean().item(),
-        "brier": (1 - 2 * (p * q).sum(1) + (q**2).sum(1)).mean().item(),
-        "entropy_correlation": _pearson(entropy(p), entropy(q)),
-    }
+    out = {"kl": kl_divergence(p, q)}
     if all(item.truth for item in items):
-        truth = torch.tensor([list(item.truth.values()) for item in items], dtype=torch.float64)
-        out["kl_truth"] = kl_divergence(truth, q).mean().item()
-    if label_mass is not None:
-        mass = torch.as_tensor(label_mass).double()
-        out |= {"label_mass": mass.mean().item(), "label_mass_min": mass.min().item()}
+        out["kl_truth"] = kl_divergence(torch.tensor([list(item.truth.values()) for item in items], dtype=torch.float64), q)
+    out |= {"accuracy": (majority(p) * majority(q)).sum(1),
+            "js_divergence": entropy(middle) - (entropy(p) + entropy(q)) / 2,
+            "total_variation": (p - q).abs().sum(1) / 2,
+            "brier": 1 - 2 * (p * q).sum(1) + (q**2).sum(1),
+            "entropy_correlation": _moments(entropy(p), entropy(q))}
     if are_numeric(labels) if ordered is None else ordered:
         values = torch.tensor([float(label) for label in labels] if are_numeric(labels) else list(range(len(labels))), dtype=torch.float64)
         values, along = values.sort()  # the scale's order, whatever that of the columns
         p, q = p[:, along], q[:, along]
         below_p, below_q = p.cumsum(1)[:, :-1], q.cumsum(1)[:, :-1]
-        out["emd"] = ((below_p - below_q).abs() @ values.diff().abs()).mean().item()
-        out["rps"] = ((below_q - below_p) ** 2 + below_p * (1 - below_p)).sum(1).mean().item()
-        out["mean_correlation"] = _pearson(p @ values, q @ values)
+        out["emd"] = (below_p - below_q).abs() @ values.diff().abs()
+        out["rps"] = ((below_q - below_p) ** 2 + below_p * (1 - below_p)).sum(1)
+        out["mean_correlation"] = _moments(p @ values, q @ values)
     return out
 
 
@@ -2253,6 +2570,97 @@ def credible_sets(q: Any, labels: Sequence[str], level: float = 0.9) -> list[lis
     ranked, order = torch.as_tensor(q).double().sort(dim=-1, descending=True, stable=True)
     needed = (ranked.cumsum(-1) < level - 1e-6).sum(-1) + 1
     return [[labels[c] for c in sorted(row[:n])] for row, n in zip(order.tolist(), needed.tolist(), strict=True)]
+
+
+def bootstrap(scores: torch.Tensor, other: torch.Tensor | None = None, groups: Sequence[Any] | None = None, draws: int = 2000,
+              seed: int = 0, level: float = 0.95) -> dict[str, float | None]:
+    """A mean over items with its confidence interval; with `other`, the difference of two methods, scores - other.
+
+    scores, other: (S, N), S training runs on the same N items in the same order, one metric of item_scores; for its correlations
+    (S, N, 5). groups: N names; items of one group are drawn together, those with None alone.
+    -> mean, low, high (at `level`) and p, two-sided, for a true value of zero; None with fewer than two groups.
+
+    Groups of items are drawn with replacement, the same ones for both methods, and the draws spread out by sqrt(G / (G - 1)),
+    for samples of a few groups vary too little. Where there are several runs, each draw adds Student's t with S - 1 degrees of
+    freedom times the standard error over runs (runs paired: the i-th of both share a seed), for five seeds are too few to be drawn
+    from. So the interval speaks of new items and new seeds, or with one run of new items only. Source: Efron and Tibshirani
+    (1993), chapters 6, 13 and 16. Raises ValueError for unequal shapes.
+    """
+    if scores.dim() not in (2, 3) or (other is not None and other.shape != scores.shape):
+        raise ValueError(f"scores: (S, N) or (S, N, 5), two methods alike, not {[list(s.shape) for s in (scores, other) if s is not None]}")
+    both = [s.double() if s.dim() == 3 else s.double()[..., None] for s in (scores, other) if s is not None]
+    runs, items = scores.shape[:2]
+    names = [i if g is None else ("group", g) for i, g in enumerate(groups or [None] * items)]
+    place = {name: g for g, name in enumerate(dict.fromkeys(names))}
+    at, size = torch.tensor([place[name] for name in names]), len(place)
+    weight = torch.zeros(size, dtype=torch.float64).index_add(0, at, torch.ones(items, dtype=torch.float64))
+    sums = [torch.zeros(size, *s.movedim(1, 0).shape[1:], dtype=torch.float64).index_add(0, at, s.movedim(1, 0)) for s in both]
+
+    def value(times: torch.Tensor) -> torch.Tensor:
+        """(draws, G): how often each group was drawn -> (draws, S)."""
+        means = [torch.einsum("dg,gsk->dsk", times, s) / (times @ weight)[:, None, None] for s in sums]
+        found = [_correlation(m) if scores.dim() == 3 else m[..., 0] for m in means]
+        return found[0] - (found[1] if len(found) > 1 else 0.0)
+
+    by_run = value(torch.ones(1, size, dtype=torch.float64))[0]
+    mean = by_run.mean().item()
+    if size < 2 or math.isnan(mean):
+        return {"mean": None if math.isnan(mean) else mean, "low": None, "high": None, "p": None}
+    draw, drawn = torch.Generator().manual_seed(seed), []
+    for _ in range(0, draws, 100):
+        chosen = torch.randint(size, (min(100, draws - len(drawn) * 100), size), generator=draw)
+        times = torch.zeros(len(chosen), size, dtype=torch.float64).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+        drawn.append(value(times).mean(1))
+    found = mean + (torch.cat(drawn).nan_to_num(mean) - mean) * math.sqrt(size / (size - 1))
+    if runs > 1:
+        normal = torch.randn(runs, draws, generator=draw, dtype=torch.float64)
+        found = found + by_run.std() / math.sqrt(runs) * normal[0] / (normal[1:] ** 2).mean(0).sqrt()
+    low, high = found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    tail = min((found <= 0).sum().item(), (found >= 0).sum().item())
+    return {"mean": mean, "low": low, "high": high, "p": min(1.0, 2 * (tail + 1) / (draws + 1))}
+
+
+def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Item] | None = None, label_mass: Any = None,
+             ordered: bool | None = None, floor_draws: int = 200, seed: int = 0) -> dict[str, float | None]:
+    """Compares predicted distributions (N, C), columns in label order, with the votes. Plain numbers; None: undefined.
+
+    Means over items (p: votes as shares, q: predicted):
+      kl                  KL(p || q) in nats, q raised to KL_FLOOR = 1e-6
+      kl_noise_floor      what the true distributions would score (see noise_floor), with floor_draws > 0
+      kl_corrected        kl - kl_noise_floor, an estimate of KL(truth || q): few votes look more certain than people are, and what
+                          that adds to kl is the same for every q, so differences between judges need no correction
+      kl_marginal         what the training marginal would score (of these items, an oracle, without train_items)
+      kl_truth            KL(truth || q), where every item's truth is known
+      accuracy            top label = majority label; a k-fold tie on either side counts 1/k for each label that agrees
+      js_divergence       Jensen-Shannon divergence in nats (0 .. log 2; SciPy's jensenshannon is its root)
+      total_variation     sum |p - q| / 2
+      brier               mean over single votes of sum_c (q_c - [vote = c])^2
+      entropy_correlation Pearson, entropies of p and q over items
+      label_mass, label_mass_min   full-vocabulary probability of the labels together, mean and minimum
+    and for ordered labels (by default: if all are numbers; distances then follow their values, else 1 a step)
+      emd                 earth mover's (Wasserstein-1) distance
+      rps                 ranked probability score, mean over single votes of sum_k (Q_k - [vote <= k])^2, k < C
+      mean_correlation    Pearson, mean ratings over items
+    Raises InputError for a wrong shape, negative or NaN probabilities, or rows that do not add up to 1 within 1e-3.
+    """
+    scores = item_scores(predicted, items, ordered)
+    counts = counts_of(items)
+    p = counts / counts.sum(1, keepdim=True)
+    value = lambda x: (_correlation(x.mean(0)) if x.dim() == 2 else x.mean()).item()  # noqa: E731
+    means = {name: None if math.isnan(value(score)) else value(score) for name, score in scores.items()}
+    floor = noise_floor(items, floor_draws, seed) if floor_draws else None
+    out: dict[str, float | None] = {
+        "items": len(items),
+        "kl": means["kl"],
+        "kl_noise_floor": floor,
+        "kl_corrected": None if floor is None else means["kl"] - floor,
+        "kl_marginal": kl_divergence(p, marginal_distribution(train_items or items).expand_as(p)).mean().item(),
+        "kl_truth": None,
+    }
+    if label_mass is not None:
+        mass = torch.as_tensor(label_mass).double()
+        out |= {"label_mass": mass.mean().item(), "label_mass_min": mass.min().item()}
+    return out | means
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2408,8 +2816,10 @@ def cli(main: Callable[[Any], Any], config: type) -> None:
     import tyro
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    preset = re.findall(r"(?:^|\0)--preset(?:=|\0)([^\0]*)", "\0".join(sys.argv[1:]))
+    chosen = PRESETS.get(preset[-1], {}) if preset else {}
     try:
-        main(tyro.cli(config, description=sys.modules["__main__"].__doc__))
+        main(tyro.cli(config, description=sys.modules["__main__"].__doc__, default=config(**chosen, preset=preset[-1]) if chosen else None))
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)

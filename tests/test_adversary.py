@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distjudge import annotator_radius, kl_loss, project_ball, project_simplex, worst_case
+from distjudge import annotator_radius, kl_loss, project_ball, project_simplex, worst_case, worst_case_bound, worst_case_exact
 
 T = torch.tensor
 
@@ -155,3 +155,135 @@ def test_annotator_radius_shrinks_with_votes_as_the_posterior_does():
     assert radius[4].item() == pytest.approx(math.sqrt((1 - 0.6**2 - 0.4**2) / 1000), rel=0.01)  # (1 - ||p||^2) / N
     assert (radius[1:] < radius[:-1])[[0, 2, 3]].all()  # 5 agreeing votes after 1, 100 after 5, 1,000 after 100
     assert annotator_radius(counts, eps=0.25).tolist() == [0.25, 0.25, 0.25, radius[3].item(), radius[4].item()]
+
+
+def test_annotator_radius_around_the_posterior_mean_is_its_standard_error():
+    counts, prior = T([[1.0, 0, 0], [3, 2, 0], [60, 40, 0]]), 2 * T([[0.5, 0.3, 0.2]])
+    torch.manual_seed(0)
+    shape = (counts + prior).double()
+    simulated = (torch.distributions.Dirichlet(shape).sample((20_000,)) - shape / shape.sum(1, keepdim=True)).pow(2).sum(-1).mean(0).sqrt()
+    assert annotator_radius(counts, 10.0, prior).tolist() == pytest.approx(simulated.tolist(), rel=0.02)
+    assert annotator_radius(counts, 0.1, prior)[0].item() == pytest.approx(0.1)
+
+
+BALLS = ("l2", "tv", "kl")
+
+
+def distance(x, p, ball):
+    if ball == "l2":
+        return (x - p).norm(dim=-1)
+    return (x - p).abs().sum(-1) / 2 if ball == "tv" else torch.where(((x > 0) & (p == 0)).any(-1), math.inf, kl_loss(p.clamp_min(1e-300).log().expand_as(x), x))
+
+
+def opponents(rows, labels, seed):
+    """(p, logq, eps): votes of 1 to 7 people among others, judges from unsure to very sure, small and large balls."""
+    draw = torch.Generator().manual_seed(seed)
+    counts = torch.multinomial(torch.rand(rows, labels, generator=draw) ** 2 + 1e-3, 7, replacement=True, generator=draw)
+    seen = torch.arange(7) < torch.randint(1, 8, (rows, 1), generator=draw)
+    p = (torch.nn.functional.one_hot(counts, labels) * seen[..., None]).sum(1).double()
+    p[::4] = torch.rand(len(p[::4]), labels, generator=draw, dtype=torch.float64)
+    scale = T([0.5, 1.5, 5.0]).double()[torch.randint(3, (rows, 1), generator=draw)]
+    logq = (scale * torch.randn(rows, labels, generator=draw, dtype=torch.float64)).log_softmax(1)
+    return p / p.sum(1, keepdim=True), logq, T([0.03, 0.1, 0.25, 0.6, 1.2]).double()[torch.randint(5, (rows,), generator=draw)]
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_the_exact_worst_case_is_in_the_ball_and_no_point_of_a_dense_grid_is_worse(ball):
+    n = 150
+    grid = T([[a, b, n - a - b] for a in range(n + 1) for b in range(n + 1 - a)], dtype=torch.float64) / n
+    for i, (p, logq, eps) in enumerate(zip(*opponents(40, 3, seed=3), strict=True)):
+        x = worst_case_exact(p[None], logq[None], eps, ball)
+        assert (x >= 0).all() and abs(x.sum().item() - 1) < 1e-9 and distance(x, p[None], ball).item() <= eps + 1e-9, i
+        best = kl_loss(logq.expand_as(grid), grid)[distance(grid, p, ball) <= eps].max() if (distance(grid, p, ball) <= eps).any() else 0.0
+        assert kl_loss(logq[None], x).item() >= best - 1e-9, i
+        fine = x + 3e-3 * torch.randn(200, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)  # and none near it
+        fine = project_simplex(fine)
+        inside = distance(fine, p, ball) <= eps
+        assert not inside.any() or kl_loss(logq.expand_as(fine), fine)[inside].max() <= kl_loss(logq[None], x).item() + 1e-9, i
+
+
+@pytest.mark.parametrize("labels,rows", [(3, 16), (5, 5)])
+def test_branch_and_bound_proves_the_l2_maximum(labels, rows):
+    p, logq, eps = opponents(rows, labels, seed=labels)
+    attained = kl_loss(logq, worst_case_exact(p, logq, eps))
+    bound = worst_case_bound(p, logq, eps, attained)
+    assert (bound >= attained).all() and (bound <= attained + 1e-6).all()
+    too_low = kl_loss(logq, p) - 1.0  # the bound is one of the ball, not an echo of what it is given
+    assert (worst_case_bound(p[:10], logq[:10], eps[:10], too_low[:10], rounds=5).nan_to_num(math.inf) > attained[:10] - 1e-9).all()
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_a_general_solver_from_many_starts_finds_nothing_worse(ball):
+    from scipy.optimize import minimize
+
+    draw = numpy.random.default_rng(0)
+    for p, logq, eps in zip(*opponents(6, 4, seed=9), strict=True):
+        found = kl_loss(logq[None], worst_case_exact(p[None], logq[None], eps, ball)).item()
+        a, b, on, best = p.numpy(), logq.numpy(), p.numpy() > 0, 0.0
+
+        def cost(x, b=b):
+            x = numpy.clip(x, 1e-12, 1)
+            return -(x * (numpy.log(x) - b)).sum()
+
+        def room(x, a=a, on=on, eps=float(eps)):
+            x = numpy.clip(x, 1e-12, 1)
+            if ball == "kl":
+                return eps - (x[on] * numpy.log(x[on] / a[on])).sum()
+            return eps**2 - ((x - a) ** 2).sum() if ball == "l2" else eps - numpy.abs(x - a).sum() / 2
+
+        for _ in range(12):
+            start = a + 0.9 * (draw.dirichlet(numpy.ones(4)) * on - a)
+            limits = [(0, 1 if ball != "kl" or o else 0) for o in on]
+            done = minimize(cost, start / start.sum(), bounds=limits, method="SLSQP", options={"maxiter": 60},
+                            constraints=[{"type": "eq", "fun": lambda x: x.sum() - 1}, {"type": "ineq", "fun": room}])
+            if abs(done.x.sum() - 1) < 1e-8 and room(done.x) > -1e-8:
+                best = max(best, -done.fun)
+        assert best > 0 and found >= best - 1e-6
+
+
+@pytest.mark.parametrize("labels", [2, 3, 5])
+def test_the_exact_worst_case_beats_the_steps_and_leaves_one_hot_targets(labels):
+    p, logq, eps = opponents(200, labels, seed=20 + labels)
+    exact, steps = (kl_loss(logq, f(p, logq, eps)) for f in (worst_case_exact, worst_case))
+    assert (exact >= steps - 1e-9).all() and (exact > steps + 1e-4).any()
+    p = torch.eye(3, dtype=torch.float64)[:1]
+    logq = T([[0.6, 0.39, 0.01]], dtype=torch.float64).log()
+    x = worst_case_exact(p, logq, 0.9)
+    assert torch.equal(worst_case(p, logq, 0.9), p) and x[0, 2] > 0.5 and x[0, 0] < 0.5
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_exact_at_the_limits(ball):
+    p, logq, _ = opponents(50, 4, seed=5)
+    assert torch.equal(worst_case_exact(p, logq, 0.0, ball), p)
+    p = p + 0.01
+    p = p / p.sum(1, keepdim=True)
+    whole = worst_case_exact(p, logq, 100.0, ball)  # the whole simplex: the corner that the judge believes in least
+    assert torch.allclose(whole, torch.nn.functional.one_hot(logq.argmin(1), 4).double())
+    mixed = worst_case_exact(p[:2], logq[:2], T([0.0, 0.1]), ball)
+    assert torch.equal(mixed[0], p[0]) and not torch.equal(mixed[1], p[1])
+    z = torch.randn(2, 4, requires_grad=True)
+    assert not worst_case_exact(p[:2].float(), z.log_softmax(1), 0.2, ball).requires_grad
+    sure = worst_case_exact(T([[1.0, 0.0]]), T([[0.0, -math.inf]]), 0.25, ball)
+    assert torch.isfinite(sure).all() and sure[0].sum().item() == pytest.approx(1)
+    for wrong, words in (((p, logq, -0.1, ball), "eps must be"), ((p, logq, 0.1, "l1"), "ball must be"), ((p.repeat(1, 3), logq.repeat(1, 3), 0.1), "10 labels at most")):
+        with pytest.raises(ValueError, match=words):
+            worst_case_exact(*wrong)
+
+
+def test_total_variation_by_hand():
+    p, logq = T([[0.5, 0.3, 0.2]], dtype=torch.float64), T([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
+    # 0.25 may move: to label 3, from label 2 or from label 1; emptying the nearly empty one is worse for the judge
+    options = T([[0.25, 0.3, 0.45], [0.45, 0.05, 0.5], [0.5, 0.05, 0.45]], dtype=torch.float64)
+    ways = kl_loss(logq.expand_as(options), options)[[0, 2]]
+    assert kl_loss(logq, worst_case_exact(p, logq, 0.25, "tv")).item() == pytest.approx(ways.max().item())
+
+
+def test_kl_ball_is_an_exponential_tilt_while_small():
+    p, logq = T([[0.5, 0.3, 0.2]], dtype=torch.float64), T([[0.2, 0.5, 0.3]], dtype=torch.float64).log()
+    x = worst_case_exact(p, logq, 0.01, "kl")
+    assert kl_loss(p.log(), x).item() == pytest.approx(0.01, abs=1e-9)
+    ratio = (x / p).log() / (p.log() - logq - (p.log() - logq).mean())  # log(x / p) is linear in log(p / q)
+    slope = ((x / p).log()[0, 0] - (x / p).log()[0, 1]) / ((p.log() - logq)[0, 0] - (p.log() - logq)[0, 1])
+    other = ((x / p).log()[0, 1] - (x / p).log()[0, 2]) / ((p.log() - logq)[0, 1] - (p.log() - logq)[0, 2])
+    assert ratio.shape == (1, 3) and slope.item() == pytest.approx(other.item()) and slope > 0

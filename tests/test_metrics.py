@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 import distjudge
-from distjudge import InputError, evaluate, fit_concentration, load_items, noise_floor
+from distjudge import InputError, bootstrap, evaluate, fit_concentration, item_scores, load_items, noise_floor
 
 
 def panel(counts, truth=None):
@@ -139,3 +139,89 @@ def test_what_is_no_distribution_is_refused():
                      ([[float("nan"), 0.5], [1, 0]], "row 0")):
         with pytest.raises(InputError, match=words):
             evaluate(q, items)
+
+
+def test_kl_corrected_estimates_kl_to_the_unknown_truth():
+    draw = numpy.random.default_rng(5)
+    truth = draw.dirichlet([0.8, 1.2, 2.0], size=4000)
+    counts = numpy.array([draw.multinomial(3, t) for t in truth])
+    q = 0.7 * truth + 0.3 * draw.dirichlet([1, 1, 1], size=4000)
+    actual = stats.entropy(truth, q, axis=1).mean()
+    got = evaluate(q, panel(counts.tolist()), floor_draws=20)
+    assert got["kl"] > 3 * actual and got["kl_corrected"] == pytest.approx(actual, abs=0.012) and got["kl_corrected"] == got["kl"] - got["kl_noise_floor"]
+    assert evaluate(q[:5], panel(counts[:5].tolist()), floor_draws=0)["kl_corrected"] is None
+
+
+def test_item_scores_average_to_the_metrics(case):
+    items, _, q = case
+    scores, metrics = item_scores(q, items), evaluate(q, items, floor_draws=0)
+    assert all(score.shape[0] == len(items) for score in scores.values()) and {"kl", "accuracy", "emd", "rps"} <= set(scores)
+    for name, score in scores.items():
+        assert bootstrap(score[None], draws=100)["mean"] == pytest.approx(metrics[name], abs=1e-9), name
+
+
+def test_bootstrap_agrees_with_scipy(case):
+    items, _, q = case
+    kl = item_scores(q, items)["kl"]
+    ours = bootstrap(kl[None], draws=4000)
+    theirs = stats.bootstrap((kl.numpy(),), numpy.mean, method="percentile", n_resamples=4000, rng=numpy.random.default_rng(0)).confidence_interval
+    assert (ours["low"], ours["high"]) == pytest.approx(theirs, abs=0.02) and ours["low"] < ours["mean"] < ours["high"]
+    r = item_scores(q, items)["mean_correlation"]
+    ours = bootstrap(r[None], draws=4000)
+    theirs = stats.bootstrap((r[:, 0].numpy(), r[:, 1].numpy()), lambda a, b: stats.pearsonr(a, b)[0], paired=True, vectorized=False, method="percentile",
+                             n_resamples=1500, rng=numpy.random.default_rng(0)).confidence_interval
+    assert (ours["low"], ours["high"]) == pytest.approx(theirs, abs=0.05)
+
+
+def crossed(draws, runs, items, item_sd, run_sd, rest_sd, group=1):
+    """Differences of two methods with a true mean of 0: an effect of the item (shared by a group), of the run, and a rest."""
+    draw = torch.Generator().manual_seed(11)
+    normal = lambda *size: torch.randn(*size, generator=draw, dtype=torch.float64)  # noqa: E731
+    of_items = item_sd * normal(draws, 1, items // group).repeat_interleave(group, 2)
+    return of_items + run_sd * normal(draws, runs, 1) + rest_sd * normal(draws, runs, items)
+
+
+@pytest.mark.parametrize("runs,item_sd,run_sd,group", [(1, 1.0, 0.0, 1), (5, 1.0, 0.0, 1), (5, 0.05, 0.3, 1), (3, 1.0, 0.1, 1), (5, 1.0, 0.05, 4)])
+def test_coverage_of_the_intervals_and_size_of_the_test(runs, item_sd, run_sd, group):
+    trials, items = 300, 60
+    sample = crossed(trials, runs, items, item_sd, run_sd, 0.5, group)
+    groups = [i // group for i in range(items)]
+    found = [bootstrap(one, groups=groups, draws=300) for one in sample]
+    covered = sum(f["low"] <= 0 <= f["high"] for f in found) / trials
+    rejected = sum(f["p"] < 0.05 for f in found) / trials
+    # 95 % nominal; three standard errors of 300 trials are 3.8 points, and fifteen groups leave the percentile a little short
+    assert 0.90 <= covered <= 0.995 and 0.005 <= rejected <= 0.10
+    if group > 1:  # taken as single items, grouped ones look more certain than they are
+        assert sum(f["low"] <= 0 <= f["high"] for f in (bootstrap(one, draws=300) for one in sample)) / trials < covered - 0.1
+
+
+def test_seeds_that_differ_widen_the_interval_and_pairing_narrows_it():
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(5, 200, generator=draw, dtype=torch.float64)
+    alike, apart = base[:1].expand(5, -1), base[:1] + torch.linspace(-0.5, 0.5, 5)[:, None]
+    width = lambda f: f["high"] - f["low"]  # noqa: E731
+    assert width(bootstrap(apart)) > 3 * width(bootstrap(alike))
+    gap = bootstrap(base + 0.1, base)
+    assert gap["mean"] == pytest.approx(0.1) and width(gap) < 1e-9 and gap["p"] < 0.01 and width(bootstrap(base)) > 0.1
+    assert bootstrap(base, base)["p"] == 1
+
+
+def test_bootstrap_without_two_groups_or_with_other_shapes():
+    one = torch.ones(2, 3)
+    assert bootstrap(one, groups=["a", "a", "a"]) == {"mean": 1.0, "low": None, "high": None, "p": None}
+    assert bootstrap(one, groups=[None, "a", "a"])["low"] == 1.0
+    constant = item_scores([[0.5, 0.5]] * 3, panel([[1, 1], [2, 0], [0, 2]]))["entropy_correlation"]
+    assert bootstrap(constant[None])["mean"] is None
+    for wrong in ((torch.ones(3),), (one, torch.ones(2, 4))):
+        with pytest.raises(ValueError, match="scores"):
+            bootstrap(*wrong)
+
+
+def test_concentration_around_means_of_their_own():
+    draw = numpy.random.default_rng(4)
+    means = draw.dirichlet([2, 2, 2], size=4000)
+    truth = numpy.array([draw.dirichlet(6.0 * m + 1e-9) for m in means])
+    counts = torch.tensor(numpy.array([draw.multinomial(4, t / t.sum()) for t in truth])).double()
+    assert fit_concentration(counts, torch.tensor(means)) == pytest.approx(6.0, rel=0.1)
+    assert fit_concentration(counts) < 4  # around one mean for all, items differ more
+    assert fit_concentration(torch.eye(3).double(), torch.full((3, 3), 1 / 3)) is None
