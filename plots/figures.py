@@ -1,11 +1,15 @@
 """Draw predicted against human distributions from a run folder.
 
-    python plots/figures.py runs/tiny/full-0                      # all three figures into runs/tiny/full-0/plots
+    python plots/figures.py runs/tiny/full-0                      # the first three figures into runs/tiny/full-0/plots
     python plots/figures.py runs/first --out paper --show kl      # one of them, somewhere else
 
     bars.png          votes and predictions of items: most agreed on, most disputed, worst predicted
     calibration.png   predicted probability of a label against the share of votes it got
     kl.png            histogram of KL(human || model) over items, with the mean, the noise floor and the marginal's mean
+    simplex.png       with three labels: votes and predictions in a triangle (--show simplex)
+    curves.png        training loss by step, and KL on the test items where --eval_every was set (--show curves)
+
+and the same as .svg.
 """
 import dataclasses
 import json
@@ -27,7 +31,13 @@ import distjudge
 from distjudge import InputError
 
 HUMAN, MODEL, TRUTH, NEUTRAL = "#4878a8", "#e08214", "#222222", "#777777"
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150, "savefig.bbox": "tight"})
+# an opaque white ground, for dark pages; Okabe and Ito's colours, which the colour-blind tell apart, and a marker or hatch beside each
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
+MARKERS, LINES = "osD^vPX*", ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2))]
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150, "savefig.bbox": "tight",
+                     "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "savefig.transparent": False,
+                     "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "axes.axisbelow": True,
+                     "svg.hashsalt": "distjudge"})
 
 
 @dataclasses.dataclass
@@ -40,6 +50,7 @@ class Run:
     q: torch.Tensor
     truth: torch.Tensor | None
     metrics: dict
+    log: list[dict] = dataclasses.field(default_factory=list)
 
     @property
     def p(self) -> torch.Tensor:
@@ -56,6 +67,8 @@ def load_run(folder: Path) -> Run:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+        path_log = Path(folder) / "log.jsonl"
+        log = [json.loads(line) for line in path_log.read_text(encoding="utf-8").splitlines()] if path_log.exists() else []
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a run folder: {error}") from None
     if not rows:
@@ -64,7 +77,7 @@ def load_run(folder: Path) -> Run:
     try:
         table = lambda field: torch.tensor([[r[field][label] for label in labels] for r in rows], dtype=torch.float64)  # noqa: E731
         truth = table("truth") if "truth" in rows[0] else None
-        return Run(labels, [r["id"] for r in rows], table("counts"), table("predicted"), truth, metrics)
+        return Run(labels, [r["id"] for r in rows], table("counts"), table("predicted"), truth, metrics, log)
     except KeyError as error:
         raise InputError(f"{path}: a line lacks {error}") from None
 
@@ -131,19 +144,68 @@ def draw_kl(run: Run) -> plt.Figure:
     return figure
 
 
-FIGURES = {"bars": draw_bars, "calibration": draw_calibration, "kl": draw_kl}
+def draw_simplex(run: Run) -> plt.Figure:
+    """Three labels: each item's votes and prediction as points of a triangle, side by side, darker where people disagree more.
+
+    Raises InputError for another number of labels.
+    """
+    if len(run.labels) != 3:
+        raise InputError(f"simplex: a triangle takes three labels, not {len(run.labels)}")
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
+    entropy = -torch.xlogy(run.p, run.p).sum(1) / math.log(3)
+    shown = {"votes": run.p, "judge": run.q} | ({"truth": run.truth} if run.truth is not None else {})
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 3.3), squeeze=False, layout="constrained")
+    jitter = 0.012 * torch.randn(len(run.p), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for ax, (name, points) in zip(axes[0], shown.items(), strict=True):
+        at = points @ corners + (jitter if name == "votes" else 0)  # panels of five have few possible shares
+        ax.fill(*corners.T, facecolor="none", edgecolor=NEUTRAL, linewidth=1)
+        dots = ax.scatter(*at.T, c=entropy, cmap="cividis_r", vmin=0, vmax=1, s=9, alpha=0.75, linewidths=0)
+        for corner, label, where in zip(corners, run.labels, ((-6, -11), (6, -11), (0, 5)), strict=True):
+            ax.annotate(distjudge._short(label, 16), corner, xytext=where, textcoords="offset points", ha="center", fontsize=8)
+        ax.set_title(name, fontsize=9)
+        ax.set_aspect("equal")
+        ax.axis("off")
+    figure.colorbar(dots, ax=axes, label="entropy of the votes / log 3", shrink=0.7)
+    return figure
 
 
-def draw_all(folder: str | Path, out: str | Path | None = None, names: tuple[str, ...] = tuple(FIGURES)) -> list[Path]:
-    """Draws the named figures of a run folder as PNG files into `out` (the run folder's plots/); returns their paths."""
+def draw_curves(run: Run) -> plt.Figure:
+    """Training loss a logged step and, with --eval_every, KL on the test items, nats. Raises InputError for a run without a log."""
+    if not any("loss" in row for row in run.log):
+        raise InputError("curves: no log.jsonl with losses in the run folder")
+    figure, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for i, (name, key) in enumerate({"training loss": "loss", "KL to test votes": "eval_kl", "KL to test truth": "eval_kl_truth"}.items()):
+        points = [(row["step"], row[key]) for row in run.log if key in row]
+        if points:
+            ax.plot(*zip(*points, strict=True), color=COLOURS[i], linestyle=LINES[i], marker=MARKERS[i] if len(points) < 30 else None,
+                    markersize=4, label=name)
+    if run.metrics.get("kl_noise_floor") is not None:
+        ax.axhline(run.metrics["kl_noise_floor"], color=TRUTH, linestyle=":", linewidth=1, label="noise floor of the votes")
+    ax.set(xlabel="step", ylabel="nats")
+    ax.legend(frameon=False)
+    return figure
+
+
+FIGURES = {"bars": draw_bars, "calibration": draw_calibration, "kl": draw_kl, "simplex": draw_simplex, "curves": draw_curves}
+USUAL = ("bars", "calibration", "kl")
+
+
+def save(figure: plt.Figure, path: Path) -> list[Path]:
+    """Writes path.png and path.svg (the same bytes each time) and closes the figure."""
+    paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    for target in paths:
+        figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+    plt.close(figure)
+    return paths
+
+
+def draw_all(folder: str | Path, out: str | Path | None = None, names: tuple[str, ...] = USUAL) -> list[Path]:
+    """Draws the named figures of a run folder as PNG and SVG files into `out` (the run folder's plots/); returns their paths."""
     run, out = load_run(Path(folder)), Path(out or Path(folder) / "plots")
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in names:
-        figure = FIGURES[name](run)
-        paths.append(out / f"{name}.png")
-        figure.savefig(paths[-1])
-        plt.close(figure)
+        paths += save(FIGURES[name](run), out / name)
     return paths
 
 
@@ -153,7 +215,7 @@ class FiguresConfig:
     """The run folder."""
     out: str | None = None
     """Where the figures go. Default: plots/ in the run folder."""
-    show: tuple[Literal["bars", "calibration", "kl"], ...] = ("bars", "calibration", "kl")
+    show: tuple[Literal["bars", "calibration", "kl", "simplex", "curves"], ...] = USUAL
     """Which figures."""
 
 

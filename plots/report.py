@@ -221,7 +221,8 @@ def settings_part(one: Loaded) -> Markup:
 
 def figures_part(one: Loaded) -> Markup:
     pictures = []
-    for name, draw in figures.FIGURES.items():
+    names = [*figures.USUAL, *["simplex"] * (len(one.run.labels) == 3), *["curves"] * any("loss" in row for row in one.run.log)]
+    for name, draw in ((name, figures.FIGURES[name]) for name in names):
         figure, buffer = draw(one.run), io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
         figures.plt.close(figure)

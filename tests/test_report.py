@@ -118,7 +118,7 @@ def test_what_people_wrote_is_text_and_nothing_comes_from_elsewhere(compared):
     for _, attributes in page.elements:
         assert not {"href", "action", "srcset", "onerror", "onload", "style"} & set(attributes)
         assert attributes.get("src", "data:").startswith("data:image/png;base64,") or "src" not in attributes
-    assert sum(tag == "img" for tag, _ in page.elements) == 6 and all(base64.b64decode(a["src"].split(",")[1]).startswith(b"\x89PNG") for t, a in page.elements if t == "img")
+    assert sum(tag == "img" for tag, _ in page.elements) == 8 and all(base64.b64decode(a["src"].split(",")[1]).startswith(b"\x89PNG") for t, a in page.elements if t == "img")
     policy = next(a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     hashed = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
     assert f"script-src 'sha256-{hashed}'" in policy and policy.startswith("default-src 'none'") and "http" not in policy
