@@ -994,6 +994,8 @@ def add_label_readout(model: Any) -> None:
                 kwargs["attention_mask"] = tree_mask(config, self.dtype, ends[0], positions)
         if answer_at is None:
             return plain_forward(*args, **kwargs)
+        for unused in ("logits_to_keep", "num_logits_to_keep"):  # what Unsloth's PeftModel adds; none are made here
+            kwargs.pop(unused, None)
         kwargs = {k: v for k, v in kwargs.items() if v is not None} | {"use_cache": False, "return_dict": True}
         hidden = decoder(*args, **kwargs).last_hidden_state[answer_at[:, 0], answer_at[:, 1]]
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 logits near 20 would be off by 4e-4 nats
@@ -1107,6 +1109,10 @@ class Judge:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def backend(self) -> str:
+        return getattr(self.model, "backend", "transformers")
 
     @property
     def pad_id(self) -> int:
@@ -1247,7 +1253,8 @@ def check_packs(judge: Judge) -> bool:
 
     Packs rest on a causal mask and position ids that the model honours; where an architecture has other ideas (recurrent
     layers, masks of its own), prompts are run as padded rows instead. The probes are longer than a sliding window of up to 1,024
-    tokens (on CUDA of any length). An architecture with another kind of window is not packed at all.
+    tokens (on CUDA of any length). An architecture with another kind of window is not packed at all. Unsloth, which treats
+    masks otherwise in training, is checked in both modes.
     """
     config = judge.model.config.get_text_config()
     windows = {name: value for name, value in config.to_dict().items() if "window" in name and isinstance(value, int) and value > 1}
@@ -1262,21 +1269,24 @@ def check_packs(judge: Judge) -> bool:
         rows = batch.pop("reads")[:, 0]
         return judge.model(**{name: tensor for name, tensor in batch.items() if name != "token_ids"})[rows]
 
-    off, why = math.inf, ""
+    off, why = 0.0, ""
     if unknown := [name for name in sorted(windows) if name not in ("sliding_window", "max_window_layers", "_sliding_window_pattern")]:
-        why = f"its {unknown[0]} is unknown to us"
+        off, why = math.inf, f"its {unknown[0]} is unknown to us"
     else:
         try:
-            judge.packs = True
-            packed = states(encoded)
-            judge.packs = False
-            single = torch.cat([states([ids]) for ids in encoded])
-            off = ((packed - single).norm(dim=1) / single.norm(dim=1)).max().item()
+            for training in (False, True) if judge.backend == "unsloth" else (False,):
+                judge.model.train(training)
+                judge.packs = True
+                packed = states(encoded)
+                judge.packs = False
+                single = torch.cat([states([ids]) for ids in encoded])
+                off = max(off, ((packed - single).norm(dim=1) / single.norm(dim=1)).max().item())
             why = f"hidden states are off by {off:.1%}"
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # an architecture can refuse the mask in ways of its own
-            why = _first_line(error)
+            off, why = math.inf, _first_line(error)
+    judge.model.eval()
     if off <= (1e-4 if next(judge.model.parameters()).dtype == torch.float32 else 0.05):
         return True
     log.warning("%s cannot be run on packed prompts (%s): they are run as padded rows", type(judge.model).__name__, why)
@@ -1285,45 +1295,113 @@ def check_packs(judge: Judge) -> bool:
 
 def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, spellings: dict[str, Sequence[str]] | None = None,
                lora_rank: int = 16, lora_alpha: int = 32, four_bit: bool = False, max_length: int | None = None, top_k: int = 0,
-               device: str | None = None, seed: int = 0) -> Judge:
+               device: str | None = None, seed: int = 0, backend: str = "auto", gradient_checkpointing: bool = False) -> Judge:
     """Loads a judge: from a run folder made by save_judge() or run(), or a model (a folder, a hub id) given its labels.
 
-    A model is loaded with transformers, in float32 on a CPU and bfloat16 on CUDA, 4-bit (NF4) on request, and it gets fresh
-    LoRA adapters on all its linear layers (which change nothing until trained), or none with lora_rank = 0, when all
-    weights, then in float32, are trained. Prompts may have max_length tokens (2048), or what a saved judge was trained with. Only
-    safetensors are read, and no code from the model's repository is run.
+    A model is loaded with Unsloth or transformers (see choose_backend), in float32 on a CPU and bfloat16 on CUDA (float16 on cards
+    without it), 4-bit (NF4) on request, and it gets fresh LoRA adapters on all its linear layers (which change nothing until
+    trained), or none with lora_rank = 0, when all weights, then in float32, are trained. Prompts may have max_length tokens
+    (2048), or what a saved judge was trained with. Only safetensors are read, and no code from the model's repository is run.
+    gradient_checkpointing: Unsloth's own, which must be known here; transformers' is a matter of train().
     Raises InputError for a path that holds no model, labels that contradict the run folder's, or a model whose label
     scores differ from those of its own forward.
     """
     path = str(path)
     if (Path(path) / "judge.json").is_file():
-        return _load_saved(Path(path), labels, max_length, top_k, device)
+        return _load_saved(Path(path), labels, max_length, top_k, device, backend, gradient_checkpointing)
     if not labels:
         raise InputError(f"{path}: labels: a model that is not a saved judge needs labels=[...]")
     if four_bit and not lora_rank:
         raise InputError("four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more")
+    length = 2048 if max_length is None else max_length
+    use, why = choose_backend(backend, device, trained=not lora_rank)  # before transformers is imported
     tokenizer = _load_tokenizer(path)
-    model = _load_model(path, four_bit, device, len(tokenizer), trained=not lora_rank)
+    model = _load_model(path, four_bit, device, len(tokenizer), not lora_rank, use, why, length)
     base = str(Path(path).resolve()) if Path(path).is_dir() else path
     return make_judge(model, tokenizer, labels, base=base, spellings=spellings, lora_rank=lora_rank, lora_alpha=lora_alpha,
-                      max_length=2048 if max_length is None else max_length, top_k=top_k, seed=seed)
+                      max_length=length, top_k=top_k, seed=seed, gradient_checkpointing=gradient_checkpointing)
+
+
+def choose_backend(wanted: str = "auto", device: str | None = None, trained: bool = False) -> tuple[str, str]:
+    """Which library loads and runs the model, and why: ("unsloth" or "transformers", reason). Imports Unsloth to see if it works.
+
+    "auto" is Unsloth on CUDA where it is installed, imports, and adapters are trained, not the weights (trained). Raises
+    InputError where Unsloth is asked for and cannot be had. Unsloth patches what it imports, so it is imported here, before
+    transformers; without its download statistics unless UNSLOTH_DISABLE_STATISTICS says otherwise.
+    """
+    import importlib.util
+
+    why_not = ""
+    if wanted == "transformers":
+        return wanted, "asked for"
+    if wanted not in ("auto", "unsloth"):
+        raise InputError(f"backend: must be auto, unsloth or transformers, not {wanted}")
+    if trained:
+        why_not = "all weights are trained, not adapters"
+    elif not torch.cuda.is_available() or not str(device or "cuda").startswith("cuda"):
+        why_not = "no CUDA device" if not torch.cuda.is_available() else f"the model goes to {device}"
+    elif importlib.util.find_spec("unsloth") is None:
+        why_not = "Unsloth is not installed"
+    else:
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        try:
+            import unsloth  # noqa: F401
+        except Exception as error:  # it raises what its many dependencies raise
+            why_not = f"Unsloth cannot be imported: {type(error).__name__}: {_first_line(error)}"
+    if not why_not:
+        return "unsloth", "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
+    if wanted == "unsloth":
+        raise InputError(f"backend: Unsloth cannot be used: {why_not}")
+    return "transformers", why_not
 
 
 def make_judge(model: Any, tokenizer: Any, labels: Sequence[str], *, base: str = "", spellings: dict[str, Sequence[str]] | None = None,
-               lora_rank: int = 16, lora_alpha: int = 32, max_length: int = 2048, top_k: int = 0, seed: int = 0) -> Judge:
+               lora_rank: int = 16, lora_alpha: int = 32, max_length: int = 2048, top_k: int = 0, seed: int = 0,
+               gradient_checkpointing: bool = False) -> Judge:
     """A judge from a causal LM and a tokenizer that are loaded already, as load_judge() makes it. The model is changed in place."""
     add_label_readout(model)
     encoder = PromptEncoder(tokenizer)
     tokens = label_tokens(tokenizer, labels, spellings, encoder)
     check_readout(model, encoder, tokens)
     if lora_rank:
-        from peft import LoraConfig, get_peft_model
-
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.0, bias="none",
-                                                     target_modules="all-linear", task_type="CAUSAL_LM"))
+            model = add_adapters(model, lora_rank, lora_alpha, seed, gradient_checkpointing)
     return Judge(model, encoder, tokens, base, max_length, top_k, spellings)
+
+
+def add_adapters(model: Any, rank: int, alpha: int, seed: int = 0, gradient_checkpointing: bool = False) -> Any:
+    """Fresh LoRA adapters, in float32, on every linear layer of the decoder (not on a vision tower beside it). Returns the PEFT model."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(
+        {name.rsplit(".", 1)[-1] for name, module in linear.items() if id(module) in inside})}
+    if getattr(model, "backend", "") == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model = FastLanguageModel.get_peft_model(model, random_state=seed, **settings, use_gradient_checkpointing=_checkpointing(
+            gradient_checkpointing))
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        outside = [re.escape(name) for name, module in linear.items() if id(module) not in inside]
+        model = get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM", exclude_modules="|".join(outside) or None))
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype != torch.float32:  # rounded to 16 bits, small steps would be lost
+            weight.data = weight.data.float()
+    return model
+
+
+def _checkpointing(wanted: bool) -> Any:
+    """Unsloth's way of recomputing activations, which keeps what it must keep in main memory, through CUDA."""
+    return "unsloth" if wanted and torch.cuda.is_available() else wanted
+
+
+def half_precision(device: str | torch.device) -> torch.dtype:
+    """The 16-bit type of a device: bfloat16, or float16 on cards that lack it (T4, V100)."""
+    lacks = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if lacks else torch.bfloat16
 
 
 def _load_tokenizer(path: str) -> Any:
@@ -1349,29 +1427,54 @@ def _load_tokenizer(path: str) -> Any:
     return as_saved
 
 
-def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trained: bool) -> Any:
+def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trained: bool, backend: str, why: str, max_length: int) -> Any:
     import transformers
 
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device == "cpu" or trained else torch.bfloat16  # weights that are trained themselves need float32
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    if four_bit:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-        options["device_map"] = {"": device}
+    dtype = torch.float32 if device == "cpu" or trained else half_precision(device)  # weights that are trained need float32
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        if backend == "unsloth":
+            model = _load_unsloth(path, four_bit, device, dtype, max_length)
+        else:
+            options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+            if dtype == torch.float16 and "gemma" in transformers.AutoConfig.from_pretrained(path).model_type:
+                options["dtype"] = dtype = torch.float32  # its activations do not fit into float16
+            if four_bit:
+                options["quantization_config"] = transformers.BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+                options["device_map"] = {"": device}
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+            lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+            if lost:  # transformers would go on with random numbers in their place
+                raise InputError(f"{len(lost)} of its weights are missing or of another shape, the first {lost[0]}")
     except torch.OutOfMemoryError:
         raise
+    except InputError as error:
+        raise InputError(f"{path}: model: {error}") from None
     except Exception as error:  # a damaged or contradictory folder can fail in any way
         raise InputError(f"{path}: model: cannot be loaded: {_first_line(error)}") from error
-    lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if lost:  # transformers would go on with random numbers in their place
-        raise InputError(f"{path}: model: {len(lost)} of its weights are missing or of another shape, the first {lost[0]}")
+    if four_bit and not getattr(model, "is_loaded_in_4bit", False):  # Unsloth goes on in 16 bits where bitsandbytes does not work
+        raise InputError(f"{path}: model: was not loaded in 4 bits; bitsandbytes does not work here")
     if not four_bit:
         model.to(device)
-    if tokens > model.get_input_embeddings().weight.shape[0]:
-        raise InputError(f"{path}: model: has {model.get_input_embeddings().weight.shape[0]} tokens, its tokenizer {tokens}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise InputError(f"{path}: model: has {rows} tokens, its tokenizer {tokens}")
+    model.backend, model.backend_reason = backend, why
+    return model
+
+
+def _load_unsloth(path: str, four_bit: bool, device: str, dtype: torch.dtype, max_length: int) -> Any:
+    """The model as Unsloth patches it; exactly the weights named, not those of another repository that Unsloth knows for them."""
+    from unsloth import FastLanguageModel  # first
+    from transformers import AutoConfig  # isort: skip
+
+    # inputs longer than max_seq_length would be cut at the end, where the answer is read, and positions beyond the model's own
+    # rescaled: label tokens fit in the extra room, and prompts are checked against max_length before they get there
+    positions = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None) or max_length + 64
+    model, _ = FastLanguageModel.from_pretrained(
+        path, max_seq_length=min(max_length + 64, positions), dtype=dtype, load_in_4bit=four_bit, device_map={"": device},
+        use_exact_model_name=True, use_gradient_checkpointing=False, trust_remote_code=False, use_safetensors=True)
     return model
 
 
@@ -1424,7 +1527,8 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
         "frame": judge.encoder.frame, "sequences": judge.tokens.sequences, "whole": judge.tokens.whole, "max_length": judge.max_length})
 
 
-def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | None, top_k: int, device: str | None) -> Judge:
+def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | None, top_k: int, device: str | None,
+                backend: str, gradient_checkpointing: bool) -> Judge:
     try:
         saved = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
         base, spellings, sequences = saved["base"], saved["spellings"], [(i, tuple(ids)) for i, ids in saved["sequences"]]
@@ -1439,22 +1543,24 @@ def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | No
     for needed in (folder / "tokenizer", weights):  # or the path might be taken for a hub id
         if not needed.exists():
             raise InputError(f"{folder}: {needed.relative_to(folder)} is missing")
+    use, why = choose_backend(backend, device, trained=not is_adapter)
     tokenizer = _load_tokenizer(str(folder / "tokenizer"))
     encoder = PromptEncoder(tokenizer, frame)
     tokens = label_tokens(tokenizer, trained_labels, spellings, encoder)
     if tokens.sequences != sequences:
         raise InputError(f"{folder}: labels: their tokens are not those the judge was trained on")
-    model = _load_model(base if is_adapter else str(folder / "model"), four_bit, device, len(tokenizer), trained=not is_adapter)
+    length = trained_length if max_length is None else max_length
+    model = _load_model(base if is_adapter else str(folder / "model"), four_bit, device, len(tokenizer), not is_adapter, use, why, length)
     add_label_readout(model)
+    check_readout(model, encoder, tokens)
     if is_adapter:
         if _fingerprint(model) != fingerprint:
             raise InputError(f"{folder}: base: the weights of {base} are not those the judge was trained on")
-        model = _load_adapter(model, folder / "adapter")
-    length = trained_length if max_length is None else max_length
+        model = _load_adapter(model, folder / "adapter", gradient_checkpointing)
     return Judge(model, encoder, tokens, base, length, top_k or trained_top_k, spellings)
 
 
-def _load_adapter(model: Any, folder: Path) -> Any:
+def _load_adapter(model: Any, folder: Path, gradient_checkpointing: bool = False) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -1466,6 +1572,10 @@ def _load_adapter(model: Any, folder: Path) -> Any:
         raise InputError(f"{folder}: the adapter cannot be loaded: {_first_line(error)}") from error
     if lost := sorted(set(get_peft_model_state_dict(model)) ^ there):
         raise InputError(f"{folder}: the adapter's weights are not those of its model: {len(lost)} differ, the first {lost[0]}")
+    if getattr(model, "backend", "") == "unsloth":  # its fused layers, as its own loader puts them over an adapter
+        from unsloth import FastLanguageModel
+
+        model = FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=_checkpointing(gradient_checkpointing))
     return model
 
 
@@ -1875,6 +1985,8 @@ class Config:
     """Model folder or hub id."""
     four_bit: bool = False
     """Load the weights in 4 bits (NF4)."""
+    backend: Literal["auto", "unsloth", "transformers"] = "auto"
+    """What loads and runs the model: Unsloth on CUDA where it works, transformers + PEFT elsewhere ("auto"), or one of the two."""
     lora_rank: int = 16
     """Rank of the LoRA adapters; 0 trains all weights."""
     lora_alpha: int = 32
@@ -1934,6 +2046,8 @@ class Config:
     """Learning-rate schedule, by its transformers name."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
+    optimizer: Literal["auto", "adamw_torch", "adamw_8bit"] = "auto"
+    """AdamW with its state in 32 or, by bitsandbytes, in 8 bits; "auto": 8 where the weights are 4-bit on CUDA."""
     max_grad_norm: float = 1.0
     """Gradient clipping; 0 is none."""
     gradient_checkpointing: bool = False
@@ -2030,6 +2144,20 @@ def crossfit_means(judge: Judge, items: Sequence[Item], config: Config) -> torch
                     if name in start:
                         weight.copy_(start[name])
     return means
+
+
+def optimizer_for(judge: Judge, config: Config) -> str:
+    if config.optimizer != "auto":
+        return config.optimizer
+    return "adamw_8bit" if judge.device.type == "cuda" and getattr(judge.model, "is_loaded_in_4bit", False) else "adamw_torch"
+
+
+def autocast_type(judge: Judge) -> torch.dtype | None:
+    """The 16-bit type that training computes in; None: in float32, as the weights are."""
+    held = judge.model.get_input_embeddings().weight.dtype
+    if held == torch.float32 and (judge.device.type == "cpu" or hasattr(judge.model, "peft_config")):
+        return None
+    return half_precision(judge.device) if held == torch.float32 else held
 
 
 def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Sequence[Item] = (),
@@ -2208,7 +2336,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    on_cpu = judge.device.type == "cpu"
+    on_cpu, amp = judge.device.type == "cpu", autocast_type(judge)
     order, signals, checkpoints = Order(), [], Path(config.out) / "checkpoints"
     made_from = _made_from(judge, items, eval_items, config)
     resumed = _newest_checkpoint(checkpoints, made_from) if config.resume else None
@@ -2220,11 +2348,13 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         output_dir=str(checkpoints), save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or 1,
         report_to=list(config.report_to) or "none",
         per_device_train_batch_size=config.batch_size * config.grad_accum, gradient_accumulation_steps=1, num_train_epochs=config.epochs,
-        optim="adamw_torch", learning_rate=config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        optim=optimizer_for(judge, config), learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
         lr_scheduler_type=config.schedule, warmup_steps=config.warmup, seed=config.seed, data_seed=config.seed,
         eval_strategy="steps" if config.eval_every and eval_items else "no", eval_steps=config.eval_every or None,
-        logging_strategy="steps", logging_steps=config.log_every, logging_nan_inf_filter=False, use_cpu=on_cpu, bf16=not on_cpu, fp16=False,
-        gradient_checkpointing=config.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_strategy="steps", logging_steps=config.log_every, logging_nan_inf_filter=False, use_cpu=on_cpu, bf16=amp == torch.bfloat16,
+        fp16=amp == torch.float16, gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing=config.gradient_checkpointing and judge.backend != "unsloth",  # Unsloth's is in its layers already
         remove_unused_columns=False, label_names=[], dataloader_num_workers=0, dataloader_pin_memory=False,
         ddp_find_unused_parameters=False, disable_tqdm=False)
     try:
