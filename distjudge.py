@@ -2926,7 +2926,8 @@ def run(config: Config) -> dict[str, float | None]:
     items, test = load_data(config)
     judge = load_judge(config.model, labels_of(items), spellings=parse_spellings(config.spellings), lora_rank=config.lora_rank,
                        lora_alpha=config.lora_alpha, four_bit=config.four_bit, max_length=config.max_length, top_k=config.top_k,
-                       seed=config.seed)
+                       seed=config.seed, backend=config.backend, gradient_checkpointing=config.gradient_checkpointing)
+    print(f"backend: {judge.backend} ({judge.model.backend_reason})")
     print(judge.tokens.describe(judge.tokenizer))
     items, test = keep_short(judge, items, config.overlong, "training"), keep_short(judge, test, config.overlong, "test")
     trained = sum(p.numel() for p in judge.model.parameters() if p.requires_grad)
