@@ -1,0 +1,233 @@
+"""The studies on tiny settings, in one process: what is trained, what is reused, what the tables say; and the helpers by hand."""
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import study
+import torch
+
+import distjudge
+from distjudge import Config, InputError
+from plots import figures
+from plots import study as draw
+
+LINES = (Path(__file__).resolve().parents[1] / "data" / "panel.jsonl").read_text().splitlines(keepends=True)
+TINY = {"hidden": 16, "layers": 1, "epochs": 1.0, "batch_size": 16, "vocabulary": 320, "seeds": 2, "draws": 100}
+TWO = ("single-point", "distribution")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies")
+    (folder / "few.jsonl").write_text("".join(LINES[:60] + LINES[1200:1224]))
+    return folder
+
+
+def run(folder, name, **settings):
+    """Runs a study in the shared folder; returns its table, and how many cells it trained."""
+    cells = folder / "out" / "cells"
+    before = {p: p.stat().st_mtime_ns for p in cells.glob("*/cell.json")}
+    study.main(study.StudyConfig(study=name, train=(str(folder / "few.jsonl"),), out=str(folder / "out"), **TINY | settings))
+    kept = {p: p.stat().st_mtime_ns for p in cells.glob("*/cell.json") if p in before}
+    assert kept == before  # what is there is not trained again
+    return draw.read_table(str(folder / "out" / f"{name}.csv")), len(list(cells.glob("*/cell.json"))) - len(before)
+
+
+def find(rows, **where):
+    return [r for r in rows if all(r[k] == v for k, v in where.items())]
+
+
+def test_main_compares_rivals_and_is_resumed_cell_by_cell(folder, capsys):
+    rows, trained = run(folder, "main", methods=TWO)
+    assert trained == 4
+    out = folder / "out"
+    for cell in out.glob("cells/*/cell.json"):
+        found = json.loads(cell.read_text())
+        q = torch.tensor([json.loads(line)["predicted"] for line in (cell.parent / "predictions.jsonl").read_text().splitlines()])
+        _, test = distjudge.load_data(Config(train=(str(folder / "few.jsonl"),)))
+        here = find(rows, method=found["method"], seed=str(found["settings"]["seed"]), metric="kl", entropy="")
+        assert here[0]["value"] == pytest.approx(distjudge.evaluate(q, test, floor_draws=0)["kl"], abs=1e-4)
+    means = {m: find(rows, method=m, seed="all", metric="kl_truth", entropy="")[0] for m in ("single-point", "distribution", "marginal")}
+    assert all(r["low"] < r["value"] < r["high"] for r in means.values())
+    assert means["distribution"]["difference"] == pytest.approx(means["distribution"]["value"] - means["single-point"]["value"], abs=1e-4)
+    assert means["distribution"]["against"] == "single-point" and means["single-point"]["difference"] is None
+    assert "| distribution |" in (out / "main.md").read_text() and (out / "main.png").stat().st_size > 5000
+    victim = next(out.glob("cells/*/cell.json"))
+    victim.unlink()
+    rows, trained = run(folder, "main", methods=TWO, report=True)
+    assert trained == 0 and "1 cells are not finished" in capsys.readouterr().out
+    assert len(find(rows, method="distribution", metric="kl", entropy="")) == 2  # the seed that all methods have, and the mean
+    assert run(folder, "main", methods=TWO)[1] == 1
+
+
+def test_other_studies_share_cells_and_write_tables_and_figures(folder):
+    rows, trained = run(folder, "sweep", alphas=(0.0, 0.8), epsilons=(0.25,))
+    assert trained == 0 and {(r["alpha"], r["eps"]) for r in find(rows, method="distribution")} == {(a, 0.25) for a in (0.0, 0.8)}
+    rows, trained = run(folder, "robustness", deltas=(0.0, 0.2), perturbations=5, methods=TWO)
+    at = {d: find(rows, method="single-point", seed="all", delta=d)[0]["value"] for d in (0.0, 0.2)}
+    kept = draw.read_table(str(folder / "out" / "main.csv"))
+    assert trained == 0 and at[0.0] == pytest.approx(find(kept, method="single-point", seed="all", metric="kl", entropy="")[0]["value"], abs=1e-5)
+    assert at[0.2] != at[0.0]
+    rows, _ = run(folder, "adversary", seeds=1, votes=(1,))
+    one = {r["metric"]: r["value"] for r in find(rows, method="trained judge, one vote")}
+    assert one["gain_steps"] == 0 and one["gain_exact"] >= 0 and one["bound_above"] <= 1.1e-6
+    for name in ("sweep", "robustness", "adversary"):
+        assert (folder / "out" / f"{name}.png").stat().st_size > 5000 and (folder / "out" / f"{name}.svg").exists()
+
+
+@pytest.mark.slow
+def test_ablation_budget_and_cost(folder):
+    run(folder, "main", methods=TWO)
+    assert run(folder, "ablation")[1] == 2 * 2  # without KL is single-point, and distribution is there: two of the four are new
+    rows, trained = run(folder, "budget", seeds=1)
+    assert trained == 6 and {(r["votes"], r["items"]) for r in rows} == {(1, 60), (3, 20), (5, 12)}
+    rows, _ = run(folder, "cost", seeds=1, methods=TWO)
+    assert all(r["value"] > 0 for r in rows) and {r["method"] for r in rows} == set(TWO)
+    for name in ("ablation", "budget", "cost"):
+        assert (folder / "out" / f"{name}.png").stat().st_size > 5000 and (folder / "out" / f"{name}.svg").exists()
+
+
+@pytest.mark.slow
+def test_every_change_of_the_method_trains(folder):
+    methods = ("distribution", "label smoothing", "temperature", "exact adversary", "exact adversary, KL ball", "exact adversary, TV", "annotators' radius",
+               "RPS", "KL + RPS", "EB marginal", "EB group", "EB model", "EB cross-fitted", "EB + adversary", "EB + exact adversary", "EB + paper")
+    rows, trained = run(folder, "methods", votes=(2,), seeds=1, epochs=4.0, learning_rate=0.01, methods=methods)
+    assert trained == len(methods)
+    values = {r["method"]: r["value"] for r in find(rows, metric="kl_truth", seed="0")}
+    assert len(set(values.values())) == len(values)  # each is another method
+    found = [json.loads(p.read_text()) for p in (folder / "out" / "cells").glob("*/cell.json")]
+    assert {c["method"] for c in found if c["temperature"] is not None} == {"temperature"}
+
+
+def test_ood_refuses_shared_items_and_drops_them_on_request(folder, tmp_path, capsys):
+    rows = [json.loads(line) for line in LINES[:40]]
+    for row in rows:
+        row.pop("split")
+    shared = rows[30] | {"id": "other", "prompt": rows[30]["prompt"].upper().replace(" ", "  ")}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:31]))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [rows[0], shared, *rows[31:]]))
+    config = study.StudyConfig(study="ood", train=(str(tmp_path / "a.jsonl"),), test=(str(tmp_path / "b.jsonl"),), out=str(tmp_path / "out"), **TINY)
+    with pytest.raises(InputError, match="also in the training items"):
+        study.main(config)
+    train, test = study.read_items(dataclasses.replace(config, overlap="drop"))
+    assert len(train) == 29 and len(test) == 11 and "left out 2 of 31" in capsys.readouterr().out
+    with pytest.raises(InputError, match="needs --train and --test"):
+        study.read_items(dataclasses.replace(config, test=()))
+
+
+def test_cells_are_known_by_what_decides_their_result(folder):
+    base = study.StudyConfig(train=(str(folder / "few.jsonl"),), out=str(folder / "out"), **TINY)
+    place = lambda cell, **changes: study.Workshop(dataclasses.replace(base, **changes)).folder(cell)[0].name  # noqa: E731
+    cell = study.Cell("distribution", 0)
+    same = place(cell)
+    assert same == place(cell, seeds=9, draws=500, log_every=3) == place(study.Cell("distribution", 0, alpha=0.8, eps=0.25))
+    others = [place(cell, **{name: value}) for name, value in (("epochs", 2.0), ("learning_rate", 0.1), ("hidden", 32), ("steps", 3))]
+    others += [place(study.Cell("distribution", 1)), place(study.Cell("distribution", 0, votes=3)), place(study.Cell("single-point", 0))]
+    assert len({same, *others}) == len(others) + 1
+
+
+def test_votes_are_drawn_from_the_truth_or_without_replacement():
+    items = distjudge.load_items([json.loads(line) for line in LINES[:200]])
+    drawn = study.draw_votes(items, 400, seed=0)
+    assert all(i.votes == 400 for i in drawn)
+    far = max(abs(i.counts[c] / 400 - i.truth[c]) for i in drawn for c in i.truth)
+    assert far < 0.12 and study.draw_votes(items, 3, 0) == study.draw_votes(items, 3, 0) != study.draw_votes(items, 3, 1)
+    plain = [dataclasses.replace(i, truth=None) for i in items]
+    some = study.draw_votes(plain, 4, seed=0)
+    assert all(i.votes == 4 and all(i.counts[c] <= j.counts[c] for c in i.counts) for i, j in zip(some, plain, strict=True))
+    assert [i.counts for i in study.draw_votes(plain, 5, seed=0)] == [i.counts for i in plain]
+    with pytest.raises(InputError, match="no training item has 6"):
+        study.draw_votes(plain, 6, seed=0)
+
+
+def test_perturbed_targets_lie_in_the_simplex_at_their_distance():
+    p = torch.tensor([[1.0, 0, 0, 0], [0.4, 0.3, 0.2, 0.1], [0.5, 0.5, 0, 0]], dtype=torch.float64).repeat(200, 1)
+    moved = study.perturb(p, 0.2, torch.Generator().manual_seed(0))
+    assert (moved >= 0).all() and torch.allclose(moved.sum(1), torch.ones(600).double())
+    assert torch.allclose((moved - p).norm(dim=1), torch.full((600,), 0.2).double()) and len(moved.unique(dim=0)) == 600
+    assert torch.equal(study.perturb(p, 0.0, torch.Generator()), p)
+
+
+def test_temperature_and_smoothing():
+    draw_ = torch.Generator().manual_seed(0)
+    logq = torch.randn(400, 4, generator=draw_, dtype=torch.float64).log_softmax(1)
+    counts = 100 * (logq / 2.5).softmax(1)  # people as if the judge were too sure by a factor of 2.5
+    assert study.fit_temperature(logq, counts) == pytest.approx(2.5, abs=0.01)
+    items = distjudge.load_items([{"prompt": "x", "counts": {"a": 2, "b": 1, "c": 0, "d": 0}}, {"prompt": "y", "counts": {"a": 0, "b": 2, "c": 2, "d": 0}}])
+    first, tie = (list(i.counts.values()) for i in study.smoothed(items, 0.2))
+    assert first == pytest.approx([0.85, 0.05, 0.05, 0.05]) and tie == pytest.approx([0.05, 0.45, 0.45, 0.05])
+
+
+def test_what_does_not_fit_is_refused(folder):
+    base = study.StudyConfig(train=(str(folder / "few.jsonl"),), out=str(folder / "out"), **TINY)
+    for changes, words in (({"methods": ("magic",)}, "methods: magic"), ({"seeds": 0}, "seeds: must be 1"), ({"votes": (0,)}, "votes: must be 1"),
+                           ({"smoothing": 1.0}, "smoothing"), ({"ball": "tv"}, "ball: the tv ball needs --adversary exact"), ({"concentration": -1.0}, "concentration"),
+                           ({"adversary": "exact", "ball": "kl", "radius": "annotators"}, "radius: the annotators'"), ({"rps_weight": 2.0}, "rps_weight"), ({"prior": "x"}, "prior: must be one of")):
+        with pytest.raises(InputError, match=words):
+            study.main(dataclasses.replace(base, **changes))
+    with pytest.raises(InputError, match="not a study's table"):
+        draw.read_table(str(folder / "few.jsonl"))
+
+
+def test_prior_votes_by_hand(capsys):
+    rows = [{"prompt": "a", "counts": {"x": 1, "y": 0}, "group": "g"}, {"prompt": "b", "counts": {"x": 1, "y": 0}, "group": "g"}, {"prompt": "c", "counts": {"x": 0, "y": 1}}]
+    items = distjudge.load_items(rows)
+    assert not distjudge.prior_votes(items, Config()).any()
+    prior = distjudge.prior_votes(items, Config(prior="marginal"))
+    assert torch.allclose(prior, 2 * torch.tensor([[2 / 3, 1 / 3]]).double().expand(3, -1)) and "worth 2 votes (the default, for no item has two" in capsys.readouterr().out
+    grouped = distjudge.prior_votes(items, Config(prior="group", concentration=1.0))
+    k = distjudge.fit_concentration(torch.tensor([[2.0, 0], [0, 1]]).double())
+    assert torch.allclose(grouped[0], (torch.tensor([2.0, 0]) + k * torch.tensor([2 / 3, 1 / 3])).double() / (2 + k), atol=1e-4) and torch.equal(grouped[0], grouped[1])
+    several = distjudge.load_items([{"prompt": f"{i}", "counts": {"x": 3 * (i % 2), "y": 3 - 3 * (i % 2)}} for i in range(40)])
+    assert distjudge.prior_votes(several, Config(prior="marginal")).sum(1)[0] < 0.1  # unanimous either way: the prior is worth nothing
+    assert "fitted" in capsys.readouterr().out
+
+
+def test_crossfit_predicts_each_half_from_the_other_and_puts_the_weights_back(tiny_model, votes, tmp_path):
+    items = votes(12)
+    judge = distjudge.load_judge(str(tiny_model), distjudge.labels_of(items), lora_rank=2)
+    config = Config(out=str(tmp_path), epochs=2.0, learning_rate=0.05, prior="crossfit", eps=0.0, batch_size=4)
+    before = {name: p.detach().clone() for name, p in judge.model.named_parameters() if p.requires_grad}
+    untrained = torch.as_tensor(judge.predict([i.prompt for i in items])).double()
+    means = distjudge.crossfit_means(judge, items, config)
+    assert all(torch.equal(before[name], p) for name, p in judge.model.named_parameters() if p.requires_grad)
+    assert torch.allclose(means.sum(1), torch.ones(12).double(), atol=1e-5) and (means - untrained).abs().max() > 1e-3
+    half, other = distjudge.split_items(items, 0.5, config.seed)
+    distjudge.train(judge, half, dataclasses.replace(config, prior="none"))
+    again = torch.as_tensor(judge.predict([i.prompt for i in other])).double()
+    assert torch.allclose(means[[items.index(i) for i in other]], again, atol=1e-5)
+
+
+def test_presets_come_before_flags(monkeypatch):
+    seen = []
+    for arguments in (["--preset", "kl", "--alpha", "0.9"], ["--preset=paper"], []):
+        monkeypatch.setattr("sys.argv", ["x", *arguments])
+        distjudge.cli(seen.append, Config)
+    assert [(c.alpha, c.eps) for c in seen] == [(0.9, 0.0), (0.8, 0.25), (0.8, 0.25)] and [c.preset for c in seen] == ["kl", "paper", ""]
+    Config(**distjudge.PRESETS["few"]).check()
+
+
+def test_simplex_and_training_curves(tmp_path):
+    p = torch.tensor([[3.0, 1, 1], [5, 0, 0], [2, 2, 1]], dtype=torch.float64)
+    log = [{"step": s, "loss": 1 / s} for s in (1, 2, 3)] + [{"step": 3, "eval_kl": 0.4}]
+    run = figures.Run(["a", "b", "c"], list("xyz"), p, p / 5, None, {"kl_noise_floor": 0.1}, log)
+    first = figures.draw_simplex(run).axes[1].collections[0].get_offsets()
+    assert first[1].tolist() == pytest.approx([0, 0]) and first[0].tolist() == pytest.approx([0.2 * 1 + 0.2 * 0.5, 0.2 * 3**0.5 / 2])
+    lines = figures.draw_curves(run).axes[0].lines
+    assert lines[0].get_xydata().tolist() == [[1, 1], [2, 0.5], [3, pytest.approx(1 / 3)]] and len(lines) == 3
+    with pytest.raises(InputError, match="takes three labels"):
+        figures.draw_simplex(dataclasses.replace(run, labels=["a", "b"]))
+    with pytest.raises(InputError, match="no log"):
+        figures.draw_curves(dataclasses.replace(run, log=[]))
+    saved = figures.save(figures.draw_curves(run), tmp_path / "c")
+    assert saved[0].read_bytes().startswith(b"\x89PNG") and "<svg" in saved[1].read_text()
+
+
+def test_tables_are_tidy(folder):
+    with open(folder / "out" / "main.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == study.COLUMNS and all(r["study"] == "main" and r["data"] == "few" for r in rows)
+    keys = [(r["method"], r["seed"], r["metric"], r["entropy"]) for r in rows]
+    assert len(set(keys)) == len(keys)
