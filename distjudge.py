@@ -1648,8 +1648,9 @@ def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
 
     One vote moves it 1 / (1 + k) of the way from m to that vote, a hundred 100 / (100 + k): see fit_concentration for k.
     Note what it is as a loss. The gradient of KL to it, in the logits, is w (q - counts / N) + (1 - w) (q - m) with w =
-    N / (N + k): votes as they are, plus a pull toward m. With m = q, the model's own prediction, the pull is nothing and
-    what is left is a weight w for each item.
+    N / (N + k): votes as they are, plus a pull toward m. With endless items the judge learns w pi + (1 - w) m, not the truth pi: a
+    judge that pools votes over items anyway may lose more by the pull than it gains (the README has such a case). With m = q,
+    the model's own prediction, the pull is nothing and what is left is a weight w for each item.
 
     >>> shrink_votes(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
     tensor([[0.7500, 0.2500]])
@@ -2052,6 +2053,9 @@ class Config:
     """Gradient clipping; 0 is none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    average: float = 0.0
+    """Answer with the mean of the trained weights over this share of the steps, the last ones; 0 takes the last weights. Costs
+    nothing to speak of, and takes out some of the noise that few votes bring in (Polyak and Juditsky 1992)."""
     seed: int = 0
     """Seed of LoRA weights, data order and split."""
     eval_every: float = 0.0
@@ -2071,7 +2075,7 @@ class Config:
         at_least = dict.fromkeys(("eps", "steps", "step_size", "learning_rate", "epochs", "warmup", "lora_rank", "top_k", "eval_every",
                                   "save_every", "pack_tokens", "weight_decay", "max_grad_norm", "concentration"), 0)
         at_least |= dict.fromkeys(("batch_size", "grad_accum", "lora_alpha", "max_length", "log_every"), 1)
-        for name in ("alpha", "rps_weight"):
+        for name in ("alpha", "rps_weight", "average"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: must be between 0 and 1, not {getattr(self, name)}")
         if self.ball != "l2" and self.adversary == "pgd" and self.eps:
@@ -2270,7 +2274,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 weights = {name: p for name, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.requires_grad}
                 progress = {"loss": self._tr_loss.item(), "logged": self._globalstep_last_logged, "pack_tokens": judge.pack_tokens}
                 state = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict(), "random": _random_states(),
-                         "progress": progress, "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}}
+                         "progress": progress, "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+                         "average": [average.number, *average.means]}
                 save_checkpoint(checkpoints / f"step-{self.state.global_step:09d}", weights, state,
                                 {"made_from": made_from, "trainer": dataclasses.asdict(self.state)})
                 for old in _checkpoints(checkpoints)[2:]:
@@ -2315,6 +2320,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 trainer._tr_loss.fill_(trainer.found["progress"]["loss"])
                 trainer._globalstep_last_logged = trainer.found["progress"]["logged"]
                 judge.pack_tokens = trainer.found["progress"]["pack_tokens"]
+                average.number, *means = trainer.found["average"]
+                average.means = [mean.to(judge.device) for mean in means]
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if signals:
@@ -2328,6 +2335,28 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 with open(Path(config.out) / "log.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
+    class Average(transformers.TrainerCallback):
+        """The running mean of the trained weights over the last steps, float32, in the model's place when training ends."""
+
+        number, means = 0, ()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not config.average or state.global_step <= (1 - config.average) * state.max_steps:
+                return
+            self.number += 1
+            weights = [w.detach() for w in judge.model.parameters() if w.requires_grad]
+            self.means = self.means or [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+            for mean, weight in zip(self.means, weights, strict=True):
+                mean += (weight.float() - mean) / self.number
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step < state.max_steps:  # stopped by a signal
+                return
+            weights = [w for w in judge.model.parameters() if w.requires_grad]
+            with torch.no_grad():
+                for mean, weight in zip(self.means or weights, weights, strict=True):
+                    weight.copy_(mean)
+
     class Progress(transformers.ProgressCallback):
         """The usual bar, with the loss in it and not a line under it."""
 
@@ -2337,7 +2366,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
 
     Path(config.out).mkdir(parents=True, exist_ok=True)
     on_cpu, amp = judge.device.type == "cpu", autocast_type(judge)
-    order, signals, checkpoints = Order(), [], Path(config.out) / "checkpoints"
+    order, average, signals, checkpoints = Order(), Average(), [], Path(config.out) / "checkpoints"
     made_from = _made_from(judge, items, eval_items, config)
     resumed = _newest_checkpoint(checkpoints, made_from) if config.resume else None
     if os.environ.get("RANK", "0") == "0":
@@ -2360,7 +2389,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     try:
         arguments = transformers.TrainingArguments(**settings)
         arguments._n_gpu = min(1, arguments.n_gpu)  # nn.DataParallel would split a pack's row numbers; torchrun is the way to more GPUs
-        trainer = Trainer(model=judge.model, args=arguments, callbacks=[Steps(), Log(), *callbacks],
+        trainer = Trainer(model=judge.model, args=arguments, callbacks=[Steps(), Log(), average, *callbacks],
                           train_dataset=list(range(len(encoded))), eval_dataset=list(eval_items) or None,
                           data_collator=lambda chosen: {"chosen": torch.tensor(chosen)})
     except (ValueError, RuntimeError, ImportError) as error:  # an unknown schedule, a logger that is not installed

@@ -56,6 +56,8 @@ METHODS: dict[
     "without KL": SINGLE,
     "without CE": PAPER | {"alpha": 1.0},
     "KL alone": {"alpha": 1.0, "eps": 0.0},
+    "KL averaged": {"alpha": 1.0, "eps": 0.0, "average": 0.3},
+    "distribution averaged": PAPER | {"average": 0.3},
     "exact adversary": PAPER | {"adversary": "exact"},
     "exact adversary, TV": PAPER | {"adversary": "exact", "ball": "tv", "eps": 0.15},
     "exact adversary, KL ball": PAPER | {"adversary": "exact", "ball": "kl", "eps": 0.1},
@@ -113,6 +115,10 @@ METRICS = {
     "rps": "RPS",
     "mean_correlation": "mean r",
 }
+# hashed into a cell's name always; other settings, those of later versions too, only where they are not at their default
+DECIDES = """labels ordered spellings model four_bit lora_rank lora_alpha max_length overlong top_k alpha eps radius adversary ball steps
+    step_size prior concentration loss rps_weight learning_rate epochs batch_size grad_accum shuffle warmup schedule weight_decay
+    max_grad_norm gradient_checkpointing seed hidden layers vocabulary""".split()
 COLUMNS = (
     "study",
     "data",
@@ -279,7 +285,8 @@ class Workshop:
     def folder(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
         """Where a cell lives, and everything that decides its result. Settings at which a method is another one share its cell."""
         method, run = self.settings(cell)
-        decides = dataclasses.asdict(run)
+        default = {f.name: f.default for f in dataclasses.fields(run)}
+        decides = {name: v for name, v in dataclasses.asdict(run).items() if name in DECIDES or v != default[name]}
         for name in ("train", "test", "out", "report_to", "log_every", "seeds", "eval_every", "pack_tokens", "packs", "preset"):
             decides.pop(name, None)
         if run.model:  # a model of one's own is not made from these

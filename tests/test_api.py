@@ -128,7 +128,7 @@ def test_spellings_add_up_and_the_mass_is_reported(measure, fake, tmp_path):
     assert sent["top_logprobs"] == 20 and sent["logprobs"] is True and sent["max_tokens"] == 1 and sent["temperature"] == 0
     from plots import figures
 
-    assert len(figures.draw_all(tmp_path / "run")) == 3  # it is a run folder like another
+    assert len(figures.draw_all(tmp_path / "run")) == 6  # it is a run folder like another
     assert [row["prompt"] for row in rows] == ["Rate soup 0", "Rate soup 1"]
 
 

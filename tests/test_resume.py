@@ -66,11 +66,12 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(go, tmp_path):
 
 
 def test_with_checkpoints_now_and_then_and_packs_in_random_order(go, tmp_path):
-    whole, _ = go("whole", save_every=3, shuffle="packs", warmup=0.3, schedule="cosine", log_every=2)
+    settings = {"save_every": 3, "shuffle": "packs", "warmup": 0.3, "schedule": "cosine", "log_every": 2, "average": 0.6}
+    whole, _ = go("whole", **settings)
     with pytest.raises(KeyboardInterrupt):
-        go("stopped", 8, save_every=3, shuffle="packs", warmup=0.3, schedule="cosine", log_every=2)
+        go("stopped", 8, **settings)
     assert steps(tmp_path / "stopped") == ["step-000000006", "step-000000003"]
-    again, _ = go("stopped", save_every=3, shuffle="packs", warmup=0.3, schedule="cosine", log_every=2, resume=True)
+    again, _ = go("stopped", **settings, resume=True)
     assert torch.equal(again, whole)
     logs = [[{k: v for k, v in json.loads(line).items() if k in ("step", "loss", "learning_rate")} for line in (tmp_path / name / "log.jsonl").open()]
             for name in ("whole", "stopped")]

@@ -200,6 +200,24 @@ def test_crossfit_predicts_each_half_from_the_other_and_puts_the_weights_back(ti
     assert torch.allclose(means[[items.index(i) for i in other]], again, atol=1e-5)
 
 
+def test_the_mean_of_the_last_weights_takes_their_place(tiny_model, votes, tmp_path):
+    import transformers
+
+    items, seen = votes(16), []
+
+    class Keep(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append([w.detach().clone() for w in judge.model.parameters() if w.requires_grad])
+
+    config = Config(out=str(tmp_path), epochs=2.0, learning_rate=0.02, batch_size=4, average=0.5)  # eight steps, the last four
+    judge = distjudge.load_judge(str(tiny_model), distjudge.labels_of(items), lora_rank=2)
+    distjudge.train(judge, items, config, callbacks=[Keep()])
+    expected = [torch.stack(last).mean(0) for last in zip(*seen[4:], strict=True)]
+    got = [w for w in judge.model.parameters() if w.requires_grad]
+    assert len(seen) == 8 and all(torch.allclose(e, g, atol=1e-6) for e, g in zip(expected, got, strict=True))
+    assert any((g - last).abs().max() > 1e-4 for g, last in zip(got, seen[-1], strict=True))
+
+
 def test_presets_come_before_flags(monkeypatch):
     seen = []
     for arguments in (["--preset", "kl", "--alpha", "0.9"], ["--preset=paper"], []):
