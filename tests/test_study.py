@@ -18,11 +18,15 @@ TINY = {"hidden": 16, "layers": 1, "epochs": 1.0, "batch_size": 16, "vocabulary"
 TWO = ("single-point", "distribution")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("studies")
+def write_few(folder):
     (folder / "few.jsonl").write_text("".join(LINES[:60] + LINES[1200:1224]))
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Shared, so that cells are; a test that needs the cells of a study runs it first, for another process may have run the others."""
+    return write_few(tmp_path_factory.mktemp("studies"))
 
 
 def run(folder, name, **settings):
@@ -39,7 +43,8 @@ def find(rows, **where):
     return [r for r in rows if all(r[k] == v for k, v in where.items())]
 
 
-def test_main_compares_rivals_and_is_resumed_cell_by_cell(folder, capsys):
+def test_main_compares_rivals_and_is_resumed_cell_by_cell(tmp_path, capsys):
+    folder = write_few(tmp_path)
     rows, trained = run(folder, "main", methods=TWO)
     assert trained == 4
     out = folder / "out"
@@ -63,6 +68,7 @@ def test_main_compares_rivals_and_is_resumed_cell_by_cell(folder, capsys):
 
 
 def test_other_studies_share_cells_and_write_tables_and_figures(folder):
+    run(folder, "main", methods=TWO)
     rows, trained = run(folder, "sweep", alphas=(0.0, 0.8), epsilons=(0.25,))
     assert trained == 0 and {(r["alpha"], r["eps"]) for r in find(rows, method="distribution")} == {(a, 0.25) for a in (0.0, 0.8)}
     rows, trained = run(folder, "robustness", deltas=(0.0, 0.2), perturbations=5, methods=TWO)
@@ -244,6 +250,7 @@ def test_simplex_and_training_curves(tmp_path):
 
 
 def test_tables_are_tidy(folder):
+    run(folder, "main", methods=TWO)
     with open(folder / "out" / "main.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == study.COLUMNS and all(r["study"] == "main" and r["data"] == "few" for r in rows)
