@@ -177,14 +177,8 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
         truth = item["truth"] and {label: item["truth"].get(label, 0.0) for label in order}
         swap = None
         if item["swap"]:
-            prompt, other = item["swap"]
-            if set(other) - known or set(other.values()) - known:
-                unknown = sorted((set(other) | set(other.values())) - known)
-                found[name].append(f"{head}swap: unknown label {_listed(unknown)}; the labels are {_listed(order)}")
-            elif any(other.get(other.get(label, label), other.get(label, label)) != label for label in order):
-                found[name].append(f"{head}swap: labels {other} do not trade places: swapped twice, every label must be itself again")
-            else:
-                swap = Swap(prompt, tuple(order.index(other.get(label, label)) for label in order))
+            swap, problem = _place_swap(*item["swap"], order)
+            found[name] += [f"{head}swap: {problem}"] if problem else []
         items.append(Item(item["id"], item["prompt"], {label: item["counts"].get(label, 0) for label in order},
                           item["group"], item["split"], truth, swap, where))
     problems = [line for name, lines in found.items()
@@ -318,6 +312,16 @@ def _parse_swap(value: Any, bad: list[tuple[str, str]]) -> tuple[str, dict[str, 
         bad.append(("swap", f"labels: must be text without spaces around it, or whole numbers, not {_short(repr(value['labels']))}"))
         return None
     return value["prompt"], pairs  # type: ignore[return-value]
+
+
+def _place_swap(prompt: str, other: dict[str, str], labels: Sequence[str]) -> tuple[Swap | None, str]:
+    """The Swap of what _parse_swap found, or what is wrong with it among these labels."""
+    if unknown := sorted({*other, *other.values()} - set(labels)):
+        return None, f"unknown label {_listed(unknown)}; the labels are {_listed(labels)}"
+    target = [other.get(label, label) for label in labels]
+    if any(other.get(there, there) != label for label, there in zip(labels, target, strict=True)):
+        return None, f"labels {other} do not trade places: swapped twice, every label must be itself again"
+    return Swap(prompt, tuple(list(labels).index(label) for label in target)), ""
 
 
 def _parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -495,18 +499,21 @@ def check_apart(train_items: Sequence[Item], test_items: Sequence[Item]) -> None
         raise InputError("\n".join(lines[:20] + ([f"and {len(lines) - 20} more test items"] if len(lines) > 20 else [])))
 
 
-def keep_apart(train_items: Sequence[Item], test_items: Sequence[Item],
-               overlap: Literal["refuse", "remove"] = "refuse") -> tuple[list[Item], dict[str, int]]:
+def keep_apart(train_items: Sequence[Item], test_items: Sequence[Item], overlap: Literal["refuse", "remove"] = "refuse",
+               plain: Callable[[str], str] = str) -> tuple[list[Item], dict[str, int]]:
     """Training items of which none also stands in the test items, and how many were left out, by reason.
 
-    An item stands in both if they share its prompt (to the letter), its group (one premise, article or question, which
-    data/prepare.py names alike in every data set) or its id; the first of these counts. "refuse" raises InputError instead.
+    An item stands in both if they share its prompt (to the letter, or as `plain` makes it), its group (one premise, article or
+    question, which data/prepare.py names alike in every data set) or its id; the first of these counts. "refuse" raises
+    InputError instead.
     """
     if overlap == "refuse":
         check_apart(train_items, test_items)
-    taken = {field: {getattr(item, field) for item in test_items} - {None} for field in ("prompt", "group", "id")}
-    why = [next((field for field in taken if getattr(item, field) in taken[field]), None) for item in train_items]
-    return [item for item, field in zip(train_items, why, strict=True) if field is None], {field: why.count(field) for field in taken}
+    keys = lambda item: {"prompt": plain(item.prompt), "group": item.group, "id": item.id}  # noqa: E731
+    taken = {(field, value) for item in test_items for field, value in keys(item).items() if value is not None}
+    why = [next((key[0] for key in keys(item).items() if key in taken), None) for item in train_items]
+    kept = [item for item, field in zip(train_items, why, strict=True) if field is None]
+    return kept, {field: why.count(field) for field in ("prompt", "group", "id")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1223,10 +1230,10 @@ class Judge:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_prompts(prompts)
-        may_be_long = [k for k, text in enumerate(prompts) if len(text.encode("utf-8", "replace")) > self.max_length // 2]
         if len(prompts) > 2048:  # what stream() would find out only when it gets there; a token is hardly less than a byte
-            for k in may_be_long:
-                self.encode([prompts[k]], k)
+            for k, text in enumerate(prompts):
+                if len(text.encode("utf-8", "replace")) > self.max_length // 2:
+                    self.encode([text], k)
         rows = list(self.stream(prompts, progress))
         if not rows:
             return torch.empty(0, len(self.labels)), torch.empty(0)
@@ -2190,9 +2197,10 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     rps = {"kl": 0.0, "rps": 1.0, "mixed": config.rps_weight}[config.loss]
     means = crossfit_means(judge, items, config) if config.prior == "crossfit" else None
     prior, counts = prior_votes(items, config, means).float(), counts.float()
-    encoded = judge.encode([item.prompt for item in items])
+    encoded, ids = judge.encode([item.prompt for item in items]), [item.id for item in items]
     if pairs := [i for i, item in enumerate(items) if item.swap and config.swap]:  # in the other order they are items of their own
         encoded += judge.encode([items[i].swap.prompt for i in pairs])  # type: ignore[union-attr]
+        ids += [items[i].id for i in pairs]
         turned = torch.tensor([items[i].swap.labels for i in pairs])  # type: ignore[union-attr]
         counts, prior = (torch.cat([x, x[pairs].gather(1, turned)]) for x in (counts, prior))
     before = judge.packs, judge.pack_tokens
@@ -2251,8 +2259,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
             logq, _ = label_logprobs(model, inputs, judge.tokens)
             if not torch.isfinite(logq).all():
-                bad = [items[self.rows[k]].id if self.rows[k] < len(items) else items[pairs[self.rows[k] - len(items)]].id
-                       for k in (~torch.isfinite(logq)).any(1).nonzero()[:, 0].tolist()]
+                bad = [ids[self.rows[k]] for k in (~torch.isfinite(logq)).any(1).nonzero()[:, 0].tolist()]
                 last = next(iter(_checkpoints(checkpoints)), None)
                 raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}, for item{'s' * (len(bad) > 1)} "
                                          f"{', '.join(map(_short, bad[:8]))}{', ...' * (len(bad) > 8)}; last checkpoint: {last or 'none'}")
@@ -2266,7 +2273,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 worst = worst_case_exact(target, logq, eps, config.ball)
             else:
                 worst = worst_case(target, logq, eps, config.steps, config.step_size)
-            loss = inputs["weight"] * hybrid_loss(logq, shrink_votes(votes, 0 * votes), config.alpha, worst, rps, scale).sum()
+            loss = inputs["weight"] * hybrid_loss(logq, votes / votes.sum(-1, keepdim=True), config.alpha, worst, rps, scale).sum()
             return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -2282,29 +2289,28 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                     shutil.rmtree(old)
 
         def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
-            weights, self.found, _ = load_checkpoint(Path(folder))
-            mine = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             with torch.no_grad():
-                for name, parameter in mine.items():
-                    parameter.copy_(weights[name])
+                for name, parameter in self.model.named_parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(weights[name])
 
         def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
             if folder:
-                self.optimizer.load_state_dict(self.found["optimizer"])
-                self.lr_scheduler.load_state_dict(self.found["schedule"])
+                self.optimizer.load_state_dict(found["optimizer"])
+                self.lr_scheduler.load_state_dict(found["schedule"])
 
         def _load_scaler(self, folder: str | None) -> None:
             if folder and self.accelerator.scaler:
-                self.accelerator.scaler.load_state_dict(self.found["scaler"])
+                self.accelerator.scaler.load_state_dict(found["scaler"])
 
         def _load_rng_state(self, folder: str | None) -> None:
             if folder:
-                _set_random_states(self.found["random"])
+                _set_random_states(found["random"])
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             q, mass, orders = judge_items(judge, eval_items)
-            found = evaluate(q, eval_items, train_items=items, label_mass=mass, ordered=config.ordered, floor_draws=0) | orders
-            metrics = {f"eval_{name}": value for name, value in found.items() if value is not None}
+            scores = evaluate(q, eval_items, train_items=items, label_mass=mass, ordered=config.ordered, floor_draws=0) | orders
+            metrics = {f"eval_{name}": value for name, value in scores.items() if value is not None}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
@@ -2317,10 +2323,10 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if resumed:
-                trainer._tr_loss.fill_(trainer.found["progress"]["loss"])
-                trainer._globalstep_last_logged = trainer.found["progress"]["logged"]
-                judge.pack_tokens = trainer.found["progress"]["pack_tokens"]
-                average.number, *means = trainer.found["average"]
+                trainer._tr_loss.fill_(found["progress"]["loss"])
+                trainer._globalstep_last_logged = found["progress"]["logged"]
+                judge.pack_tokens = found["progress"]["pack_tokens"]
+                average.number, *means = found["average"]
                 average.means = [mean.to(judge.device) for mean in means]
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -2368,7 +2374,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     on_cpu, amp = judge.device.type == "cpu", autocast_type(judge)
     order, average, signals, checkpoints = Order(), Average(), [], Path(config.out) / "checkpoints"
     made_from = _made_from(judge, items, eval_items, config)
-    resumed = _newest_checkpoint(checkpoints, made_from) if config.resume else None
+    resumed, weights, found = (_newest_checkpoint(checkpoints, made_from) if config.resume else None) or (None, {}, {})
     if os.environ.get("RANK", "0") == "0":
         _start_log(Path(config.out) / "log.jsonl", resumed)
         if not config.resume:
@@ -2541,15 +2547,18 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name)), reverse=True)
 
 
-def _newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> Path | None:
-    """The newest whole checkpoint of this very run. Raises InputError if none is whole, or if it is another run's."""
+def _newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
+    """(folder, weights, state) of the newest whole checkpoint of this very run, None where there are no checkpoints.
+
+    Raises InputError if none is whole, or if it is another run's.
+    """
     found = _checkpoints(folder)
     if not found:
         log.warning("%s: no checkpoint yet: starting from the beginning", folder)
         return None
     for path in found:
         try:
-            then = load_checkpoint(path)[2]
+            weights, state, then = load_checkpoint(path)
         except InputError as error:
             log.warning("%s; trying the one before", error)
             continue
@@ -2557,7 +2566,7 @@ def _newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> Path | None:
             name = different[0]
             raise InputError(f"resume: {path}: {name} differs: {_short(then.get(name))} then, {_short(made_from.get(name))} now"
                              + (f"; so do {', '.join(different[1:])}" if different[1:] else ""))
-        return path
+        return path, weights, state
     raise InputError(f"{folder}: resume: none of its checkpoints is whole")
 
 
@@ -2599,6 +2608,15 @@ def marginal_distribution(items: Sequence[Item]) -> torch.Tensor:
     return (counts / counts.sum(1, keepdim=True)).mean(0)
 
 
+def golden_section(cost: Callable[[float], float], low: float, high: float, steps: int = 40) -> float:
+    """Where a function of one number with a single minimum between low and high has it, to (high - low) * 0.618^steps."""
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(steps):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if cost(left) < cost(right) else (left, high)
+    return (low + high) / 2
+
+
 def fit_concentration(counts: torch.Tensor, means: torch.Tensor | None = None) -> float | None:
     """The concentration k of a Dirichlet prior k m, m the pooled vote shares, by the Dirichlet-multinomial likelihood.
 
@@ -2619,11 +2637,7 @@ def fit_concentration(counts: torch.Tensor, means: torch.Tensor | None = None) -
         by_item = (torch.lgamma(counts + k * mean) - torch.lgamma(k * mean)).sum(1) + torch.lgamma(total) - torch.lgamma(n + total)
         return by_item.sum().item()
 
-    low, high, ratio = math.log(1e-2), math.log(1e4), (math.sqrt(5) - 1) / 2
-    for _ in range(40):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if likelihood(left) > likelihood(right) else (left, high)
-    return math.exp((low + high) / 2)
+    return math.exp(golden_section(lambda log_k: -likelihood(log_k), math.log(1e-2), math.log(1e4)))
 
 
 def noise_floor(items: Sequence[Item], draws: int = 200, seed: int = 0) -> float | None:
@@ -2902,6 +2916,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def average_orders(first: torch.Tensor, second: torch.Tensor, back: Sequence[int]) -> tuple[torch.Tensor, bool]:
+    """The mean of a pair's predictions (C,) in both orders, the second one's labels mapped back (Swap.labels), and whether the top
+    labels differ."""
+    second = second[list(back)]
+    return (first + second) / 2, bool(first.argmax() != second.argmax())
+
+
 def judge_items(judge: Judge, items: Sequence[Item], progress: bool = False) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """Probabilities (N, C), label masses (N,) and what the order of pairs did: {} where no item is a pair.
 
@@ -2913,10 +2934,10 @@ def judge_items(judge: Judge, items: Sequence[Item], progress: bool = False) -> 
     for item in items:
         one = logq[k].exp()
         if item.swap:
-            other = logq[k + 1].exp()[list(item.swap.labels)]
-            flips.append(float(one.argmax() != other.argmax()))
-            apart.append((one - other).abs().sum().item() / 2)
-            one = (one + other) / 2
+            first = one
+            one, flipped = average_orders(first, logq[k + 1].exp(), item.swap.labels)
+            flips.append(flipped)
+            apart.append((first - one).abs().sum().item())  # half of what lies between the orders
         q.append(one)
         masses.append(mass[k : k + len(item.prompts)].mean())
         k += len(item.prompts)

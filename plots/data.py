@@ -109,7 +109,7 @@ def look(items: list[Item], model: str = "", pack_tokens: int = 8192, most: int 
     packs = distjudge.pack_prompts(sample, pack_tokens)
     shared = 1 - sum(len(pack.ids) for pack in packs) / sum(map(len, sample))
     ordered = distjudge.are_numeric(labels)
-    return Look(items, labels, counts, -torch.xlogy(p, p).sum(1), distjudge.majority(p), ordered, krippendorff_alpha(counts, ordered),
+    return Look(items, labels, counts, distjudge.entropy(p), distjudge.majority(p), ordered, krippendorff_alpha(counts, ordered),
                 distjudge.noise_floor(some_groups(items, 10_000)), lengths, "tokens" if model else "characters", shared, len(sample))
 
 

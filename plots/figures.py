@@ -84,7 +84,7 @@ def load_run(folder: Path) -> Run:
 
 def draw_bars(run: Run, each: int = 4) -> plt.Figure:
     """Rows of small bar charts: the items with the least and the most entropy of votes, and those with the largest KL."""
-    entropy = -torch.xlogy(run.p, run.p).sum(1)
+    entropy = distjudge.entropy(run.p)
     kinds = {"most agreed on": entropy.argsort(stable=True), "most disputed": (-entropy).argsort(stable=True),
              "worst predicted": (-run.kl).argsort(stable=True)}
     each = min(each, len(run.ids))
@@ -152,7 +152,7 @@ def draw_simplex(run: Run) -> plt.Figure:
     if len(run.labels) != 3:
         raise InputError(f"simplex: a triangle takes three labels, not {len(run.labels)}")
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
-    entropy = -torch.xlogy(run.p, run.p).sum(1) / math.log(3)
+    entropy = distjudge.entropy(run.p) / math.log(3)
     shown = {"votes": run.p, "judge": run.q} | ({"truth": run.truth} if run.truth is not None else {})
     figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 3.3), squeeze=False, layout="constrained")
     jitter = 0.012 * torch.randn(len(run.p), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

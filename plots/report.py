@@ -26,7 +26,7 @@ import torch
 import tyro
 
 import distjudge
-from distjudge import InputError
+from distjudge import InputError, Item
 from plots import figures
 
 COLOURS = ("#e08214", "#2f9e77", "#b5579d", "#8c6bb1", "#a6761d", "#d6604d")
@@ -73,20 +73,12 @@ class Loaded:
 
 
 def item_scores(run: figures.Run, label_mass: Sequence[float | None], ordered: bool | None) -> dict[str, torch.Tensor]:
-    """The terms that evaluate() takes the mean of, (N,) float64 each; see there for what they are."""
-    p, q = run.p, run.q / run.q.sum(1, keepdim=True)
-    middle, entropy = (p + q) / 2, distjudge.entropy
-    scores = {"kl": distjudge.kl_divergence(p, q), "accuracy": (distjudge.majority(p) * distjudge.majority(q)).sum(1),
-              "js_divergence": entropy(middle) - (entropy(p) + entropy(q)) / 2, "total_variation": (p - q).abs().sum(1) / 2,
-              "brier": 1 - 2 * (p * q).sum(1) + (q**2).sum(1)}
-    if run.truth is not None:
-        scores["kl_truth"] = distjudge.kl_divergence(run.truth, q)
-    numeric = distjudge.are_numeric(run.labels)
-    if numeric if ordered is None else ordered:
-        values, along = torch.tensor([float(x) for x in run.labels] if numeric else range(len(run.labels)), dtype=torch.float64).sort()
-        below_p, below_q = p[:, along].cumsum(1)[:, :-1], q[:, along].cumsum(1)[:, :-1]
-        scores["emd"] = (below_p - below_q).abs() @ values.diff()
-        scores["rps"] = ((below_q - below_p) ** 2 + below_p * (1 - below_p)).sum(1)
+    """distjudge.item_scores of a run folder, but for the correlations, and the label masses: (N,) float64 each."""
+    truths = [None] * len(run.ids) if run.truth is None else [dict(zip(run.labels, row, strict=True)) for row in run.truth.tolist()]
+    items = [Item(name, "", dict(zip(run.labels, votes, strict=True)), truth=truth)
+             for name, votes, truth in zip(run.ids, run.votes.tolist(), truths, strict=True)]
+    found = distjudge.item_scores(run.q / run.q.sum(1, keepdim=True), items, ordered)
+    scores = {name: score for name, score in found.items() if score.dim() == 1}
     if None not in label_mass:
         scores["label_mass"] = torch.tensor(label_mass, dtype=torch.float64)
     return scores

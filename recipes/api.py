@@ -39,10 +39,9 @@ from urllib.parse import urlsplit, urlunsplit
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
-from judge import average_orders
 
 import distjudge
-from distjudge import InputError, Item
+from distjudge import InputError, Item, average_orders
 
 OPENAI = "https://api.openai.com/v1"
 WAYS_OUT = "give --spellings that begin apart, use --match whole if every label is one token there, or --samples n"

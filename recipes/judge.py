@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import distjudge
-from distjudge import InputError, Judge
+from distjudge import InputError, Judge, Swap, average_orders
 
 OURS = {"predicted", "mode", "mean", "entropy", "credible_set", "label_mass", "low_mass", "flipped", "key"}
 
@@ -69,32 +69,12 @@ class JudgeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A line to be judged. back[c] is the column of the swapped prompt's prediction that belongs to label c."""
+    """A line to be judged."""
 
     where: str
     fields: dict[str, Any]
     prompt: str
-    swapped: str | None = None
-    back: tuple[int, ...] = ()
-
-
-def place_swap(swap: tuple[str, dict[str, str]] | None, labels: Sequence[str]) -> tuple[str | None, tuple[int, ...], str]:
-    """The swapped prompt, where its columns belong, and what is wrong with its labels, if anything."""
-    if swap is None:
-        return None, (), ""
-    prompt, named = swap
-    if unknown := [label for label in [*named, *named.values()] if label not in labels]:
-        return None, (), f"unknown label {distjudge._short(repr(unknown[0]))}; the labels are {distjudge._listed(labels)}"
-    target = [named.get(label, label) for label in labels]
-    if any(named.get(other, other) != label for label, other in zip(labels, target, strict=True)):
-        return None, (), f"labels {named} do not trade places: swapped twice, every label must be itself again"
-    return prompt, tuple(list(labels).index(label) for label in target), ""
-
-
-def average_orders(first: torch.Tensor, second: torch.Tensor, back: Sequence[int]) -> tuple[torch.Tensor, bool]:
-    """The mean of the predictions (C,) in both orders, the second one's labels mapped back, and whether their verdicts differ."""
-    second = second[list(back)]
-    return (first + second) / 2, bool(first.argmax() != second.argmax())
+    swap: Swap | None = None
 
 
 def check_row(row: dict[str, Any], labels: Sequence[str]) -> tuple[Ask | None, list[tuple[str, str]]]:
@@ -102,12 +82,24 @@ def check_row(row: dict[str, Any], labels: Sequence[str]) -> tuple[Ask | None, l
     parsed, bad = distjudge._parse_row(row)
     if all(distjudge._missing(row.get(field)) for field in ("counts", "annotations", "distribution")):
         bad = [(field, text) for field, text in bad if field != "counts"]
-    swapped, back, problem = place_swap(parsed["swap"], labels)
+    swap, problem = None, ""
+    if parsed["swap"]:
+        named = parsed["swap"][1]
+        if unknown := [label for label in [*named, *named.values()] if label not in labels]:
+            problem = f"unknown label {distjudge._short(repr(unknown[0]))}; the labels are {distjudge._listed(labels)}"
+        else:
+            swap, problem = distjudge._place_swap(*parsed["swap"], labels)
     bad += [("swap", problem)] if problem else []
     if bad:
         return None, bad
     fields = {"id": parsed["id"]} | {k: v for k, v in row.items() if k not in OURS | {"id", "prompt", "swap"}}
-    return Ask("", fields, parsed["prompt"], swapped, back), bad
+    return Ask("", fields, parsed["prompt"], swap), bad
+
+
+def prompt_problems(ask: Ask, fits: Callable[[str], str]) -> list[tuple[str, str]]:
+    """What `fits` says of the prompts of a line, as (field, text)."""
+    prompts = {"prompt": ask.prompt} | ({"swap": ask.swap.prompt} if ask.swap else {})
+    return [(field, text) for field, prompt in prompts.items() if (text := fits(prompt))]
 
 
 def read_asks(path: str, labels: Sequence[str], bad: Callable[[str], None], fits: Callable[[str], str] = lambda prompt: "",
@@ -119,8 +111,7 @@ def read_asks(path: str, labels: Sequence[str], bad: Callable[[str], None], fits
     for where, row, problem in distjudge._rows(path):
         ask, problems = check_row(row, labels) if not problem else (None, [])
         if ask:
-            prompts = {"prompt": ask.prompt} | ({"swap": ask.swapped} if ask.swapped else {})
-            problems = [(field, text) for field, prompt in prompts.items() if (text := fits(prompt))]
+            problems = prompt_problems(ask, fits)
         if problem or problems:
             name = "" if problem or not distjudge._label(row.get("id")) else f"item '{distjudge._short(row['id'])}': "
             bad(f"{where}: {name}" + (problem or "; ".join(f"{field}: {text}" for field, text in problems)))
@@ -148,15 +139,15 @@ def judge_asks(judge: Judge, asks: Iterable[Ask], window: int = 2048, progress: 
         for ask in asks:
             waiting.append(ask)
             yield ask.prompt
-            if ask.swapped is not None:
-                yield ask.swapped
+            if ask.swap:
+                yield ask.swap.prompt
 
     judged = judge.stream(prompts(), progress, window)
     for logq, mass in judged:
         ask, q, flipped = waiting.popleft(), logq.exp(), None
-        if ask.swapped is not None:
+        if ask.swap:
             other, other_mass = next(judged)
-            (q, flipped), mass = average_orders(q, other.exp(), ask.back), (mass + other_mass) / 2
+            (q, flipped), mass = average_orders(q, other.exp(), ask.swap.labels), (mass + other_mass) / 2
         yield ask, q, mass, flipped
 
 
@@ -169,7 +160,8 @@ def judge_hash(judge: Judge, *settings: Any) -> str:
 
 
 def key_of(ask: Ask, judged_by: str) -> str:
-    return hashlib.sha256(json.dumps([judged_by, ask.fields["id"], ask.prompt, ask.swapped, ask.back]).encode()).hexdigest()[:16]
+    swapped = (ask.swap.prompt, ask.swap.labels) if ask.swap else (None, ())
+    return hashlib.sha256(json.dumps([judged_by, ask.fields["id"], ask.prompt, *swapped]).encode()).hexdigest()[:16]
 
 
 def describe(q: torch.Tensor, labels: Sequence[str], mass: float, flipped: bool | None, min_mass: float, level: float) -> dict[str, Any]:

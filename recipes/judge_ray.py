@@ -109,10 +109,8 @@ class Judging:
         else:
             row = without_nulls(row)
         ask, problems = self.recipe.check_row(row, self.judge.labels)
-        fits = self.recipe.too_long(self.judge)
         if ask:
-            prompts = {"prompt": ask.prompt} | ({"swap": ask.swapped} if ask.swapped else {})
-            problems = [(field, text) for field, prompt in prompts.items() if (text := fits(prompt))]
+            problems = self.recipe.prompt_problems(ask, self.recipe.too_long(self.judge))
         if problems:
             name = distjudge._short(ask.fields["id"] if ask else row.get("id") or row.get("prompt") or "")
             return f"{where}: item '{name}': " + "; ".join(f"{field}: {text}" for field, text in problems)

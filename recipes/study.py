@@ -195,20 +195,12 @@ def read_items(config: StudyConfig) -> tuple[list[Item], list[Item]]:
     if config.overlap == "error":
         distjudge.check_apart(train, test)
         return train, test
-    shared = overlapping(train, test)
-    kept = [item for i, item in enumerate(train) if i not in shared]
-    print(f"left out {len(shared)} of {len(train)} training items whose id, prompt or group is in the test set")
+    kept, _ = distjudge.keep_apart(train, test, "remove", lambda prompt: " ".join(prompt.casefold().split()))
+    print(f"left out {len(train) - len(kept)} of {len(train)} training items whose id, prompt or group is in the test set")
     if not kept:
         raise InputError(f"{config.train[0]}: every item is in the test set too")
     distjudge.check_apart(kept, test)
     return kept, test
-
-
-def overlapping(train: list[Item], test: list[Item]) -> set[int]:
-    """Which training items share an id, a group, or a prompt (case and spaces aside) with a test item."""
-    plain = lambda text: " ".join(text.casefold().split())  # noqa: E731
-    ids, groups, prompts = {i.id for i in test}, {i.group for i in test} - {None}, {plain(i.prompt) for i in test}
-    return {n for n, item in enumerate(train) if item.id in ids or item.group in groups or plain(item.prompt) in prompts}
 
 
 def draw_votes(items: list[Item], votes: int, seed: int) -> list[Item]:
@@ -407,11 +399,7 @@ def fit_temperature(logq: torch.Tensor, counts: torch.Tensor) -> float:
     """The T for which softmax(log q / T) has the least cross-entropy with the votes: golden section in log T, 1/20 to 20."""
     p = counts / counts.sum(1, keepdim=True)
     cost = lambda log_t: kl_loss((logq / torch.tensor(log_t).exp()).log_softmax(1), p).mean().item()  # noqa: E731
-    low, high, ratio = -3.0, 3.0, 0.6180339887498949
-    for _ in range(40):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if cost(left) < cost(right) else (left, high)
-    return float(torch.tensor((low + high) / 2).exp())
+    return float(torch.tensor(distjudge.golden_section(cost, -3.0, 3.0)).exp())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,7 +476,7 @@ class Table:
         known = all(item.truth for item in test)
         p = torch.tensor([list(i.truth.values()) for i in test], dtype=torch.float64) if known else counts_of(test)
         p = p / p.sum(1, keepdim=True)
-        entropy = -torch.xlogy(p, p).sum(1) / torch.tensor(float(p.shape[1])).log()
+        entropy = distjudge.entropy(p) / torch.tensor(float(p.shape[1])).log()
         edges = [0.0, 0.25, 0.5, 0.75, 1.0]
         for low, high in itertools.pairwise(edges):
             chosen = ((entropy > low) | ((low == 0) & (entropy >= 0))) & (entropy <= high + 1e-9)
