@@ -325,7 +325,7 @@ def served(tokenizers_dir, tmp_path_factory):
     prompt = torch.tensor([distjudge.PromptEncoder(tokenizer)("Rate soup 1")])
     with torch.no_grad():  # random weights would never answer with a label: point the labels' output rows to where answers begin
         towards = torch.nn.functional.normalize(model.model(prompt).last_hidden_state[0, -1], dim=0)
-        for label, length in zip("123", (2.4, 2.3, 2.2), strict=True):
+        for label, length in zip("123", (2.6, 2.5, 2.4), strict=True):
             model.lm_head.weight[tokenizer.convert_tokens_to_ids(label)] += length * towards
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")

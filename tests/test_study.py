@@ -96,10 +96,14 @@ def test_ablation_budget_and_cost(folder):
 
 
 @pytest.mark.slow
-def test_every_change_of_the_method_trains(folder):
+def test_every_change_of_the_method_trains(tmp_path):
+    """On data where none is another by design: items in groups, and votes enough for a radius of their own."""
+    folder = write_few(tmp_path)
+    rows = [json.loads(line) | {"group": f"g{i // 6}"} for i, line in enumerate((folder / "few.jsonl").read_text().splitlines())]
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     methods = ("distribution", "label smoothing", "temperature", "exact adversary", "exact adversary, KL ball", "exact adversary, TV", "annotators' radius",
                "RPS", "KL + RPS", "EB marginal", "EB group", "EB model", "EB cross-fitted", "EB + adversary", "EB + exact adversary", "EB + paper")
-    rows, trained = run(folder, "methods", votes=(2,), seeds=1, epochs=4.0, learning_rate=0.01, methods=methods)
+    rows, trained = run(folder, "methods", votes=(20,), seeds=1, epochs=4.0, learning_rate=0.01, methods=methods)
     assert trained == len(methods)
     values = {r["method"]: r["value"] for r in find(rows, metric="kl_truth", seed="0")}
     assert len(set(values.values())) == len(values)  # each is another method
