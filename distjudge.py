@@ -1656,8 +1656,8 @@ def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     One vote moves it 1 / (1 + k) of the way from m to that vote, a hundred 100 / (100 + k): see fit_concentration for k.
     Note what it is as a loss. The gradient of KL to it, in the logits, is w (q - counts / N) + (1 - w) (q - m) with w =
     N / (N + k): votes as they are, plus a pull toward m. With endless items the judge learns w pi + (1 - w) m, not the truth pi: a
-    judge that pools votes over items anyway may lose more by the pull than it gains (the README has such a case). With m = q,
-    the model's own prediction, the pull is nothing and what is left is a weight w for each item.
+    judge that pools votes over items anyway may lose more by the pull than it gains (the README has such a case). With m the judge's
+    own earlier predictions there is nothing to be pulled to but what it learnt: the pull slows down learning one item's votes by heart.
 
     >>> shrink_votes(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
     tensor([[0.7500, 0.2500]])
@@ -2021,11 +2021,11 @@ class Config:
     step_size: float = 0.05
     """Step size of the adversary."""
     prior: Literal["none", "marginal", "group", "model", "crossfit"] = "none"
-    """Shrink each item's votes toward: the training marginal, its group's mean, the model's own prediction at that moment (which
-    amounts to a weight an item), or the prediction of a judge trained on the other half of the items (twice the training).
+    """Shrink each item's votes toward: the training marginal, its group's mean, the judge's own earlier predictions for the item
+    (their running mean, see remember), or the prediction of a judge trained on the other half of the items (twice the training).
     The adversary then starts from there, with the posterior's radius if radius is "annotators"."""
     concentration: float = 0.0
-    """How many votes the prior is worth; 0 fits it to the training votes, or takes 2 where no item has two votes."""
+    """How many votes the prior is worth; 0 is 1 for "model", and else fits it to the training votes, or takes 2 where no item has two."""
     loss: Literal["kl", "rps", "mixed"] = "kl"
     """Distance to the (worst) distribution: KL, for ordered labels the ranked probability score, or a mixture of both."""
     rps_weight: float = 0.5
@@ -2106,13 +2106,14 @@ class Config:
 
 
 SINGLE_VOTE_CONCENTRATION = 2.0  # a prior's weight in votes where no item has two votes and the data say nothing of it
+MODEL_CONCENTRATION = 1.0  # of the judge's own earlier predictions
 
 
 def prior_votes(items: Sequence[Item], config: Config, means: torch.Tensor | None = None) -> torch.Tensor:
     """The pseudo-votes k m that config.prior adds to each training item, (N, C) float64; zeros for prior "none".
 
     m is the training marginal, for "group" the group's votes shrunk toward that in the same way (a group is then one panel), or
-    `means` (N, C) where given ("crossfit"). For "model" it stands for the model's prediction, which replaces it in training.
+    `means` (N, C) where given ("crossfit"). For "model" only k counts: train() puts the judge's earlier predictions in m's place.
     k is config.concentration or, if that is 0, fitted (see fit_concentration) and printed.
     """
     counts = counts_of(items)
@@ -2128,12 +2129,24 @@ def prior_votes(items: Sequence[Item], config: Config, means: torch.Tensor | Non
         means = shrink_votes(pooled, (SINGLE_VOTE_CONCENTRATION if spread is None else spread) * marginal[:1])[at]
     means = (marginal if means is None else means).clamp_min(1e-9)
     k, how = config.concentration, "given"
+    if not k and config.prior == "model":
+        k, how = MODEL_CONCENTRATION, "the default"
     if not k:
         k, how = fit_concentration(counts, means), "fitted"
         if k is None:
             k, how = SINGLE_VOTE_CONCENTRATION, "the default, for no item has two votes to fit it to"
     print(f"prior {config.prior}: worth {k:.3g} votes ({how})")
     return k * means
+
+
+def remember(memory: torch.Tensor, rows: Sequence[int], q: torch.Tensor, keep: float = 0.6) -> None:
+    """Takes predictions q (B, C) for the items `rows` into their running means: memory (M, C + 1), in place.
+
+    An item's memory is (1 - keep) sum_j keep^j q_j over its predictions, the newest first, and in the last column the same sum of
+    ones; their quotient is the mean, 0 / 0 before the first. As targets such means are less noisy than a few votes, since items
+    alike have been learnt together. Source: temporal ensembling, Laine and Aila 2017; as a prior worth k votes it is ours.
+    """
+    memory[rows] = keep * memory[rows] + (1 - keep) * torch.cat([q, torch.ones_like(q[:, :1])], 1)
 
 
 def crossfit_means(judge: Judge, items: Sequence[Item], config: Config) -> torch.Tensor:
@@ -2203,6 +2216,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         ids += [items[i].id for i in pairs]
         turned = torch.tensor([items[i].swap.labels for i in pairs])  # type: ignore[union-attr]
         counts, prior = (torch.cat([x, x[pairs].gather(1, turned)]) for x in (counts, prior))
+    memory = torch.zeros(len(encoded) if config.prior == "model" else 0, counts.shape[1] + 1, device=judge.device)
     before = judge.packs, judge.pack_tokens
     judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
 
@@ -2238,12 +2252,13 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             counts_here = float(len(chosen) > 0)  # a process without a share must exchange gradients all the same, of zero
             chosen = chosen or step[:1]
             while True:
-                passes = judge.plan([encoded[i] for i in chosen])
+                passes, self.said = judge.plan([encoded[i] for i in chosen]), []
                 total = torch.zeros((), device=self.args.device)
                 fits = True
                 for n, members in enumerate(passes):
                     rows = self.rows = [chosen[k] for k in members]
                     batch = judge.batch([encoded[i] for i in rows]) | {"votes": counts[rows], "prior": prior[rows], "weight": counts_here}
+                    batch |= {"memory": memory[rows]} if config.prior == "model" else {}
                     tokens = batch["input_ids"].numel()
                     try:  # processes exchange their gradients with the last pass only
                         with self.accelerator.no_sync(model) if n < len(passes) - 1 else contextlib.nullcontext():
@@ -2252,9 +2267,20 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                         fits = False
                         break
                 if fits:
+                    if config.prior == "model":
+                        self.remember_step(step, counts_here)
                     return total
                 model.zero_grad()  # the backward pass may have stopped half way: the whole step starts again
                 judge.shrink(members, tokens)
+
+        def remember_step(self, step: list[int], counts_here: float) -> None:
+            """Every process remembers what all of them predicted for the items of this step."""
+            place, q = {i: k for k, i in enumerate(step)}, memory.new_zeros(len(step), memory.shape[1] - 1)
+            for rows, said in self.said:
+                q[[place[i] for i in rows]] = counts_here * said.to(q)
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(q)
+            remember(memory, step, q)
 
         def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
             logq, _ = label_logprobs(model, inputs, judge.tokens)
@@ -2264,8 +2290,10 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}, for item{'s' * (len(bad) > 1)} "
                                          f"{', '.join(map(_short, bad[:8]))}{', ...' * (len(bad) > 8)}; last checkpoint: {last or 'none'}")
             votes, pseudo = inputs["votes"], inputs["prior"]
-            if config.prior == "model":
-                pseudo = pseudo.sum(-1, keepdim=True) * logq.detach().exp()
+            if config.prior == "model":  # none in the first epoch, before which nothing was predicted
+                self.said.append((self.rows, logq.detach().exp()))
+                past = inputs["memory"]
+                pseudo = pseudo.sum(-1, keepdim=True) * past[:, :-1] / past[:, -1:].clamp_min(1e-9)
             target, eps = shrink_votes(votes, pseudo), torch.full_like(votes[:, 0], config.eps)
             if config.radius == "annotators":
                 eps = annotator_radius(votes, config.eps, None if config.prior == "none" else pseudo).to(eps.dtype)
@@ -2282,7 +2310,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 progress = {"loss": self._tr_loss.item(), "logged": self._globalstep_last_logged, "pack_tokens": judge.pack_tokens}
                 state = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict(), "random": _random_states(),
                          "progress": progress, "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-                         "average": [average.number, *average.means]}
+                         "average": [average.number, *average.means], "memory": memory}
                 save_checkpoint(checkpoints / f"step-{self.state.global_step:09d}", weights, state,
                                 {"made_from": made_from, "trainer": dataclasses.asdict(self.state)})
                 for old in _checkpoints(checkpoints)[2:]:
@@ -2328,6 +2356,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 judge.pack_tokens = found["progress"]["pack_tokens"]
                 average.number, *means = found["average"]
                 average.means = [mean.to(judge.device) for mean in means]
+                memory.copy_(found["memory"])
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if signals:

@@ -23,7 +23,7 @@ judge, given = distjudge.load_judge({model!r}, distjudge.labels_of(items), lora_
 plan = judge.plan
 judge.plan = lambda encoded: given.append([tuple(ids) for ids in encoded]) or plan(encoded)
 log = distjudge.train(judge, items, distjudge.Config(out=sys.argv[1], batch_size=4, grad_accum=2, epochs=2.0, learning_rate=1e-2, warmup=0.0,
-                                                     schedule="constant", log_every=1))
+                                                     schedule="constant", log_every=1, prior="model", concentration=5.0))
 number = {{tuple(ids): i for i, ids in enumerate(judge.encode([item.prompt for item in items]))}}
 weights = torch.cat([p.detach().flatten() for p in judge.model.parameters() if p.requires_grad])
 with open(sys.argv[1] + "/rank" + os.environ.get("RANK", "0") + ".json", "w") as file:

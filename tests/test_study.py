@@ -210,6 +210,36 @@ def test_crossfit_predicts_each_half_from_the_other_and_puts_the_weights_back(ti
     assert torch.allclose(means[[items.index(i) for i in other]], again, atol=1e-5)
 
 
+def test_memory_by_hand():
+    memory = torch.zeros(3, 3)
+    distjudge.remember(memory, [2, 0], torch.tensor([[0.5, 0.5], [1.0, 0.0]]), keep=0.5)
+    assert memory.tolist() == [[0.5, 0, 0.5], [0, 0, 0], [0.25, 0.25, 0.5]]
+    distjudge.remember(memory, [2], torch.tensor([[0.0, 1.0]]), keep=0.5)
+    assert (memory[2, :-1] / memory[2, -1]).tolist() == pytest.approx([1 / 6, 5 / 6]) and memory[0].tolist() == [0.5, 0, 0.5]
+
+
+def test_the_models_own_earlier_predictions_are_worth_k_votes(tiny_model, tmp_path, monkeypatch):
+    """The targets of every step are recomputed from the predictions of the steps before; packs of two levels and small passes included."""
+    shares = [[n, 9 - n] for n in range(10)] + [[1, 2]]  # each item is known by its votes, and one by their number
+    items = distjudge.load_items([{"prompt": f"Item {n} of some", "counts": {"a": a, "b": b}} for n, (a, b) in enumerate(shares)])
+    calls, plain = [], distjudge.worst_case
+    monkeypatch.setattr(distjudge, "worst_case", lambda p, logq, *more: calls.append((p.clone(), logq.detach().exp())) or plain(p, logq, *more))
+    judge = distjudge.load_judge(str(tiny_model), distjudge.labels_of(items), lora_rank=2)
+    real, seen = distjudge.shrink_votes, []
+    monkeypatch.setattr(distjudge, "shrink_votes", lambda votes, prior: seen.append(votes.clone()) or real(votes, prior))
+    distjudge.train(judge, items, Config(out=str(tmp_path), epochs=3.0, learning_rate=0.05, batch_size=4, prior="model", concentration=2.0, pack_tokens=30))
+    past, moved = {}, 0.0
+    for votes, (target, q) in zip(seen, calls, strict=True):
+        for v, t, said in zip(votes, target, q, strict=True):
+            earlier = past.setdefault(tuple(v.tolist()), [])
+            weights = torch.tensor([0.6**j for j in range(len(earlier))][::-1])
+            mean = (weights[:, None] * torch.stack(earlier)).sum(0) / weights.sum() if earlier else torch.zeros(2)
+            assert torch.allclose(t, (v + 2 * mean) / (v.sum() + 2 * bool(earlier)), atol=1e-5)
+            moved = max(moved, (t - v / v.sum()).abs().max().item())
+            earlier.append(said)
+    assert [len(p) for p in past.values()] == [3] * 11 and moved > 0.1
+
+
 def test_the_mean_of_the_last_weights_takes_their_place(tiny_model, votes, tmp_path):
     import transformers
 
