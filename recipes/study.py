@@ -69,6 +69,8 @@ METHODS: dict[
     "EB marginal, k = 2": {"alpha": 1.0, "eps": 0.0, "prior": "marginal", "concentration": 2.0},
     "EB group": {"alpha": 1.0, "eps": 0.0, "prior": "group"},
     "EB model": {"alpha": 1.0, "eps": 0.0, "prior": "model"},
+    "EB model averaged": {"alpha": 1.0, "eps": 0.0, "prior": "model", "average": 0.3},
+    "EB model + paper": PAPER | {"prior": "model"},
     "EB cross-fitted": {"alpha": 1.0, "eps": 0.0, "prior": "crossfit"},
     "EB + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators"},
     "EB + exact adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators", "adversary": "exact"},
