@@ -503,15 +503,15 @@ def keep_apart(train_items: Sequence[Item], test_items: Sequence[Item], overlap:
                plain: Callable[[str], str] = str) -> tuple[list[Item], dict[str, int]]:
     """Training items of which none also stands in the test items, and how many were left out, by reason.
 
-    An item stands in both if they share its prompt (to the letter, or as `plain` makes it), its group (one premise, article or
-    question, which data/prepare.py names alike in every data set) or its id; the first of these counts. "refuse" raises
-    InputError instead.
+    An item stands in both if they share its prompt (to the letter, or as `plain` makes it; a pair's in either order), its
+    group (one premise, article or question, which data/prepare.py names alike in every data set) or its id; the first of these
+    counts. "refuse" raises InputError instead.
     """
     if overlap == "refuse":
         check_apart(train_items, test_items)
-    keys = lambda item: {"prompt": plain(item.prompt), "group": item.group, "id": item.id}  # noqa: E731
-    taken = {(field, value) for item in test_items for field, value in keys(item).items() if value is not None}
-    why = [next((key[0] for key in keys(item).items() if key in taken), None) for item in train_items]
+    keys = lambda item: [*(("prompt", plain(p)) for p in item.prompts), ("group", item.group), ("id", item.id)]  # noqa: E731
+    taken = {(field, value) for item in test_items for field, value in keys(item) if value is not None}
+    why = [next((key[0] for key in keys(item) if key in taken), None) for item in train_items]
     kept = [item for item, field in zip(train_items, why, strict=True) if field is None]
     return kept, {field: why.count(field) for field in ("prompt", "group", "id")}
 
@@ -2161,7 +2161,7 @@ def crossfit_means(judge: Judge, items: Sequence[Item], config: Config) -> torch
         settings = dataclasses.replace(config, prior="none", out=str(Path(config.out) / f"fold-{fold}"), eval_every=0.0)
         try:
             train(judge, learn, settings)
-            means[[place[id(item)] for item in answer]] = torch.as_tensor(judge.predict([item.prompt for item in answer])).double().cpu()
+            means[[place[id(item)] for item in answer]] = judge_items(judge, answer)[0].double().cpu()
         finally:
             with torch.no_grad():
                 for name, weight in judge.model.named_parameters():

@@ -344,10 +344,10 @@ class Workshop:
         clock = Clock()
         if not method.get("untrained"):
             distjudge.train(judge, items, run, callbacks=[clock.callback()])
-        logq = judge.score([item.prompt for item in test])[0].double()
+        logq = distjudge.judge_items(judge, test)[0].double().log()
         temperature = None
         if held:
-            temperature = fit_temperature(judge.score([item.prompt for item in held])[0].double(), counts_of(held))
+            temperature = fit_temperature(distjudge.judge_items(judge, held)[0].double().log(), counts_of(held))
             logq = (logq / temperature).log_softmax(1)
         folder.mkdir(parents=True, exist_ok=True)
         rows = zip(test, logq.exp().tolist(), strict=True)

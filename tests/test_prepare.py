@@ -1,4 +1,5 @@
 """Converters: exact counts on the published files, hand-made files in the published formats for everything else."""
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -162,6 +163,8 @@ def test_keep_apart_refuses_or_removes():
     assert [item.id for item in kept] == ["4"] and counts == {"prompt": 1, "group": 1, "id": 1}
     with pytest.raises(InputError, match="item 'x': prompt: also in the training items"):
         distjudge.keep_apart(train, test)
+    turned = [dataclasses.replace(train[3], swap=distjudge.Swap(test[0].prompt, (1, 0)))]
+    assert distjudge.keep_apart(turned, test, "remove") == ([], {"prompt": 1, "group": 0, "id": 0})
     assert distjudge.keep_apart(train[3:], test) == (train[3:], {"prompt": 0, "group": 0, "id": 0})
 
 

@@ -39,6 +39,20 @@ def run(folder, name, **settings):
     return draw.read_table(str(folder / "out" / f"{name}.csv")), len(list(cells.glob("*/cell.json"))) - len(before)
 
 
+def test_pairs_are_judged_in_both_orders(tmp_path):
+    swap = {"1": "5", "2": "4", "3": "3", "4": "2", "5": "1"}
+    rows = [json.loads(line) for line in LINES[:30] + LINES[1200:1210]]
+    rows = [row | {"swap": {"prompt": row["prompt"] + " Other.", "labels": swap}} for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study.main(study.StudyConfig(study="main", train=(str(tmp_path / "pairs.jsonl"),), out=str(tmp_path), methods=("untrained",), **TINY | {"seeds": 1}))
+    (base,), (cell,) = (tmp_path / "base").iterdir(), (tmp_path / "cells").iterdir()
+    judge, items = distjudge.load_judge(str(base), list(swap), lora_rank=0), distjudge.load_items(rows)
+    q = distjudge.judge_items(judge, items[30:])[0]
+    got = torch.tensor([json.loads(line)["predicted"] for line in (cell / "predictions.jsonl").open()])
+    one = judge.predict([item.prompt for item in items[30:]])
+    assert torch.allclose(got, q, atol=1e-5) and (got - one).abs().max() > 1e-3
+
+
 def find(rows, **where):
     return [r for r in rows if all(r[k] == v for k, v in where.items())]
 
