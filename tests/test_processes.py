@@ -173,3 +173,17 @@ def test_parquet_in_and_out_and_bad_rows(run_folder, tmp_path):
     said = running.communicate()[1]
     assert running.returncode == 0 and "skipped 3 bad rows" in said and "broken JSON" in said and "more than the judge's max_length 80" in said
     assert_same([json.loads(line) for line in (tmp_path / "bad.out.jsonl").read_text().splitlines()], expected[:2])
+
+
+@pytest.mark.slow
+def test_scaling_is_measured(tmp_path):
+    """Every count of processes took the same items once, in steps of the same items; nothing is said of how fast."""
+    command = [sys.executable, str(ROOT / "recipes" / "scaling.py"), "--number", "60", "--batch_size", "16", "--hidden", "16", "--layers", "1",
+               "--repeats", "1", "--out", str(tmp_path / "s")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "s" / "scaling.json").read_text())
+    training = found["runs"]["training, torchrun"]
+    assert [len(training[n]) for n in ("1", "2")] == [1, 1] and all(runs[0]["rate"] > 0 for runs in training.values())
+    assert training["2"][0]["tokens"] > training["1"][0]["tokens"]  # two shares of a step have less in common than the whole
+    assert len((tmp_path / "s" / "scaling.md").read_text().splitlines()) == 2 + 2 * len(found["runs"])
