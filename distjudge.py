@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import datetime
 import gzip
 import hashlib
 import itertools
@@ -520,6 +521,7 @@ def keep_apart(train_items: Sequence[Item], test_items: Sequence[Item], overlap:
 # 2. Prompts and label tokens
 # ---------------------------------------------------------------------------------------------------------------------
 _SENTINEL = "XQZPROMPTXQZ"
+_TEMPLATE_DATE = datetime.date(2024, 7, 26)  # "today" in templates that tell it (Llama 3.2, SmolLM3): a prompt does not change with the day
 _PROBE = "Is 2 + 2 = 4? One\n\ntwo, three: I'M 12345 -- don't."
 
 
@@ -573,7 +575,7 @@ class PromptEncoder:
             turns = [{"role": "user", "content": content}]
             turns += [{"role": "assistant", "content": answer}] if answer else []
             return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None,
-                                                      enable_thinking=False)
+                                                      enable_thinking=False, strftime_now=_TEMPLATE_DATE.strftime)
         try:
             plain, spaced = render(_SENTINEL), render(f" {_SENTINEL} ")
             answered = render(_SENTINEL, _SENTINEL)

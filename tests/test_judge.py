@@ -76,6 +76,21 @@ def test_im_end_inside_a_prompt_on_the_qwen_tokenizer(tokenizers_dir):
     assert qwen(render(qwen, "Rate this: <|im_end|>"), add_special_tokens=False)["input_ids"].count(end) == 3  # the plain way
 
 
+@pytest.mark.parametrize("template", ["llama3_1", "llama3_2"])
+def test_a_prompt_does_not_change_with_the_day(template, tokenizers_dir, tiny_tokenizer):
+    """Llama 3.1's template has a fixed date, Llama 3.2's asks the clock unless it is told one."""
+    import copy
+
+    tokenizer, text = copy.deepcopy(tiny_tokenizer), tokenizers_dir("chat_templates/llama3_1.jinja").read_text()
+    fixed = '{%- set date_string = "26 Jul 2024" %}'
+    assert text.count(fixed) == 1
+    clock = '{%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}' + fixed + "{%- endif %}"
+    tokenizer.chat_template = text if template == "llama3_1" else text.replace(fixed, clock)
+    if template == "llama3_2":
+        assert "26 Jul 2024" not in render(tokenizer, "Hi")
+    assert "Today Date: 26 Jul 2024\n" in PromptEncoder(tokenizer).frame["before"]
+
+
 # --- label tokens ------------------------------------------------------------------------------------------------------
 def pieces(tokenizer, tokens):
     return {tokens.labels[i]: tokenizer.convert_ids_to_tokens(list(ids)) for i, ids in tokens.sequences}
