@@ -1117,7 +1117,8 @@ class Judge:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the weights are; of an outline (see load_judge), where they would be."""
+        return getattr(self.model, "meant_for", None) or next(self.model.parameters()).device
 
     @property
     def backend(self) -> str:
@@ -1156,13 +1157,13 @@ class Judge:
                 groups.append([i])
         return groups
 
-    def batch(self, encoded: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        """The tensors of one forward pass over the prompts, for label_logprobs()."""
+    def batch(self, encoded: Sequence[list[int]], device: str | torch.device | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of one forward pass over the prompts, for label_logprobs(); on the judge's device or another."""
         if self.packs:
             batch = collate_pack(encoded, self.tokens, getattr(self.model, "two_levels", False))
         else:
             batch = collate(encoded, self.tokens, self.pad_id)
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return {name: tensor.to(device or self.device) for name, tensor in batch.items()}
 
     def shrink(self, members: Sequence[int], tokens: int) -> None:
         """After a pass over the members, of so many tokens, ran out of memory: from here on half as many a pass, at most.
@@ -1265,6 +1266,8 @@ def check_packs(judge: Judge) -> bool:
     tokens (on CUDA of any length). An architecture with another kind of window is not packed at all. Unsloth, which treats
     masks otherwise in training, is checked in both modes.
     """
+    if hasattr(judge.model, "meant_for"):  # an outline has no weights to check with
+        return True
     config = judge.model.config.get_text_config()
     windows = {name: value for name, value in config.to_dict().items() if "window" in name and isinstance(value, int) and value > 1}
     longest = max([0, *(w for w in windows.values() if w <= 1024 or judge.device.type == "cuda")])
@@ -1304,7 +1307,8 @@ def check_packs(judge: Judge) -> bool:
 
 def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, spellings: dict[str, Sequence[str]] | None = None,
                lora_rank: int = 16, lora_alpha: int = 32, four_bit: bool = False, max_length: int | None = None, top_k: int = 0,
-               device: str | None = None, seed: int = 0, backend: str = "auto", gradient_checkpointing: bool = False) -> Judge:
+               device: str | None = None, seed: int = 0, backend: str = "auto", gradient_checkpointing: bool = False,
+               weights: bool = True) -> Judge:
     """Loads a judge: from a run folder made by save_judge() or run(), or a model (a folder, a hub id) given its labels.
 
     A model is loaded with Unsloth or transformers (see choose_backend), in float32 on a CPU and bfloat16 on CUDA (float16 on cards
@@ -1312,11 +1316,14 @@ def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, 
     trained), or none with lora_rank = 0, when all weights, then in float32, are trained. Prompts may have max_length tokens
     (2048), or what a saved judge was trained with. Only safetensors are read, and no code from the model's repository is run.
     gradient_checkpointing: Unsloth's own, which must be known here; transformers' is a matter of train().
+    weights=False: an outline for dry runs, the real architecture on PyTorch's meta device, which can be counted but cannot judge.
     Raises InputError for a path that holds no model, labels that contradict the run folder's, or a model whose label
     scores differ from those of its own forward.
     """
     path = str(path)
     if (Path(path) / "judge.json").is_file():
+        if not weights:
+            raise InputError(f"{path}: model: an outline is made of a model, not of a trained judge")
         return _load_saved(Path(path), labels, max_length, top_k, device, backend, gradient_checkpointing)
     if not labels:
         raise InputError(f"{path}: labels: a model that is not a saved judge needs labels=[...]")
@@ -1325,7 +1332,7 @@ def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, 
     length = 2048 if max_length is None else max_length
     use, why = choose_backend(backend, device, trained=not lora_rank)  # before transformers is imported
     tokenizer = _load_tokenizer(path)
-    model = _load_model(path, four_bit, device, len(tokenizer), not lora_rank, use, why, length)
+    model = _load_model(path, four_bit, device, len(tokenizer), not lora_rank, use, why, length, weights)
     base = str(Path(path).resolve()) if Path(path).is_dir() else path
     return make_judge(model, tokenizer, labels, base=base, spellings=spellings, lora_rank=lora_rank, lora_alpha=lora_alpha,
                       max_length=length, top_k=top_k, seed=seed, gradient_checkpointing=gradient_checkpointing)
@@ -1386,7 +1393,7 @@ def add_adapters(model: Any, rank: int, alpha: int, seed: int = 0, gradient_chec
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(
         {name.rsplit(".", 1)[-1] for name, module in linear.items() if id(module) in inside})}
-    if getattr(model, "backend", "") == "unsloth":
+    if getattr(model, "backend", "") == "unsloth" and not hasattr(model, "meant_for"):
         from unsloth import FastLanguageModel
 
         model = FastLanguageModel.get_peft_model(model, random_state=seed, **settings, use_gradient_checkpointing=_checkpointing(
@@ -1409,8 +1416,8 @@ def _checkpointing(wanted: bool) -> Any:
 
 def half_precision(device: str | torch.device) -> torch.dtype:
     """The 16-bit type of a device: bfloat16, or float16 on cards that lack it (T4, V100)."""
-    lacks = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if lacks else torch.bfloat16
+    here = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return torch.float16 if here and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
 
 
 def _load_tokenizer(path: str) -> Any:
@@ -1436,13 +1443,20 @@ def _load_tokenizer(path: str) -> Any:
     return as_saved
 
 
-def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trained: bool, backend: str, why: str, max_length: int) -> Any:
+def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trained: bool, backend: str, why: str, max_length: int,
+                weights: bool = True) -> Any:
     import transformers
 
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if not weights and four_bit and device == "cpu":  # 4-bit recipes are for a card, also where they are planned without one
+        device = "cuda"
     dtype = torch.float32 if device == "cpu" or trained else half_precision(device)  # weights that are trained need float32
     try:
-        if backend == "unsloth":
+        if not weights:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path), dtype=dtype)
+            model.meant_for, model.is_loaded_in_4bit = torch.device(device), four_bit
+        elif backend == "unsloth":
             model = _load_unsloth(path, four_bit, device, dtype, max_length)
         else:
             options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
@@ -1464,7 +1478,7 @@ def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trai
         raise InputError(f"{path}: model: cannot be loaded: {_first_line(error)}") from error
     if four_bit and not getattr(model, "is_loaded_in_4bit", False):  # Unsloth goes on in 16 bits where bitsandbytes does not work
         raise InputError(f"{path}: model: was not loaded in 4 bits; bitsandbytes does not work here")
-    if not four_bit:
+    if weights and not four_bit:
         model.to(device)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokens > rows:
@@ -1506,6 +1520,8 @@ def _first_line(error: Exception) -> str:
 def check_readout(model: Any, encoder: PromptEncoder, tokens: LabelTokens) -> None:
     """Compares label logits with the model's own forward, on one prompt; raises InputError where they differ."""
     model.eval()
+    if hasattr(model, "meant_for"):  # an outline
+        return
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate([encoder("Is this so?")], tokens, 0).items()}
     ours, norm, _ = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "answer_at", "token_ids")}, vocabulary=True)
@@ -2007,6 +2023,9 @@ class Config:
     """What to do with longer prompts: stop and count them, or drop the items and say how many."""
     top_k: int = 0
     """Judge from the k most probable tokens only, as the paper does (5); 0 reads all."""
+    min_mass: float = 0.01
+    """Refuse a model whose labels hold less of its probability than this before training, on the first items: its prompt or labels are
+    wrong for it. 0 takes any, such as a model with random weights."""
 
     alpha: float = 0.8
     """Weight of KL to the human distribution; the rest is cross-entropy with the majority label. 0 is single-point."""
@@ -2078,13 +2097,16 @@ class Config:
     """Go on from the newest whole checkpoint of a run that was stopped. Data, model and settings must be the same."""
     report_to: tuple[str, ...] = ()
     """Loggers known to transformers: tensorboard, wandb, trackio, ..."""
+    dry_run: bool = False
+    """Everything but the weights: items, tokenizer, label tokens, packs and an estimate of memory for the real architecture. Needs the
+    model's config.json and tokenizer only."""
 
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
         at_least = dict.fromkeys(("eps", "steps", "step_size", "learning_rate", "epochs", "warmup", "lora_rank", "top_k", "eval_every",
                                   "save_every", "pack_tokens", "weight_decay", "max_grad_norm", "concentration"), 0)
         at_least |= dict.fromkeys(("batch_size", "grad_accum", "lora_alpha", "max_length", "log_every"), 1)
-        for name in ("alpha", "rps_weight", "average"):
+        for name in ("alpha", "rps_weight", "average", "min_mass"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: must be between 0 and 1, not {getattr(self, name)}")
         if self.ball != "l2" and self.adversary == "pgd" and self.eps:
@@ -2186,6 +2208,12 @@ def autocast_type(judge: Judge) -> torch.dtype | None:
     return half_precision(judge.device) if held == torch.float32 else held
 
 
+def epoch_order(encoded: Sequence[Sequence[int]], config: Config, epoch: int) -> list[int]:
+    """The order of the prompts in an epoch: see shuffled()."""
+    keep_together = 16 if config.shuffle == "packs" else 0
+    return shuffled(encoded, config.seed * 1_000_003 + epoch, keep_together, config.batch_size * config.grad_accum)
+
+
 def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Sequence[Item] = (),
           callbacks: Sequence[Any] = ()) -> list[dict[str, float]]:
     """Trains the judge in place with the method's objective; returns the log: one dict a logged step, losses in nats.
@@ -2200,6 +2228,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     import transformers
 
     config.check()
+    if config.dry_run:
+        raise InputError("dry_run: there is none of this command: run() and the recipes of one backbone have it")
     for some in filter(None, (items, eval_items)):
         if labels_of(some) != judge.labels:
             raise InputError(f"{some[0].where}: labels {_listed(labels_of(some))} are not the judge's {_listed(judge.labels)}")
@@ -2231,8 +2261,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             return len(encoded)
 
         def __iter__(self) -> Iterator[int]:
-            keep_together = 16 if config.shuffle == "packs" else 0
-            return iter(shuffled(encoded, config.seed * 1_000_003 + self.epoch, keep_together, config.batch_size * config.grad_accum))
+            return iter(epoch_order(encoded, config, self.epoch))
 
     class Trainer(transformers.Trainer):
         """One of its batches is the items of a whole optimizer step; training_step divides them into forward passes.
@@ -2996,24 +3025,180 @@ def write_results(judge: Judge, items: Sequence[Item], train_items: Sequence[Ite
     return metrics
 
 
+ASSUMED_RATES = {"cuda": 50e12, "cpu": 0.1e12}  # FLOP/s, for a first idea of how long a run takes; it is timed once it runs
+
+
+def _sizes(model: Any) -> dict[int, int]:
+    """The number of weights of each parameter, by its id; 4-bit matrices are held packed and count as what they stand for."""
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    return sizes | {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear)}
+
+
+def estimate_memory(judge: Judge, config: Config, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """An estimate of the most memory that training takes, in bytes by what takes it; batch: its largest pass, see Judge.batch().
+
+    For decoders of Llama's kind. With b bytes a number computed with (2 in 16 bits, 4 in float32) and L tokens in the pass:
+      weights      4-bit matrices n/2 and, quantized twice, a byte for 64 weights and a float32 for 256 of those; all others, embeddings
+                   and the output layer among them, as they are held
+      training     trained weights, their gradients and AdamW's two moments, in float32 or, the moments, 8 bits; --average's mean;
+                   where all weights are trained in 16 bits, autocast's copies of the matrices
+      activations  what layers keep for the backward pass, all of them or, recomputed, one beside every layer's input: b L (inputs of
+                   the matrices, once for each where adapters cast them to 16 bits, + 3 widths of the MLP + queries and outputs of
+                   attention + ranks of the adapters) + 4 L (inputs of the norms) + for each block of queries its mask and the keys and
+                   values it sees (see block_attention); and the gradients of one MLP
+      label rows   the answers' hidden states, and one slice of the output layer with its logits (see add_label_readout), float32
+      the rest     the largest matrix in b bytes (4-bit ones are unpacked one by one), and 1 GiB for CUDA's context, for workspaces and
+                   fragmentation: a guess
+    Unsloth keeps less. Weights are exact and what layers keep is what autograd saves on a CPU; nothing was measured on a GPU.
+    """
+    model, half, sizes = judge.model, autocast_type(judge) is not None, _sizes(judge.model)
+    shape, adapters, b = model.config.get_text_config(), hasattr(model, "peft_config"), 2 if half else 4
+    own = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad is not adapters]
+    packed = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()}
+    packed = packed if getattr(model, "is_loaded_in_4bit", False) else set()
+    weights = sum(sizes[id(p)] * (0.5 + 1 / 64 + 4 / 64 / 256 if id(p) in packed else p.element_size())
+                  for p in model.parameters() if not p.requires_grad)
+    moments = 2 if "8bit" in optimizer_for(judge, config) else 8
+    training = sum(p.numel() for p in model.parameters() if p.requires_grad) * (8 + moments + 4 * bool(config.average))
+    training += 2 * sum(sizes[id(m.weight)] for m in own) * (half and not adapters)
+    hidden, mlp, layers, heads = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers, shape.num_attention_heads
+    width = heads * (getattr(shape, "head_dim", None) or hidden // heads)
+    inputs = sum(m.in_features for m in own) / layers if half else 2 * hidden + width + mlp
+    ranks = sum(p.shape[0] for name, p in model.named_parameters() if "lora_A" in name) / layers
+    times = {"q_norm": heads, "k_norm": shape.num_key_value_heads}  # these are of one head's width
+    norms = sum(p.numel() * times.get(name.split(".")[-2], 1) for name, p in model.named_parameters() if name.endswith("norm.weight"))
+    rows, length = batch["input_ids"].shape
+    tokens, keys, mask = rows * length, rows * length, rows * length**2
+    if "ends" in batch:
+        size, ends = 128 if judge.device.type == "cpu" else 512, batch["ends"][0]
+        blocks = [(min(size, length - s), min(size, length - s) + int((ends[:s] > s).sum())) for s in range(0, length, size)]
+        keys, mask = sum(seen for _, seen in blocks), sum(queries * seen for queries, seen in blocks)
+    layer = b * (tokens * (inputs + 3 * mlp + 2 * width + ranks) + 2 * width * keys + mask) + 4 * tokens * norms / layers
+    kept = layer + layers * b * tokens * hidden if config.gradient_checkpointing else layers * layer
+    answers = len(batch["answer_at"])
+    return {"weights": weights, "training": training, "activations": kept + 3 * b * tokens * mlp,
+            "label rows": 4 * (3 * answers * hidden + 16_384 * hidden + 3 * min(2**24, answers * 16_384)),
+            "the rest": b * max(sizes[id(m.weight)] for m in own) + 2**30}
+
+
+def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config: Config) -> dict[str, str]:
+    """What run() prints before the first step, a text a name: settings with their reasons, labels, tokens, memory, time.
+
+    Goes through the first epoch as train() will, pass for pass: its counts are exact; memory and time are estimates.
+    """
+    model, on, adapters = judge.model, judge.device.type, hasattr(judge.model, "peft_config")
+    encoded = judge.encode([item.prompt for item in items] + [item.swap.prompt for item in items if item.swap and config.swap])
+    order, step, sizes, largest = epoch_order(encoded, config, 0), config.batch_size * config.grad_accum, [], {}
+    for start in range(0, len(order), step):
+        chosen = [encoded[i] for i in order[start : start + step]]
+        for members in judge.plan(chosen):
+            batch = judge.batch([chosen[i] for i in members], "cpu")
+            sizes.append(batch["input_ids"].numel())
+            largest = batch if sizes[-1] == max(sizes) else largest
+    computed, steps = sum(sizes), math.ceil(math.ceil(len(order) / step) * config.epochs)
+    four_bit, implementation = getattr(model, "is_loaded_in_4bit", False), model.config.get_text_config()._attn_implementation
+    held = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    card, flop_rate = on == "cuda" and torch.cuda.is_available(), ASSUMED_RATES[on]
+    why = {"bfloat16": f"the card {'has it' if card else 'is assumed to have it'}", "float16": "the card has no bfloat16"}.get(
+        held, "on a CPU" if on == "cpu" else "all weights are trained" if not adapters else "float16 is too narrow for this model")
+    why_optimizer = "asked for" if config.optimizer != "auto" else f"weights are {'' if four_bit and on == 'cuda' else 'not '}4-bit on CUDA"
+    trained, total = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(_sizes(model).values())
+    memory = estimate_memory(judge, config, largest)
+    needed, there, place = sum(memory.values()) / 2**30, math.inf, "; there is no card here"
+    if card:
+        there, place = torch.cuda.get_device_properties(judge.device).total_memory / 2**30, torch.cuda.get_device_name(judge.device)
+    elif on == "cpu":
+        import psutil
+
+        there, place = psutil.virtual_memory().total / 2**30, "main memory"
+    if needed > there:
+        log.warning("the estimate of memory is more than there is: try a lower --pack_tokens, --gradient_checkpointing or --four_bit")
+    turns = (2 if adapters else 3) + config.gradient_checkpointing  # forward, backward to activations, to weights, forward again
+    flop = 2.0 * turns * computed * config.epochs * sum(
+        m.in_features * m.out_features for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
+    head, *labels = judge.tokens.describe(judge.tokenizer).removeprefix("labels are ").split("\n  ")
+    return {
+        "backend": f"{judge.backend} ({model.backend_reason})",
+        "model": f"{config.model}: {(total - trained * adapters) / 1e9:.3g} billion weights" + (
+            f", none of them loaded, planned for {'CUDA' if on == 'cuda' else 'a CPU'}" if hasattr(model, "meant_for") else ""),
+        "weights": ("4-bit (NF4, quantized twice), those not in matrices " if four_bit else "") + f"{held} ({why})",
+        "trained": f"{trained:,} weights in float32: " + (f"LoRA of rank {config.lora_rank} on " + ", ".join(sorted(
+            model.peft_config["default"].target_modules)) if adapters else "all"),
+        "optimizer": f"{optimizer_for(judge, config)} ({why_optimizer}), learning rate {config.learning_rate:g}, {config.schedule}",
+        "passes": f"{'packs' if judge.packs else 'padded rows'} of at most {judge.pack_tokens:,} tokens ("
+                  f"{'asked for' if config.pack_tokens else 'the default on ' + on}), attention by "
+                  + ("Unsloth" if getattr(model, "two_levels", False) else {BLOCKS: "SDPA in blocks"}.get(implementation, implementation))
+                  + ", layers recomputed in the backward pass" * config.gradient_checkpointing,
+        "labels": f"{head}: {', '.join(labels)}",
+        "items": f"{len(items):,} to train on{f' (and {len(encoded) - len(items):,} turned round)' * (len(encoded) > len(items))}, "
+                 f"{len(test):,} to test on, prompts of up to {max(map(len, encoded)):,} tokens",
+        "tokens": f"{sum(map(len, encoded)):,} an epoch, {computed:,} to compute after packing, in {len(sizes):,} passes of up to "
+                  f"{max(sizes):,}",
+        "memory": f"about {needed:.1f} GiB{place if there == math.inf else f' of the {there:.1f} of {place}'}; an estimate: "
+                  + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()),
+        "time": f"{steps:,} steps of {step} items, {flop / 1e15:.2g} PFLOP: {datetime.timedelta(seconds=math.ceil(flop / flop_rate))} at "
+                f"{flop_rate / 1e12:g} TFLOP/s, an assumption; the first steps will be timed"}
+
+
+def check_mass(judge: Judge, items: Sequence[Item], least: float) -> str:
+    """Says how much of the untrained model's probability the labels hold on the first 16 items, and warns under 50 %.
+
+    Raises InputError under `least`: the model has something else to say, and training, which moves the labels only against each
+    other, does not teach it otherwise.
+    """
+    mass = judge.score([item.prompt for item in items[:16]])[1]
+    said = f"{mass.mean():.2%} of the model's probability on the first {len(mass)} items ({mass.min():.2%} to {mass.max():.2%})"
+    if mass.mean() < least:
+        raise InputError(f"label mass: the labels hold {said}, less than min_mass {least:g}: it would say something else. Does the prompt "
+                         "ask for the label alone, and is that split as above? Name other --spellings; --min_mass 0 trains all the same")
+    if mass.mean() < 0.5 and least:
+        log.warning("label mass: under a half: the model would rather say something else; see the prompt, and name other --spellings")
+    return said
+
+
+def first_steps_clock(first: int = 5) -> Any:
+    """A callback for train() that times steps 2 to `first` and says how long the others will take."""
+    import time
+
+    import transformers
+
+    class Clock(transformers.TrainerCallback):
+        steps, started = 0, 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.steps, left = self.steps + 1, state.max_steps - state.global_step
+            self.started = time.perf_counter() if self.steps == 1 else self.started
+            if self.steps == first and left and state.is_world_process_zero:
+                each = (time.perf_counter() - self.started) / (first - 1)
+                rest = datetime.timedelta(seconds=math.ceil(left * each))
+                print(f"\n{each:.3g} s a step (steps 2 to {first}): {rest} for the {left:,} left", flush=True)
+
+    return Clock()
+
+
 def run(config: Config) -> dict[str, float | None]:
     """Loads, trains, judges the test items and fills the run folder; returns the metrics.
 
     The folder then holds config.json (resolved, with versions), judge.json, adapter/ or model/, tokenizer/,
     predictions.jsonl, metrics.json and log.jsonl; load_judge(folder) brings the judge back. Under torchrun the first process does the
-    writing, and the others return {}.
+    writing, and the others return {}. Before the first step it prints what it is about to do (see plan_lines), with config.dry_run
+    nothing else: then it needs no weights, writes nothing and returns {}.
     """
     config.check()
     items, test = load_data(config)
     judge = load_judge(config.model, labels_of(items), spellings=parse_spellings(config.spellings), lora_rank=config.lora_rank,
                        lora_alpha=config.lora_alpha, four_bit=config.four_bit, max_length=config.max_length, top_k=config.top_k,
-                       seed=config.seed, backend=config.backend, gradient_checkpointing=config.gradient_checkpointing)
-    print(f"backend: {judge.backend} ({judge.model.backend_reason})")
-    print(judge.tokens.describe(judge.tokenizer))
+                       seed=config.seed, backend=config.backend, gradient_checkpointing=config.gradient_checkpointing,
+                       weights=not config.dry_run)
+    judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
     items, test = keep_short(judge, items, config.overlong, "training"), keep_short(judge, test, config.overlong, "test")
-    trained = sum(p.numel() for p in judge.model.parameters() if p.requires_grad)
-    print(f"{len(items)} training items, {len(test)} test items, {trained:,} trainable weights on {judge.device}")
-    train(judge, items, config, eval_items=test)
+    lines = plan_lines(judge, items, test, config)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(f"{name:<11} {text}" for name, text in lines.items()), flush=True)
+    if config.dry_run:
+        return {}
+    print(f"{'label mass':<11} {check_mass(judge, items, config.min_mass)}", flush=True)
+    train(judge, items, config, eval_items=test, callbacks=[first_steps_clock()])
     if os.environ.get("RANK", "0") != "0":  # of several processes (torchrun) the first writes the folder
         return {}
     save_judge(judge, config.out)

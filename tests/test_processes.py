@@ -34,7 +34,7 @@ RUN = """
 import sys
 sys.path.insert(0, {root!r})
 import distjudge
-found = distjudge.run(distjudge.Config(train=("items.jsonl",), model={model!r}, out=sys.argv[1], epochs=1.0, batch_size=6))
+found = distjudge.run(distjudge.Config(train=("items.jsonl",), model={model!r}, out=sys.argv[1], epochs=1.0, batch_size=6, min_mass=0.0))
 print("metrics", len(found))
 """
 

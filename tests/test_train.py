@@ -14,7 +14,8 @@ LABELS = ["1", "2", "3"]
 
 
 def settings(tmp_path, **changes):
-    return Config(out=str(tmp_path / "run"), **({"learning_rate": 1e-2, "epochs": 1.0, "warmup": 0.0, "schedule": "constant", "lora_rank": 4} | changes))
+    plain = {"learning_rate": 1e-2, "epochs": 1.0, "warmup": 0.0, "schedule": "constant", "lora_rank": 4, "min_mass": 0.0}  # random weights
+    return Config(out=str(tmp_path / "run"), **(plain | changes))
 
 
 def weights(judge):
