@@ -57,6 +57,10 @@ class Stopped(Exception):
         self.number = number
 
 
+class ExportError(Exception):
+    """A trained judge is saved, but what was to be made of it failed or judges otherwise. Commands exit with code 1."""
+
+
 class InputError(ValueError):
     """What the user gave cannot be used. Each line of the message says what is wrong and where; commands exit with code 2."""
 
@@ -1444,13 +1448,14 @@ def _load_tokenizer(path: str) -> Any:
 
 
 def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trained: bool, backend: str, why: str, max_length: int,
-                weights: bool = True) -> Any:
+                weights: bool = True, dtype: torch.dtype | None = None) -> Any:
     import transformers
 
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if not weights and four_bit and device == "cpu":  # 4-bit recipes are for a card, also where they are planned without one
         device = "cuda"
-    dtype = torch.float32 if device == "cpu" or trained else half_precision(device)  # weights that are trained need float32
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" or trained else half_precision(device)  # weights that are trained need float32
     try:
         if not weights:
             with torch.device("meta"):
@@ -2101,6 +2106,13 @@ class Config:
     """Everything but the weights: items, tokenizer, label tokens, packs and an estimate of memory for the real architecture. Needs the
     model's config.json and tokenizer only."""
 
+    export: Literal["none", "merged", "gguf", "gguf-unchecked"] = "none"
+    """What to make of the trained judge beside its adapter (see recipes/export.py): a model folder in 16 bits, out/merged, or a GGUF
+    file, out/gguf, through Unsloth. Both are compared with the judge; "gguf-unchecked" does without llama-cpp-python, which that needs."""
+    push_to_hub: str = ""
+    """Upload the run folder, but for checkpoints and the test items' texts and votes, to this repository (NAME or OWNER/NAME) of the
+    model hub; a new one is private. The token is that of `hf auth login` or HF_TOKEN."""
+
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
         at_least = dict.fromkeys(("eps", "steps", "step_size", "learning_rate", "epochs", "warmup", "lora_rank", "top_k", "eval_every",
@@ -2114,7 +2126,8 @@ class Config:
         if self.ball != "l2" and self.radius == "annotators":
             raise InputError(f"radius: the annotators' radius is a distance in l2, ball is {self.ball}")
         choices = {"radius": ("fixed", "annotators"), "adversary": ("pgd", "exact"), "ball": tuple(_EXTREMES),
-                   "loss": ("kl", "rps", "mixed"), "prior": ("none", "marginal", "group", "model", "crossfit")}
+                   "loss": ("kl", "rps", "mixed"), "prior": ("none", "marginal", "group", "model", "crossfit"),
+                   "export": ("none", "merged", "gguf", "gguf-unchecked")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)}")
@@ -2539,7 +2552,7 @@ def _made_from(judge: Judge, items: Sequence[Item], eval_items: Sequence[Item], 
     """What a run depends on, by name: resuming with anything else is refused."""
     rows = lambda some: _digest([(item.id, item.prompts, list(item.counts.values())) for item in some])  # noqa: E731
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
-                if f.name not in ("out", "resume", "report_to", "save_every")}
+                if f.name not in ("out", "resume", "report_to", "save_every", "export", "push_to_hub")}
     named = {"labels": judge.labels, "label tokens": judge.tokens.sequences, "prompt template": judge.encoder.frame,
              "base model": judge.base, "base weights": _fingerprint(judge.model) if hasattr(judge.model, "peft_config") else None,
              "training items": rows(items), "test items": rows(eval_items), "processes": int(os.environ.get("WORLD_SIZE", 1)),
@@ -3019,8 +3032,8 @@ def write_results(judge: Judge, items: Sequence[Item], train_items: Sequence[Ite
     metrics = evaluate(probabilities, items, train_items=train_items, label_mass=mass, ordered=config.ordered, seed=config.seed) | orders
     write_json(folder / "metrics.json", metrics)
     prompt_hash = hashlib.sha256(json.dumps([judge.encoder.frame, judge.tokens.sequences]).encode()).hexdigest()
-    sizes = {"train": len(train_items), "test": len(items)}
-    resolved = {"labels": judge.labels, "prompt_hash": prompt_hash, "versions": versions(), "items": sizes}
+    resolved = {"labels": judge.labels, "prompt_hash": prompt_hash, "versions": versions(), "items": {"train": len(train_items),
+                "test": len(items)}, "votes": {"train": sum(i.votes for i in train_items), "test": sum(i.votes for i in items)}}
     write_json(folder / "config.json", dataclasses.asdict(config) | resolved)
     return metrics
 
@@ -3179,13 +3192,17 @@ def first_steps_clock(first: int = 5) -> Any:
 def run(config: Config) -> dict[str, float | None]:
     """Loads, trains, judges the test items and fills the run folder; returns the metrics.
 
-    The folder then holds config.json (resolved, with versions), judge.json, adapter/ or model/, tokenizer/,
-    predictions.jsonl, metrics.json and log.jsonl; load_judge(folder) brings the judge back. Under torchrun the first process does the
-    writing, and the others return {}. Before the first step it prints what it is about to do (see plan_lines), with config.dry_run
-    nothing else: then it needs no weights, writes nothing and returns {}.
+    The folder then holds config.json (resolved, with versions), judge.json, adapter/ or model/, tokenizer/, predictions.jsonl,
+    metrics.json, log.jsonl, README.md (a model card) and what config.export asks for; load_judge(folder) brings the judge back. Under
+    torchrun the first process does the writing, and the others return {}. Before the first step it prints what it is about to do (see
+    plan_lines), with config.dry_run nothing else: then it needs no weights, writes nothing and returns {}. Raises InputError before
+    training for what cannot be used, exports and uploads included, ExportError for those that fail after all.
     """
     config.check()
     items, test = load_data(config)
+    after = after_training(needed=config.export != "none" or bool(config.push_to_hub))
+    if after and not config.dry_run:
+        after.check(config.export, config.push_to_hub, config.model, config.lora_rank > 0, config.backend)
     judge = load_judge(config.model, labels_of(items), spellings=parse_spellings(config.spellings), lora_rank=config.lora_rank,
                        lora_alpha=config.lora_alpha, four_bit=config.four_bit, max_length=config.max_length, top_k=config.top_k,
                        seed=config.seed, backend=config.backend, gradient_checkpointing=config.gradient_checkpointing,
@@ -3197,18 +3214,39 @@ def run(config: Config) -> dict[str, float | None]:
         print("\n".join(f"{name:<11} {text}" for name, text in lines.items()), flush=True)
     if config.dry_run:
         return {}
-    print(f"{'label mass':<11} {check_mass(judge, items, config.min_mass)}", flush=True)
+    mass = check_mass(judge, items, config.min_mass)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{'label mass':<11} {mass}", flush=True)
     train(judge, items, config, eval_items=test, callbacks=[first_steps_clock()])
     if os.environ.get("RANK", "0") != "0":  # of several processes (torchrun) the first writes the folder
         return {}
     save_judge(judge, config.out)
-    return write_results(judge, test, items, config, config.out)
+    metrics = write_results(judge, test, items, config, config.out)
+    if after:
+        after.finish(judge, Path(config.out), config.export, config.push_to_hub, trained=True)
+    return metrics
+
+
+def after_training(needed: bool = False) -> Any:
+    """recipes/export.py, which lies beside this file: exports, model card, upload. None where it does not; InputError if it is needed."""
+    import importlib.util
+
+    path = Path(__file__).resolve().parent / "recipes" / "export.py"
+    if not path.is_file():
+        if needed:
+            raise InputError(f"export, push_to_hub: need {path}, which is not there: take the file from distjudge's repository")
+        return None
+    spec = importlib.util.spec_from_file_location("distjudge_export", path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules[spec.name] = module  # type: ignore[union-attr]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
 
 
 def cli(main: Callable[[Any], Any], config: type) -> None:
     """A recipe's command line: tyro reads `config`; what the user got wrong ends in one line a problem and exit code 2.
 
-    A run that diverges ends in exit code 1, one that a signal stops in 128 and the signal's number.
+    A run that diverges and an export that fails end in exit code 1, a run that a signal stops in 128 and the signal's number.
     """
     import tyro
 
@@ -3217,9 +3255,9 @@ def cli(main: Callable[[Any], Any], config: type) -> None:
     chosen = PRESETS.get(preset[-1], {}) if preset else {}
     try:
         main(tyro.cli(config, description=sys.modules["__main__"].__doc__, default=config(**chosen, preset=preset[-1]) if chosen else None))
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        sys.exit(1 if isinstance(error, (FloatingPointError, ExportError)) else 2)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)

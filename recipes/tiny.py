@@ -74,6 +74,11 @@ class TinyConfig(Config):
     vocabulary: int = 2000
     """Tokens of the tokenizer, at most."""
 
+    def check(self) -> None:
+        super().check()
+        if self.export != "none" or self.push_to_hub:
+            raise distjudge.InputError("export, push_to_hub: several judges are trained here; recipes/export.py --run FOLDER takes one")
+
 
 def build_tokenizer(texts: list[str], size: int):
     """Qwen2's kind of tokenizer (byte-level BPE, single digits) with a vocabulary of our own and a plain chat template."""

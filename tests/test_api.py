@@ -334,7 +334,7 @@ def served(tokenizers_dir, tmp_path_factory):
     distjudge.train(judge, distjudge.load_items(items(12)), distjudge.Config(out=str(folder / "run"), epochs=6, learning_rate=1e-2))
     assert abs(judge.predict(["Rate soup 1"]) - before).max() > 0.02  # the adapters do something
     distjudge.save_judge(judge, folder / "run")
-    merged = subprocess.run([sys.executable, ROOT / "recipes" / "merge.py", "--run", folder / "run", "--out", folder / "merged"], capture_output=True, text=True)
+    merged = subprocess.run([sys.executable, ROOT / "recipes" / "export.py", "--run", folder / "run", "--export", "merged", "--out", folder / "merged"], capture_output=True, text=True)
     assert merged.returncode == 0, merged.stderr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -83,6 +83,7 @@ def test_tiny_on_words_as_labels_without_truth(tmp_path):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--alpha", "1.5"], "error: alpha: must be between 0 and 1, not 1.5"),
     (["--seeds", "0"], "error: seeds: must be 1 or more, not 0"),
+    (["--export", "merged"], "error: export, push_to_hub: several judges are trained here"),
     (["--train", "none.jsonl"], "error: none.jsonl: no such file"),
     (["--labels", "1", "2"], "unknown label"),
     (["--hidden", "17"], "error: hidden: must be a multiple of 16, not 17"),
