@@ -118,15 +118,10 @@ def draw_methods(rows: list[dict]) -> plt.Figure:
 
 def draw_lines(rows: list[dict], x: str, by: str, label: str, name=str) -> plt.Figure:
     """KL against the column `x`, a line for each value of the column `by`."""
-    metric = measure(rows)
-    metrics = [m for m in ("kl", "kl_truth") if any(r["metric"] == m for r in rows)]
-    figure, axes = plt.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 3.6), squeeze=False, layout="constrained")
+    metrics = [m for m in ("kl", "kl_truth") if any(r["metric"] == m and r.get(x) not in (None, "") for r in rows)]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(1.4 + 4.6 * len(metrics), 3.6), squeeze=False, layout="constrained")
     for ax, metric in zip(axes[0], metrics, strict=True):
-        points = [
-            r
-            for r in summary(rows, metric=metric)
-            if r.get(x) not in (None, "") and not (by == "method" and r["method"].startswith("noise"))
-        ]
+        points = [r for r in summary(rows, metric=metric) if r.get(x) not in (None, "")]
         kinds = list(dict.fromkeys(r[by] for r in points))
         look = looks([name(kind) for kind in kinds])
         for i, kind in enumerate(kinds):
@@ -143,7 +138,8 @@ def draw_lines(rows: list[dict], x: str, by: str, label: str, name=str) -> plt.F
                 label=name(kind),
                 **look[name(kind)],
             )
-        reference_lines(ax, [r for r in rows if r.get(x) in (None, "")], metric)
+        if by != "method":  # else they are lines among the others
+            reference_lines(ax, [r for r in rows if r.get(x) in (None, "")], metric)
         ax.set(xlabel=label, ylabel=NAMES[metric])
     handles, labels = axes[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)

@@ -665,6 +665,8 @@ def robustness(shop: Workshop, methods: list[str]) -> None:
     votes = config.votes[0] if config.votes else 0
     found = predictions(shop, methods, votes=votes, items=config.train_items)
     found |= table.references(shop.items(Cell(methods[0], config.seed, votes, config.train_items)))
+    if all(item.truth for item in shop.test):
+        found["noise floor (the truth)"] = [torch.tensor([list(item.truth.values()) for item in shop.test], dtype=torch.float64)]
     counts = counts_of(shop.test)
     p = counts / counts.sum(1, keepdim=True)
     for delta in config.deltas:
@@ -773,13 +775,14 @@ def adversary(shop: Workshop, methods: list[str]) -> None:
                     "missed_mean": (exact - steps)[here][missed].mean(),
                     "bound_above": above[here].max(),
                 }
-                for metric, value in values.items():
-                    table.add(f"{name}, {kind}", metric, value.item(), seed="all", votes=n)
-                v = {k: x.item() for k, x in values.items()}
+                v = {k: None if x.isnan() else x.item() for k, x in values.items()}  # the mean of none
+                for metric, value in v.items():
+                    table.add(f"{name}, {kind}", metric, value, seed="all", votes=n)
                 reached = f"{100 * v['gain_steps'] / v['gain_exact']:.1f} %" if v["gain_exact"] > 1e-9 else "–"
                 lines.append(
                     f"| {name} | {n or 'all'} | {kind} | {int(here.sum())} | {v['gain_steps']:.4f} | {v['gain_exact']:.4f} | {reached} | "
-                    f"{100 * v['missed_share']:.1f} % | {v['missed_mean']:.4f} | {v['bound_above']:.0e} |"
+                    f"{100 * v['missed_share']:.1f} % | {'–' if v['missed_mean'] is None else format(v['missed_mean'], '.4f')} | "
+                    f"{v['bound_above']:.0e} |"
                 )
     table.write(lines, figures.draw_adversary)
 
