@@ -38,6 +38,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -164,12 +165,16 @@ def finish(judge: Judge | None, folder: Path, export: str = "none", push: str = 
     """Exports the judge saved in a run folder, writes the folder's card, and uploads it.
 
     trained: the judge is new, and merged/ and gguf/ of the one that was in the folder before go. Raises ExportError, leaving no
-    exported files, if they judge otherwise than the judge by more than the bounds above; the card is written all the same.
+    exported files, if they judge otherwise than the judge by more than the bounds above; the card is written all the same. Unsloth
+    patches the classes that a merge needs as they are: a judge on it is given up, with its memory, and merged by another process.
     """
     for name in ("merged", "gguf") if trained else ():
         shutil.rmtree(folder / name, ignore_errors=True)
     try:
-        if export == "merged":
+        if export == "merged" and judge.backend == "unsloth":
+            judge.model = None
+            _merge_elsewhere(folder, out or folder / "merged", dtype, compare)
+        elif export == "merged":
             export_merged(judge, folder, out or folder / "merged", dtype, compare)
         elif export != "none":
             export_gguf(judge, folder, out or folder / "gguf", quantization, compare, export == "gguf")
@@ -177,6 +182,18 @@ def finish(judge: Judge | None, folder: Path, export: str = "none", push: str = 
         (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
     if push:
         print(f"uploaded to {upload(folder, push)}")
+
+
+def _merge_elsewhere(folder: Path, out: Path, dtype: str, compare: int) -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    options = {"--run": folder, "--export": "merged", "--out": out, "--dtype": dtype, "--compare": compare}
+    command = [sys.executable, __file__, *(str(word) for option in options.items() for word in option)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
+        raise ExportError(said[-1] if said else f"{out}: merging it ended with exit code {done.returncode}")
 
 
 def _weights_of(folder: Path) -> str:

@@ -114,6 +114,28 @@ def test_a_judge_on_4_bit_weights_is_merged_into_the_unquantized_base(tiny_model
     assert 1e-5 < gap < report["bound_to_the_4_bit_judge"] and report["difference_to_base_with_adapter"] < report["bound"] == 1e-4
 
 
+def test_a_judge_under_unsloth_is_merged_by_another_process(copy, monkeypatch):
+    """Its process, played here, gets the same command line as a user would type; what it says is what the error says."""
+    import tyro
+
+    judge, asked = load_judge(copy), []
+    judge.model.backend = "unsloth"
+
+    def run_here(command, stderr, text):
+        asked.append(tyro.cli(export.ExportConfig, args=command[2:]))
+        export.main(asked[-1])
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(export.subprocess, "run", run_here)
+    export.finish(judge, copy, "merged")
+    assert Path(asked[0].out) == copy / "merged" and (copy / "merged" / "export.json").is_file() and judge.model is None
+    monkeypatch.setattr(export.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=1, stderr="Loading\nerror: it differs by 0.3\n"))
+    judge = load_judge(copy)
+    judge.model.backend = "unsloth"
+    with pytest.raises(ExportError, match=r"^it differs by 0\.3$"):
+        export.finish(judge, copy, "merged")
+
+
 def test_a_4_bit_judge_too_far_from_its_16_bit_base_is_an_error(tiny_model, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     judge = load_judge(tiny_model, ["1", "2", "3"], four_bit=True, lora_rank=4)
