@@ -239,6 +239,16 @@ def train_ours(judge: Judge, items: list[Item], config: BenchConfig, alpha: floa
     return statistics.mean(timer.times)
 
 
+def majority_rows(items: list[Item], encoder: distjudge.PromptEncoder) -> list[dict[str, list[int]]]:
+    """What a stock trainer of completions learns from: the prompts, each with its majority label for an answer."""
+    rows = []
+    for item in items:
+        prompt = encoder(item.prompt)
+        answer = [*encoder(item.prompt, max(item.counts, key=item.counts.get))[len(prompt) :], encoder.end_id]
+        rows.append({"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)})
+    return rows
+
+
 def make_stock(config: BenchConfig, items: list[Item], stock_rows: int):
     """trl's SFTTrainer on the majority label: the same model, LoRA, items a step and optimizer, its padded batches."""
     import datasets
@@ -246,12 +256,7 @@ def make_stock(config: BenchConfig, items: list[Item], stock_rows: int):
     import trl
 
     model, tokenizer = build_parts(config)
-    encoder = distjudge.PromptEncoder(tokenizer)
-    rows = []
-    for item in items:
-        prompt = encoder(item.prompt)
-        answer = [*encoder(item.prompt, max(item.counts, key=item.counts.get))[len(prompt) :], encoder.end_id]
-        rows.append({"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)})
+    rows = majority_rows(items, distjudge.PromptEncoder(tokenizer))
     accum = config.batch_size // stock_rows
     on_cuda = torch.cuda.is_available()
     padding_free = on_cuda and importlib.util.find_spec("flash_attn") is not None
@@ -433,22 +438,34 @@ def matrix_rate(judge: Judge, tokens: int) -> float:
     return 2 * tokens * w.numel() / statistics.median(times[2:])
 
 
+def model_flops(judge: Judge, encoded: list[list[int]]) -> tuple[int, float]:
+    """Tokens of one pack of the prompts, and the FLOPs of a forward and backward pass over it.
+
+    Products with weights and attended pairs; backward only towards the inputs, as LoRA needs. 4-bit weights count as what they stand for.
+    """
+    pack = distjudge.build_pack(encoded, range(len(encoded)), judge.tokens.branches, getattr(judge.model, "two_levels", False))
+    tokens, layers = len(pack.ids), judge.model.get_base_model().model.layers
+    size = lambda part: part.in_features * part.out_features  # noqa: E731
+    linear = {name: module for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)}
+    weights = sum(size(module) for name, module in linear.items() if "lora_" not in name)
+    adapters = sum(size(module) for name, module in linear.items() if "lora_" in name)
+    pairs = sum(end - place for place, end in enumerate(pack.ends))
+    config = judge.model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * pairs * head * config.num_attention_heads * config.num_hidden_layers
+    first = ("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj")  # what the embeddings would get: nobody needs it
+    unneeded = sum(size(module) for name, module in linear.items() if name.startswith(first))
+    return tokens, 2 * tokens * (2 * weights + 3 * adapters - unneeded) + 3 * attention
+
+
 def bench_rate(config: BenchConfig) -> dict:
-    """Model FLOPs (products with weights and attended pairs; backward only towards the inputs, as LoRA needs) over time and rate."""
+    """Model FLOPs over the time of a forward and backward pass and the machine's own rate."""
     task = available_tasks(config)[0]
     judge = make_judge(config, TASKS[task])
     encoded = judge.encode([item.prompt for item in load_task(task, 10_000)[:128]])
     members = max(judge.plan(encoded), key=len)
     encoded = [encoded[i] for i in members]
-    pack = distjudge.build_pack(encoded, range(len(encoded)), judge.tokens.branches)
-    tokens, model = len(pack.ids), judge.model.get_base_model()
-    weights = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.dim() == 2 and "lora_" not in name)
-    adapters = sum(p.numel() for name, p in model.model.layers.named_parameters() if "lora_" in name)
-    pairs = sum(end - place for place, end in enumerate(pack.ends))
-    attention = 4 * pairs * judge.model.config.hidden_size * judge.model.config.num_hidden_layers
-    first = model.model.layers[0].self_attn  # what the embeddings would get: nobody needs it
-    unneeded = sum(p.numel() for part in (first.q_proj, first.k_proj, first.v_proj) for p in part.parameters() if p.dim() == 2)
-    flops = 2 * tokens * (2 * weights + 3 * adapters - unneeded) + 3 * attention
+    tokens, flops = model_flops(judge, encoded)
     judge.model.train()
     measure = pass_seconds(judge, encoded)
     times, rates = [], []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("distjudge.py", "recipes/export.py")
+OURS = ("distjudge.py", "recipes/export.py", "tests/gpu/report.py")
 CHECK = """
 import unsloth  # first: it patches the others
 import torch

@@ -134,3 +134,62 @@ assert cosine > 0.99, cosine
 """
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+TRAINS_IN_4_BITS = """
+{first}
+import distjudge
+import json, sys, torch
+from pathlib import Path
+
+folder = Path({folder!r})
+rows = [{{"id": i, "prompt": f"Rate {{i}}: " + ("good " if i % 2 else "bad ") * 20, "counts": {{"1": 3 * (i % 2), "2": 1, "3": 3 - 3 * (i % 2)}}}} for i in range(64)]
+(folder / "votes.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+distjudge.run(distjudge.Config(train=(str(folder / "votes.jsonl"),), out=str(folder / "run"), model={model!r}, four_bit=True, backend={backend!r},
+                               learning_rate=5e-3, epochs=6.0, lora_rank=8, export="merged"))
+log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+losses = [row["loss"] for row in log if "loss" in row]
+report = json.loads((folder / "run" / "merged" / "export.json").read_text())
+judge = distjudge.load_judge(folder / "run", backend={backend!r})
+assert judge.backend == {backend!r} and judge.model.is_loaded_in_4bit
+assert {{w.dtype for w in judge.model.parameters() if w.requires_grad}} == {{torch.float32}}  # adapters
+assert losses[-1] < losses[0], losses  # means of ten steps each
+assert report["changed_by_training"] > 4 * report["difference_to_base_with_adapter"], report
+print(report)
+"""
+
+
+@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+def test_a_4_bit_judge_trains_reloads_and_is_merged_into_16_bits(model, tmp_path, backend):
+    """The whole of run() under each backend, in a process of its own; the merge is compared by the export itself."""
+    import subprocess
+    import sys
+
+    if backend == "unsloth" and importlib.util.find_spec("unsloth") is None:
+        pytest.skip("needs Unsloth")
+    code = TRAINS_IN_4_BITS.format(first="import unsloth" if backend == "unsloth" else "", folder=str(tmp_path), model=str(model), backend=backend)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="needs Unsloth")
+def test_unsloth_judges_as_transformers_does(model, tmp_path):
+    """One saved judge whose adapters do something, loaded under both backends: the same probabilities, to 0.05 in bfloat16."""
+    import subprocess
+    import sys
+
+    judge = load_judge(model, ["yes", "no"], backend="transformers", lora_rank=4)
+    before = torch.as_tensor(judge.predict(TEXTS))
+    with torch.no_grad():
+        for name, weight in judge.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2, generator=torch.Generator(weight.device).manual_seed(0))
+    distjudge.save_judge(judge, tmp_path)
+    expected = torch.as_tensor(judge.predict(TEXTS))
+    assert (expected - before).abs().max() > 0.1  # or a lost adapter would pass
+    code = f"import distjudge, json; print(json.dumps(distjudge.load_judge({str(tmp_path)!r}, backend='unsloth').predict({TEXTS!r}).tolist()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr[-3000:]
+    import json
+
+    assert (torch.tensor(json.loads(done.stdout.splitlines()[-1])) - expected).abs().max() < 0.05
