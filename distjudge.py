@@ -36,6 +36,7 @@ import signal
 import sys
 import threading
 import types
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def labels_of(items: Sequence[Item]) -> list[str]:
     labels = list(items[0].counts)
     for item in items:
         if list(item.counts) != labels:
-            raise InputError(f"{item.where}: item '{item.id}': counts: labels {list(item.counts)} differ from {labels}")
+            raise InputError(f"{item.where}: item '{_short(item.id)}': counts: labels {_listed(item.counts)} differ from {_listed(labels)}")
     return labels
 
 
@@ -167,6 +168,10 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
         order, example = [str(label) for label in labels], "the labels known"
         if len(set(order)) != len(order):
             raise InputError(f"labels: {order} names a label twice")
+    if labels is None and (twins := look_alike(order)):
+        at = next(where for _, where, item in parsed if twins[1] in item["counts"])
+        raise InputError(f"{at}: labels '{_short(twins[0], 20)}' and '{_short(twins[1], 20)}' differ only in capitals or in how a letter "
+                         "is coded; name the labels if both are meant")
     if are_numeric(order) and len(set(map(float, order))) != len(order):
         raise InputError(f"{parsed[0][1] if parsed else 'load_items'}: labels: {_listed(order)} holds a number in two spellings")
     items, known = [], set(order)
@@ -238,11 +243,14 @@ def _rows(source: Any) -> Iterator[tuple[str, dict, str]]:
             yield (f"items[{i}]", row, "") if isinstance(row, dict) else (f"items[{i}]", {}, f"not a dict but {type(row).__name__}")
         return
     path = Path(source)
+    shown = "stdin" if source == "-" else _short(path, 1000)
     try:
         with (contextlib.nullcontext(sys.stdin.buffer) if source == "-" else
               gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
             for number, raw in enumerate(file, 1):
                 row, problem = {}, ""
+                if number == 1 and (raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]):
+                    raise InputError(f"{shown}: is UTF-16 or no text at all; save it as UTF-8")
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                     if not line:
@@ -255,11 +263,13 @@ def _rows(source: Any) -> Iterator[tuple[str, dict, str]]:
                     problem = f"broken JSON: {error.msg} (column {error.colno})"
                 except (ValueError, RecursionError) as error:
                     problem = f"broken JSON: {_short(error, 100)}"
-                yield f"{'stdin' if source == '-' else path}:{number}", row, problem
+                yield f"{shown}:{number}", row, problem
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{shown}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        raise InputError(f"{shown}: cannot be read: {error}") from None
+    except ValueError as error:  # a NUL in the name
+        raise error if isinstance(error, InputError) else InputError(f"{shown}: cannot be read: {error}") from None
 
 
 def _is_number(value: Any) -> bool:
@@ -451,6 +461,16 @@ def _label_order(parsed: list[tuple[str, str, dict[str, Any]]]) -> tuple[list[st
     return sorted(order, key=float) if are_numeric(order) else order, where
 
 
+def look_alike(labels: Iterable[str]) -> tuple[str, str] | None:
+    """Two labels that differ only in capitals, or in whether an accent is a character of its own (Unicode's NFC)."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(unicodedata.normalize("NFC", label).casefold(), label)
+        if other != label:
+            return other, label
+    return None
+
+
 def are_numeric(labels: Iterable[str]) -> bool:
     """True if every label is a plain number ("1", "-2", "0.5"): such labels are taken as ordered."""
     return all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels)
@@ -564,6 +584,9 @@ class PromptEncoder:
         if self._tail and added[marks(after)[0].group()].lstrip:
             self._trail = self._trail.rstrip()
         self._head_ids = self._ids(head)
+        if tokenizer.chat_template and not self._tail:
+            log.warning("%s: the chat template ends a turn in plain words, not in a control token: a text that is judged can imitate it",
+                        tokenizer.name_or_path)
         if not tokenizer.chat_template and tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
             self._head_ids = [tokenizer.bos_token_id]
         closing = marks(end)
@@ -592,6 +615,13 @@ class PromptEncoder:
             if render(probe) != before + (probe.strip() if plain == spaced else probe) + after:
                 raise InputError(f"{self.tokenizer.name_or_path}: chat template: changes the message, so text cannot be told from template")
         end = answered.rsplit(_SENTINEL, 1)[1] if answered.count(_SENTINEL) == 2 else ""
+        common = _common(plain, answered)
+        if answered.count(_SENTINEL) == 2 and common == len(plain) and (gap := answered[common:].split(_SENTINEL)[0]).strip():
+            raise InputError(f"{self.tokenizer.name_or_path}: chat template: ends a prompt without {_short(repr(gap))}, which it puts "
+                             "before an answer (add_generation_prompt does nothing in it): labels would be read at the wrong place")
+        if plain[common:].strip():
+            log.warning("%s: the chat template ends a prompt with %r, which it does not put before a given answer; labels are read "
+                        "behind it", self.tokenizer.name_or_path, _short(plain[common:]))
         return {"before": before, "after": after, "end": end, "trim": plain == spaced}
 
     def _plain_tokenizer(self) -> Any:
@@ -1329,6 +1359,7 @@ def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, 
         if not weights:
             raise InputError(f"{path}: model: an outline is made of a model, not of a trained judge")
         return _load_saved(Path(path), labels, max_length, top_k, device, backend, gradient_checkpointing)
+    _check_folder(path)
     if not labels:
         raise InputError(f"{path}: labels: a model that is not a saved judge needs labels=[...]")
     if four_bit and not lora_rank:
@@ -1336,10 +1367,25 @@ def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, 
     length = 2048 if max_length is None else max_length
     use, why = choose_backend(backend, device, trained=not lora_rank)  # before transformers is imported
     tokenizer = _load_tokenizer(path)
+    encoder = PromptEncoder(tokenizer)
+    label_tokens(tokenizer, labels, spellings, encoder)  # what is wrong with them is said before the weights are loaded
     model = _load_model(path, four_bit, device, len(tokenizer), not lora_rank, use, why, length, weights)
     base = str(Path(path).resolve()) if Path(path).is_dir() else path
     return make_judge(model, tokenizer, labels, base=base, spellings=spellings, lora_rank=lora_rank, lora_alpha=lora_alpha,
-                      max_length=length, top_k=top_k, seed=seed, gradient_checkpointing=gradient_checkpointing)
+                      max_length=length, top_k=top_k, seed=seed, gradient_checkpointing=gradient_checkpointing, encoder=encoder)
+
+
+def _check_folder(path: str) -> None:
+    """Raises InputError if a path names something else than a folder with a model; a hub id passes."""
+    folder = Path(path)
+    if not path.strip():
+        raise InputError("model: name a folder or a hub id")
+    if folder.is_file():
+        raise InputError(f"{path}: model: is a file, not a folder")
+    if (folder / "adapter_config.json").is_file():  # transformers would load another model beneath it, and pickled adapters too
+        raise InputError(f"{path}: model: holds a PEFT adapter, not a model by itself; merge it into its base first")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{path}: model: cannot be loaded: there is no config.json in it")
 
 
 def choose_backend(wanted: str = "auto", device: str | None = None, trained: bool = False) -> tuple[str, str]:
@@ -1377,10 +1423,10 @@ def choose_backend(wanted: str = "auto", device: str | None = None, trained: boo
 
 def make_judge(model: Any, tokenizer: Any, labels: Sequence[str], *, base: str = "", spellings: dict[str, Sequence[str]] | None = None,
                lora_rank: int = 16, lora_alpha: int = 32, max_length: int = 2048, top_k: int = 0, seed: int = 0,
-               gradient_checkpointing: bool = False) -> Judge:
+               gradient_checkpointing: bool = False, encoder: PromptEncoder | None = None) -> Judge:
     """A judge from a causal LM and a tokenizer that are loaded already, as load_judge() makes it. The model is changed in place."""
     add_label_readout(model)
-    encoder = PromptEncoder(tokenizer)
+    encoder = encoder or PromptEncoder(tokenizer)
     tokens = label_tokens(tokenizer, labels, spellings, encoder)
     check_readout(model, encoder, tokens)
     if lora_rank:
@@ -1431,9 +1477,14 @@ def _load_tokenizer(path: str) -> Any:
     if not is_hub_id and not Path(path).is_dir():
         raise InputError(f"{path}: model: no such folder")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        if (Path(path) / "config.json").is_file():  # a fault in it is not the tokenizer's
+            what = "config.json cannot be used"
+            transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         what = "its tokenizer cannot be loaded" if Path(path).is_dir() else "no such folder, and it cannot be loaded from a model hub"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if not set(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
+            raise InputError("it has no vocabulary (tokenizer.json is missing)")  # transformers makes an empty one up
+    except Exception as error:  # a damaged or contradictory folder can fail in any way
         raise InputError(f"{path}: model: {what}: {_first_line(error)}") from error
     try:
         as_saved = transformers.PreTrainedTokenizerFast.from_pretrained(path)
@@ -1471,8 +1522,9 @@ def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trai
                 options["quantization_config"] = transformers.BitsAndBytesConfig(
                     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
                 options["device_map"] = {"": device}
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-            lost = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+            lost = sorted([*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])])
             if lost:  # transformers would go on with random numbers in their place
                 raise InputError(f"{len(lost)} of its weights are missing or of another shape, the first {lost[0]}")
     except torch.OutOfMemoryError:
@@ -1488,6 +1540,8 @@ def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trai
     rows = model.get_input_embeddings().weight.shape[0]
     if tokens > rows:
         raise InputError(f"{path}: model: has {rows} tokens, its tokenizer {tokens}")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"{path}: model: holds a PEFT adapter, not a model by itself; merge it into its base first")
     model.backend, model.backend_reason = backend, why
     return model
 
@@ -1518,7 +1572,8 @@ def _fingerprint(model: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return _short((str(error).splitlines() or [type(error).__name__])[0], 300)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return _short(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 300)
 
 
 @torch.no_grad()
@@ -1534,6 +1589,9 @@ def check_readout(model: Any, encoder: PromptEncoder, tokens: LabelTokens) -> No
     stock = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[at[:, 0], at[:, 1]].float()
     ours = torch.cat([ours, norm[:, None]], dim=1)
     stock = torch.cat([stock[:, batch["token_ids"]], stock.logsumexp(1)[:, None]], dim=1)
+    if not torch.isfinite(stock).all():
+        raise InputError(f"{model.name_or_path or type(model).__name__}: model: its scores are not finite numbers: its weights are "
+                         f"damaged, or do not fit into {str(next(model.parameters()).dtype).removeprefix('torch.')}")
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
     if not torch.allclose(ours, stock, rtol=tolerance, atol=tolerance * float(stock.abs().max())):
         raise InputError(f"{type(model).__name__}: its label scores cannot be read exactly (off by {(ours - stock).abs().max():.2g} "
@@ -1554,7 +1612,48 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
         "distjudge": __version__, "base": judge.base, "weights": "adapter" if is_adapter else "model",
         "four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False)), "labels": judge.labels, "spellings": judge.spellings,
         "base_fingerprint": _fingerprint(judge.model) if is_adapter else None, "top_k": judge.top_k,
-        "frame": judge.encoder.frame, "sequences": judge.tokens.sequences, "whole": judge.tokens.whole, "max_length": judge.max_length})
+        "frame": judge.encoder.frame, "sequences": judge.tokens.sequences, "whole": judge.tokens.whole, "max_length": judge.max_length,
+        "prompt_hash": _prompt_hash(judge.encoder.frame, judge.tokens.sequences), "sha256": _checksums(folder)})
+
+
+def _prompt_hash(frame: dict[str, Any], sequences: Sequence[Any]) -> str:
+    """A hash of what stands around a message and of the tokens its labels are read at; config.json and judge.json hold it."""
+    return hashlib.sha256(json.dumps([frame, sequences]).encode()).hexdigest()
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Of a judge's files, by their path in its folder; not of what else may lie there."""
+    found = {}
+    for path in sorted(path for part in ("tokenizer", "adapter", "model") for path in (folder / part).rglob("*")):
+        if path.suffix in (".json", ".jinja", ".safetensors") and path.is_file():
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
+
+
+def _check_saved(folder: Path, saved: dict[str, Any]) -> None:
+    """Raises InputError, a line for each, if files of a judge are not those that were saved, or its prompts not those it knows."""
+    if "sha256" not in saved:
+        log.warning("%s: an older distjudge wrote no checksums into it: whether files were changed is not checked", folder / "judge.json")
+        return
+    here, then = _checksums(folder), saved["sha256"]
+    what = lambda name: "is missing" if name not in here else "has changed" if name in then else "was not there"  # noqa: E731
+    lines = [f"{folder / name}: {what(name)}, compared with when the judge was saved"
+             for name in sorted({*here, *then}) if here.get(name) != then.get(name)]
+    prompt_hash = _prompt_hash(saved["frame"], saved["sequences"])
+    if saved.get("prompt_hash") != prompt_hash:
+        lines.append(f"{folder / 'judge.json'}: prompt_hash: its template or label tokens are not those the judge was trained with")
+    try:
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))["prompt_hash"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a judge that was saved by itself has none
+        written = prompt_hash
+    if written != prompt_hash:
+        lines.append(f"{folder / 'config.json'}: prompt_hash: is that of another judge than the one in judge.json")
+    if lines:
+        raise InputError("\n".join(lines))
 
 
 def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | None, top_k: int, device: str | None,
@@ -1565,14 +1664,28 @@ def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | No
         is_adapter, four_bit, frame = saved["weights"] == "adapter", saved["four_bit"], saved["frame"]
         fingerprint = saved["base_fingerprint"]
         trained_labels, trained_length, trained_top_k = saved["labels"], saved["max_length"], saved["top_k"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'judge.json'}: not a judge written by distjudge ({type(error).__name__}: {error})") from None
+        whole = lambda value, least: isinstance(value, int) and not isinstance(value, bool) and value >= least  # noqa: E731
+        words = lambda value: isinstance(value, list) and all(isinstance(word, str) for word in value)  # noqa: E731
+        right = {"base": isinstance(base, str), "weights": saved["weights"] in ("adapter", "model"), "four_bit": isinstance(four_bit, bool),
+                 "labels": words(trained_labels), "max_length": whole(trained_length, 1), "top_k": whole(trained_top_k, 0),
+                 "spellings": isinstance(spellings, dict) and all(map(words, spellings.values())),
+                 "sha256": isinstance(saved.get("sha256", {}), dict), "prompt_hash": isinstance(saved.get("prompt_hash", ""), str),
+                 "frame": isinstance(frame, dict) and all(isinstance(frame[key], kind) for key, kind in
+                                                          (("before", str), ("after", str), ("end", str), ("trim", bool)))}
+        if wrong := [key for key, is_right in right.items() if not is_right]:
+            raise ValueError(f"{wrong[0]}: {_short(repr(saved[wrong[0]]))}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        raise InputError(f"{folder / 'judge.json'}: not a judge written by distjudge ({why})") from None
     if labels and [str(label) for label in labels] != trained_labels:
         raise InputError(f"{folder}: labels: this judge was trained for {_listed(trained_labels)}, not {_listed(map(str, labels))}")
     weights = folder / ("adapter/adapter_model.safetensors" if is_adapter else "model")
     for needed in (folder / "tokenizer", weights):  # or the path might be taken for a hub id
         if not needed.exists():
             raise InputError(f"{folder}: {needed.relative_to(folder)} is missing")
+    _check_saved(folder, saved)
+    if is_adapter and Path(base).is_absolute() and not Path(base).is_dir():
+        raise InputError(f"{folder}: base: {base}, the model that the judge was trained on, is not there")
     use, why = choose_backend(backend, device, trained=not is_adapter)
     tokenizer = _load_tokenizer(str(folder / "tokenizer"))
     encoder = PromptEncoder(tokenizer, frame)
@@ -2135,6 +2248,10 @@ class Config:
             value = getattr(self, name)
             if not low <= value < math.inf:
                 raise InputError(f"{name}: must be {low} or more, not {value}")
+        if not self.out.strip():
+            raise InputError("out: name a folder")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed: must be between 0 and 4294967295, not {self.seed}")
         if self.epochs == 0:
             raise InputError("epochs: must be more than 0")
         schedules = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -2443,15 +2560,10 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             if self.training_bar is not None and "loss" in (logs or {}):
                 self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
-    Path(config.out).mkdir(parents=True, exist_ok=True)
     on_cpu, amp = judge.device.type == "cpu", autocast_type(judge)
     order, average, signals, checkpoints = Order(), Average(), [], Path(config.out) / "checkpoints"
     made_from = _made_from(judge, items, eval_items, config)
     resumed, weights, found = (_newest_checkpoint(checkpoints, made_from) if config.resume else None) or (None, {}, {})
-    if os.environ.get("RANK", "0") == "0":
-        _start_log(Path(config.out) / "log.jsonl", resumed)
-        if not config.resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)
     settings = dict(
         output_dir=str(checkpoints), save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or 1,
         report_to=list(config.report_to) or "none",
@@ -2473,6 +2585,11 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                           data_collator=lambda chosen: {"chosen": torch.tensor(chosen)})
     except (ValueError, RuntimeError, ImportError) as error:  # an unknown schedule, a logger that is not installed
         raise InputError(f"training settings: {_first_line(error)}") from error
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") == "0":
+        _start_log(Path(config.out) / "log.jsonl", resumed)
+        if not config.resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
     if trainer.pop_callback(transformers.ProgressCallback):  # notebooks have another, which stays
         trainer.add_callback(Progress)
     trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the items of the whole step, so Trainer must not
@@ -2943,13 +3060,16 @@ def load_data(config: Config) -> tuple[list[Item], list[Item]]:
     if any(item.split for item in items):
         unplaced = [item for item in items if not item.split]
         if unplaced:
-            raise InputError(f"{unplaced[0].where}: item '{unplaced[0].id}': split: missing, though other items have one")
+            raise InputError(f"{unplaced[0].where}: item '{_short(unplaced[0].id)}': split: missing, though other items have one")
         items, test = [i for i in items if i.split == "train"], [i for i in items if i.split == "test"]
         if not items or not test:
             raise InputError(f"{config.train[0]}: split: there must be both train and test items")
         check_apart(items, test)
         return items, test
-    return split_items(items, seed=config.seed)
+    try:
+        return split_items(items, seed=config.seed)
+    except InputError as error:
+        raise InputError(f"{', '.join(config.train)}: {error}") from None
 
 
 def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
@@ -3031,7 +3151,7 @@ def write_results(judge: Judge, items: Sequence[Item], train_items: Sequence[Ite
     write_lines(folder / "predictions.jsonl", rows)
     metrics = evaluate(probabilities, items, train_items=train_items, label_mass=mass, ordered=config.ordered, seed=config.seed) | orders
     write_json(folder / "metrics.json", metrics)
-    prompt_hash = hashlib.sha256(json.dumps([judge.encoder.frame, judge.tokens.sequences]).encode()).hexdigest()
+    prompt_hash = _prompt_hash(judge.encoder.frame, judge.tokens.sequences)
     resolved = {"labels": judge.labels, "prompt_hash": prompt_hash, "versions": versions(), "items": {"train": len(train_items),
                 "test": len(items)}, "votes": {"train": sum(i.votes for i in train_items), "test": sum(i.votes for i in items)}}
     write_json(folder / "config.json", dataclasses.asdict(config) | resolved)

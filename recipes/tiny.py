@@ -134,19 +134,8 @@ def table_lines(rows: list[dict]) -> list[str]:
     return lines
 
 
-def main(config: TinyConfig) -> None:
-    config.check()
-    for name, least in (("seeds", 1), ("layers", 1), ("hidden", 16), ("vocabulary", 300)):
-        if getattr(config, name) < least:
-            raise distjudge.InputError(f"{name}: must be {least} or more, not {getattr(config, name)}")
-    if config.hidden % 16:
-        raise distjudge.InputError(f"hidden: must be a multiple of 16, not {config.hidden}")
-    items, test = load_data(config)
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # of loading weights; training and judging keep theirs
-    out, rows = Path(config.out), []
-    out.mkdir(parents=True, exist_ok=True)
+def compare(config: TinyConfig, items: list[Item], test: list[Item], out: Path, rows: list[dict]) -> tuple[list[Item], list[Item]]:
+    """Trains and measures every method with every seed; adds to rows, and returns the items that were short enough."""
     for seed in range(config.seed, config.seed + config.seeds):
         base = config.model or build_base(out / f"base-{seed}", items, config, seed)
         for method, settings in {"untrained": {}, **METHODS}.items():
@@ -164,6 +153,28 @@ def main(config: TinyConfig) -> None:
                 train(judge, items, run, eval_items=test)
                 save_judge(judge, run.out)
             rows.append(row(method, seed, write_results(judge, test, items, run, run.out)))
+    return items, test
+
+
+def main(config: TinyConfig) -> None:
+    config.check()
+    for name, least in (("seeds", 1), ("layers", 1), ("hidden", 16), ("vocabulary", 300)):
+        if getattr(config, name) < least:
+            raise distjudge.InputError(f"{name}: must be {least} or more, not {getattr(config, name)}")
+    if config.hidden % 16:
+        raise distjudge.InputError(f"hidden: must be a multiple of 16, not {config.hidden}")
+    items, test = load_data(config)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # of loading weights; training and judging keep theirs
+    out, rows, fresh = Path(config.out), [], not Path(config.out).exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        items, test = compare(config, items, test, out, rows)
+    except distjudge.InputError:
+        if fresh and not rows:  # nothing was trained yet
+            shutil.rmtree(out)
+        raise
     order = ["marginal", "untrained", *METHODS, "noise_floor"]
     rows.sort(key=lambda r: (order.index(r["method"]), r["seed"]))
     write_json(out / "table.json", rows)

@@ -57,6 +57,16 @@ def tiny_model(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
+@pytest.fixture(scope="session")
+def saved_run(tiny_model, tmp_path_factory):
+    """A run folder with a judge of tiny_model; not to be changed, but copied."""
+    from distjudge import load_judge, save_judge
+
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    save_judge(load_judge(tiny_model, ["yes", "no"], lora_rank=2), folder)
+    return folder
+
+
 @pytest.fixture
 def votes():
     """A factory of n items over labels, with different prompts and votes."""

@@ -359,11 +359,19 @@ def test_a_saved_judge_gives_the_same_judgments(tiny_model, tmp_path, lora_rank)
         load_judge(tmp_path / "run", labels=["10", "1"])
     saved = json.loads((tmp_path / "run" / "judge.json").read_text())
     (tmp_path / "run" / "judge.json").write_text(json.dumps(saved | {"sequences": saved["sequences"][::-1]}))
+    with pytest.raises(InputError, match=r"judge.json: prompt_hash: .* not those the judge was trained with"):
+        load_judge(tmp_path / "run")
+    (tmp_path / "run" / "judge.json").write_text(json.dumps(without_sums(saved) | {"sequences": saved["sequences"][::-1]}))
     with pytest.raises(InputError, match="not those the judge was trained on"):
         load_judge(tmp_path / "run")
     (tmp_path / "run" / "judge.json").write_text("{}")
     with pytest.raises(InputError, match="not a judge written by distjudge"):
         load_judge(tmp_path / "run")
+
+
+def without_sums(saved):
+    """A judge.json as written before it held checksums: what lies behind them must hold by itself."""
+    return {key: value for key, value in saved.items() if key not in ("sha256", "prompt_hash")}
 
 
 def lose(path, name):
@@ -379,6 +387,8 @@ def test_missing_weights_are_refused_not_made_up(tiny_model, tmp_path):
     judge = load_judge(tmp_path / "m", ["yes", "no"])
     save_judge(judge, tmp_path / "run")
     save_judge(load_judge(tmp_path / "m", ["yes", "no"], lora_rank=0), tmp_path / "full")
+    for name in ("run", "full"):
+        (tmp_path / name / "judge.json").write_text(json.dumps(without_sums(json.loads((tmp_path / name / "judge.json").read_text()))))
     lose(tmp_path / "full" / "model" / "model.safetensors", "layers.1.mlp")
     with pytest.raises(InputError, match=r"3 of its weights are missing or of another shape, the first model.layers.1.mlp"):
         load_judge(tmp_path / "full")
@@ -457,12 +467,79 @@ def test_a_tokenizer_that_transformers_would_rebuild_otherwise_is_read_as_saved(
     assert "differs from its tokenizer.json" in caplog.text
 
 
-def test_a_chat_template_is_kept_as_it_was_at_training(tiny_model, tmp_path):
-    judge = load_judge(tiny_model, labels=["yes", "no"])
+def test_a_chat_template_is_kept_as_it_was_rendered_at_training(tiny_model, tmp_path, monkeypatch):
+    """Llama 3.1's, for one, writes today's date: tomorrow the judge must still get the prompts it was trained with."""
+    import datetime
+
+    from transformers.utils import chat_template_utils
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2030, 1, day)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    day = 1
+    shutil.copytree(tiny_model, tmp_path / "m")
+    template = tmp_path / "m" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("'<|user|>'", "'<|user|>' + strftime_now('%d') + ' '"))
+    judge = load_judge(tmp_path / "m", labels=["yes", "no"])
     save_judge(judge, tmp_path / "run")
-    template = tmp_path / "run" / "tokenizer" / "chat_template.jinja"
-    template.write_text(template.read_text().replace("<|user|>", "<|user|>Today is Monday. "))
-    assert load_judge(tmp_path / "run").encode(["Hi"]) == judge.encode(["Hi"])
+    day = 2
+    assert load_judge(tmp_path / "run").encode(["Hi"]) == judge.encode(["Hi"]) != load_judge(tmp_path / "m", labels=["yes", "no"]).encode(["Hi"])
+
+
+# --- what a saved judge is checked against -------------------------------------------------------------------------------
+def change_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def other_adapter(run):
+    """The weights of another judge on the same model, of the same shape."""
+    from safetensors.torch import load_file, save_file
+
+    file = run / "adapter" / "adapter_model.safetensors"
+    save_file({key: tensor + 0.01 for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+CHANGED = {  # what was changed underneath a saved judge, and what the refusal says of it
+    "a word of the tokenizer": (lambda run: (run / "tokenizer" / "tokenizer.json").write_text((run / "tokenizer" / "tokenizer.json").read_text().replace('"so"', '"zo"')),
+                                "tokenizer/tokenizer.json: has changed"),
+    "the tokenizer's settings": (lambda run: change_json(run / "tokenizer" / "tokenizer_config.json", eos_token="<|user|>"), "tokenizer/tokenizer_config.json: has changed"),
+    "the chat template": (lambda run: (run / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}"), "tokenizer/chat_template.jinja: has changed"),
+    "a template taken away": (lambda run: (run / "tokenizer" / "chat_template.jinja").unlink(), "tokenizer/chat_template.jinja: is missing"),
+    "a file put beside": (lambda run: (run / "tokenizer" / "added_tokens.json").write_text("{}"), "tokenizer/added_tokens.json: was not there"),
+    "the rendered template": (lambda run: change_json(run / "judge.json", frame={"before": "<|user|>Say yes. ", "after": "<|end|><|judge|>", "end": "<|end|>", "trim": False}),
+                              "judge.json: prompt_hash: "),
+    "the label tokens": (lambda run: change_json(run / "judge.json", sequences=[[0, [5]], [1, [6]]]), "judge.json: prompt_hash: "),
+    "the labels": (lambda run: change_json(run / "judge.json", labels=["no", "yes"]), "labels: their tokens are not those the judge was trained on"),
+    "the run's config": (lambda run: (run / "config.json").write_text('{"prompt_hash": "00"}'), "config.json: prompt_hash: is that of another judge"),
+    "another adapter": (other_adapter, "adapter/adapter_model.safetensors: has changed"),
+    "the adapter's scale": (lambda run: change_json(run / "adapter" / "adapter_config.json", lora_alpha=64), "adapter/adapter_config.json: has changed"),
+    "the base weights": (lambda run: change_json(run / "judge.json", base_fingerprint="00"), r"base: the weights of .* are not those the judge was trained on"),
+    "a base that is gone": (lambda run: change_json(run / "judge.json", base="/nowhere/at/all"), "base: /nowhere/at/all, the model that the judge was trained on, is not there"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_a_judge_whose_parts_have_changed_is_refused(saved_run, tmp_path, what):
+    change, words = CHANGED[what]
+    shutil.copytree(saved_run, tmp_path / "run")
+    change(tmp_path / "run")
+    with pytest.raises(InputError, match=words) as caught:
+        load_judge(tmp_path / "run")
+    assert str(tmp_path / "run") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_judge_as_saved_is_loaded_and_one_without_checksums_with_a_warning(saved_run, tmp_path, caplog):
+    assert load_judge(saved_run, ["yes", "no"]).labels == ["yes", "no"] and "checksums" not in caplog.text
+    with pytest.raises(InputError, match=r"run: labels: this judge was trained for {yes, no}, not {no, yes}"):
+        load_judge(saved_run, ["no", "yes"])
+    shutil.copytree(saved_run, tmp_path / "run")
+    saved = json.loads((saved_run / "judge.json").read_text())
+    (tmp_path / "run" / "judge.json").write_text(json.dumps(without_sums(saved)))
+    load_judge(tmp_path / "run")
+    assert "an older distjudge wrote no checksums into it" in caplog.text
 
 
 def test_what_cannot_be_loaded_is_refused_in_one_line(tiny_model, tmp_path):
