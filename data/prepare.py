@@ -144,8 +144,10 @@ def field(where: str, row: dict[str, Any], *names: str, kind: type = str) -> Any
     """row[name] for the first name that is there. Raises InputError if none is, or if it is not of the kind."""
     for name in names:
         if name in row:
-            if not isinstance(row[name], kind):
+            if not isinstance(row[name], kind) or isinstance(row[name], bool):
                 raise InputError(f"{where}: {name}: must be {kind.__name__}, not {_short(repr(row[name]))}")
+            if isinstance(row[name], str) and not distjudge._is_text(row[name]):
+                raise InputError(f"{where}: {name}: holds a lone surrogate, which is no character")
             return row[name]
     raise InputError(f"{where}: {names[0]}: missing; the row has {', '.join(sorted(row)[:12])}")
 
@@ -159,6 +161,14 @@ def progress(rows: Iterable[Any], what: str) -> Iterator[Any]:
 def raw_rows(config: PrepareConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in config.raw:
         yield from progress(sources.read_rows(path), Path(path).name)
+
+
+def texts_of(where: str, row: dict[str, Any], name: str) -> list[str]:
+    """row[name], which must be a list of texts."""
+    for text in (texts := field(where, row, name, kind=list)):
+        if not isinstance(text, str) or not distjudge._is_text(text):
+            raise InputError(f"{where}: {name}: must be a list of texts, not of {_short(repr(text))}")
+    return texts
 
 
 class Ids:
@@ -192,8 +202,8 @@ def nli(config: PrepareConfig) -> tuple[list[dict], dict]:
         gold = row.get("gold_label", row.get("label"))
         read["gold label '-', votes kept"] += gold in ("-", None)
         votes = [vote for vote in votes[config.drop_first_label:] if vote]
-        if wrong := set(votes) - set(NLI):
-            raise InputError(f"{where}: annotator_labels: unknown label {_listed(map(str, wrong))}; the labels are {_listed(NLI)}")
+        if wrong := [vote for vote in votes if vote not in NLI]:
+            raise InputError(f"{where}: annotator_labels: unknown label {_listed(map(str, wrong[:5]))}; the labels are {_listed(NLI)}")
         if not premise.strip() or hypothesis.strip().lower() in ("", "n/a"):
             dropped["no text"] += 1
         elif not votes:
@@ -221,6 +231,8 @@ def chaosnli(config: PrepareConfig) -> tuple[list[dict], dict]:
         premise, hypothesis = field(where, texts, "premise"), field(where, texts, "hypothesis")
         if wrong := set(votes) - set(letters.values()):
             raise InputError(f"{where}: label_counter: unknown label {_listed(wrong)}; the labels are {_listed(letters.values())}")
+        if wrong := [n for n in votes.values() if not isinstance(n, int) or n < 0]:
+            raise InputError(f"{where}: label_counter: a number of votes is needed, not {_short(repr(wrong[0]))}")
         if not premise.strip() or not hypothesis.strip():
             dropped["no text"] += 1
             continue
@@ -264,7 +276,7 @@ def summeval(config: PrepareConfig) -> tuple[list[dict], dict]:
         else:
             name = ids(f"{story}-{field(where, row, 'model_id')}")
             for quality in dimensions(config):
-                ratings = [str(vote.get(quality)) for vote in votes]
+                ratings = [str(vote.get(quality)) if isinstance(vote, dict) else str(vote) for vote in votes]
                 if wrong := [r for r in ratings if r not in RATING]:
                     raise InputError(f"{where}: {quality}: '{_short(wrong[0])}' is not 1 to 5")
                 read["votes"] += len(ratings)
@@ -294,13 +306,16 @@ def mtbench(config: PrepareConfig) -> tuple[list[dict], dict]:
         if "winner" in row:
             votes.append((where, row))
         elif "choices" in row:
-            turns = field(where, field(where, row, "choices", kind=list)[0], "turns", kind=list)
+            choices = field(where, row, "choices", kind=list)
+            if not choices or not isinstance(choices[0], dict):
+                raise InputError(f"{where}: choices: must be a list of {{\"turns\": [...]}}, not {_short(repr(choices))}")
+            turns = texts_of(where, choices[0], "turns")
             key = field(where, row, "model_id"), field(where, row, "question_id", kind=int)
             if answers.setdefault(key, turns) != turns:
                 raise InputError(f"{where}: another answer of {key[0]} to question {key[1]} was read before; if one file holds reference "
                                  "answers, leave it out")
         else:
-            questions[field(where, row, "question_id", kind=int)] = field(where, row, "turns", kind=list)
+            questions[field(where, row, "question_id", kind=int)] = texts_of(where, row, "turns")
     counts: dict[tuple[int, int, str, str], dict[str, int]] = {}
     judges: dict[tuple[int, int, str, str], set] = defaultdict(set)
     twice = 0
@@ -325,6 +340,8 @@ def mtbench(config: PrepareConfig) -> tuple[list[dict], dict]:
         judges[key].add(judge)
         for side, model in zip("ab", shown, strict=True):
             if conversation := row.get(f"conversation_{side}"):
+                if not isinstance(conversation, list) or not all(isinstance(message, dict) for message in conversation):
+                    raise InputError(f"{where}: conversation_{side}: must be a list of messages, not {_short(repr(conversation))}")
                 said = [field(where, message, "content") for message in conversation]
                 texts.setdefault((model, question), (said[0::2], said[1::2]))
     rows, places, empty = [], {row["question_id"]: where for where, row in votes}, 0
@@ -366,7 +383,7 @@ def helpsteer2(config: PrepareConfig) -> tuple[list[dict], dict]:
             continue
         for quality in dimensions(config):
             ratings = [vote for vote in field(where, row, quality, kind=list) if vote is not None]
-            if wrong := [vote for vote in ratings if vote not in range(5)]:
+            if wrong := [vote for vote in ratings if isinstance(vote, bool) or vote not in range(5)]:
                 raise InputError(f"{where}: {quality}: {_short(repr(wrong[0]))} is not 0 to 4")
             read["votes"] += len(ratings)
             if not ratings:
@@ -392,7 +409,7 @@ def helpsteer2_pref(config: PrepareConfig) -> tuple[list[dict], dict]:
         prompt, one, other = (field(where, row, name) for name in ("prompt", "response_1", "response_2"))
         strengths = [vote.get("strength") if isinstance(vote, dict) else vote
                      for vote in field(where, row, "all_preferences_unprocessed", kind=list)]
-        if wrong := [s for s in strengths if s not in (None, -100) and s not in folded]:
+        if wrong := [s for s in strengths if s not in (None, -100) and s not in list(folded)]:
             raise InputError(f"{where}: strength: {_short(repr(wrong[0]))} is not -3 to 3")
         read["votes"] += len(strengths)
         votes = [folded[s] for s in strengths if s in folded]
@@ -406,7 +423,7 @@ def helpsteer2_pref(config: PrepareConfig) -> tuple[list[dict], dict]:
             rows.append({"id": str(read["pairs"]), "prompt": fill(template, values), "counts": tally(PAIR, votes),
                          "group": text_key("question", prompt),
                          "swap": {"prompt": fill(template, values | {"answer_a": other, "answer_b": one}), "labels": SWAP}}
-                        | published.get(row.get("split"), {}))
+                        | published.get(str(row.get("split")), {}))
     return rows, {"labels": PAIR, "ordered": False, "licence": "CC BY 4.0", "spellings": SPELLINGS["pair"], "read": dict(read),
                   "dropped": dict(dropped), "notes": ["strengths -3, -2 are a; -1, 0, 1 tie; 2, 3 b"]}
 
@@ -457,27 +474,39 @@ def vote_text(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     text = str(value).strip()
-    number = re.fullmatch(r"([+-]?\d+)(\.0+)?", text)
+    number = re.fullmatch(r"([+-]?\d{1,300})(\.0+)?", text)
     return str(int(number[1])) if number else text
+
+
+def cell(where: str, name: str, value: Any) -> Any:
+    """A cell that holds one thing, text or a number. Raises InputError for bytes, lists, objects and text that is none."""
+    if isinstance(value, (bytes, bytearray, list, tuple, dict)) or (isinstance(value, str) and not distjudge._is_text(value)):
+        what = "text without lone surrogates" if isinstance(value, str) else "text or a number"
+        raise InputError(f"{where}: {_short(name)}: must be {what}, not {_short(repr(value))}")
+    return value
 
 
 def named_labels(labels: Iterable[str]) -> list[str]:
     """("1-5",) or ("-3..3",) -> every whole number of the range; other names as they are."""
     out: list[str] = []
     for label in labels:
-        ends = re.fullmatch(r"([+-]?\d+)(?:\.\.|-)([+-]?\d+)", label.strip())
+        ends = re.fullmatch(r"([+-]?\d{1,300})(?:\.\.|-)([+-]?\d{1,300})", label.strip())
         if ends and not int(ends[1]) < int(ends[2]) <= int(ends[1]) + 100:
             raise InputError(f"labels: '{label}' is not a range from low to high")
         out += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [vote_text(label)]
+    folded = [label.casefold() for label in out]
+    if twice := [label for label in folded if not label or folded.count(label) > 1]:
+        raise InputError(f"labels: {_listed(out)} names " + ("a label twice (capitals are ignored)" if twice[0] else "an empty label"))
     return out
 
 
 def found_labels(first: dict[str, str], what: str) -> list[str]:
     """The labels of a column in order, from those that occur (label -> where first). Raises InputError if they look like no one scale."""
-    whole = [label for label in first if re.fullmatch(r"-?\d+", label)]
+    whole = [label for label in first if re.fullmatch(r"-?\d{1,300}", label)]
     words = [label for label in first if not distjudge.are_numeric([label])]
     if parts := [label for label in first if label not in whole and label not in words]:
-        raise InputError(f"{first[parts[0]]}: {what}: '{parts[0]}' is not a whole number; a vote is one label (is this column a mean?)")
+        raise InputError(f"{first[parts[0]]}: {what}: '{_short(parts[0], 20)}' is not a whole number; a vote is one label (is this column "
+                         "a mean?)")
     if whole and words:
         raise InputError(f"{first[words[0]]}: {what}: mixed scales: '{_short(words[0], 20)}' among numbers such as '{whole[0]}' "
                          f"({first[whole[0]]}); name the labels that count with --labels, or clean the column")
@@ -488,12 +517,14 @@ def found_labels(first: dict[str, str], what: str) -> list[str]:
         if folded.setdefault(label.casefold(), label) != label:
             raise InputError(f"{first[label]}: {what}: '{_short(label, 20)}' and '{_short(folded[label.casefold()], 20)}' differ only in "
                              f"capitals; with --labels {' '.join(sorted({w.casefold() for w in words}))} both count as one")
+    if twins := distjudge.look_alike(words):
+        raise InputError(f"{first[twins[1]]}: {what}: '{_short(twins[1], 20)}' is written in two ways (composed and combining characters)")
     if whole:
         low, high = min(map(int, whole)), max(map(int, whole))
         if high - low > 20:
             odd = max(whole, key=lambda label: abs(int(label)))
-            raise InputError(f"{first[odd]}: {what}: mixed scales? The votes reach from {low} to {high}; name the scale with --labels, "
-                             f"as in --labels 1-10")
+            raise InputError(f"{first[odd]}: {what}: mixed scales? The votes reach from {_short(low)} to {_short(high)}; name the scale "
+                             f"with --labels, as in --labels 1-10")
         return list(map(str, range(low, high + 1)))
     return sorted(words)
 
@@ -530,7 +561,8 @@ def own(config: PrepareConfig) -> tuple[list[dict], dict]:
         shown = re.findall(r"\{([^{}\n]+)\}", template)
         for where, row in progress(rows, Path(path).name):
             read["rows"] += 1
-            values = {name: "" if row.get(name) is None else str(row[name]).strip() for name in columns}
+            taken = dict.fromkeys(name for name in [*shown, config.text, config.item, config.group] if name in columns)
+            values = {name: "" if distjudge._missing(cell(where, name, row.get(name))) else str(row[name]).strip() for name in taken}
             values |= {"text": values[config.text]} if config.text else {}
             if any(not values[name] for name in shown if name in values):
                 dropped["rows with empty text"] += 1
@@ -553,6 +585,8 @@ def own(config: PrepareConfig) -> tuple[list[dict], dict]:
                 if not label:
                     dropped["votes without a label"] += number
                     continue
+                if number > 10**9:
+                    raise InputError(f"{where}: {what}: more than a billion votes for '{_short(label, 30)}'")
                 label = spelled.get(label.casefold(), label)
                 if order and label not in order:
                     problems.append(f"{where}: {what}: '{_short(label, 30)}' is not one of {_listed(order)}")
@@ -582,24 +616,26 @@ def own(config: PrepareConfig) -> tuple[list[dict], dict]:
 def row_votes(config: PrepareConfig, where: str, row: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """(label, number of votes) of a row; ("", 1) for an empty cell of a label column."""
     for column in config.label:
-        yield vote_text(row.get(column)), 1
+        yield vote_text(cell(where, column, row.get(column))), 1
     if len(config.counts) == 1:
-        cell = row.get(config.counts[0])
+        given = row.get(config.counts[0])
         try:
-            cell = json.loads(cell) if isinstance(cell, str) else cell
-            pairs = list(cell.items()) if isinstance(cell, dict) else None
-        except ValueError:
+            given = json.loads(given, object_pairs_hook=distjudge._Object) if isinstance(given, str) else given
+            pairs = list(given.items()) if isinstance(given, dict) else None
+        except (ValueError, RecursionError):
             pairs = None
         if pairs is None:
-            raise InputError(f"{where}: {config.counts[0]}: must be an object such as {{\"1\": 0, \"2\": 3}}, not {_short(repr(cell))}")
+            raise InputError(f"{where}: {config.counts[0]}: must be an object such as {{\"1\": 0, \"2\": 3}}, not {_short(repr(given))}")
+        if twice := getattr(given, "twice", ()):
+            raise InputError(f"{where}: {config.counts[0]}: '{_short(twice[0], 30)}' stands twice in it")
     else:
         pairs = [(column, row.get(column)) for column in config.counts]
     for label, number in pairs:
         text = vote_text(number) or "0"
-        if not text.isdigit():
+        if not re.fullmatch(r"[0-9]{1,300}", text):
             raise InputError(f"{where}: {_short(label)}: a number of votes is needed, not '{_short(text, 30)}'")
         if int(text) or len(config.counts) == 1:
-            yield vote_text(label), int(text)
+            yield vote_text(cell(where, "label", label)), int(text)
 
 
 # --- from items to files ----------------------------------------------------------------------------------------------
@@ -643,7 +679,9 @@ def split_rows(items: list[Item], rows: dict[str, dict], how: str, seed: int, dr
 
 
 def main(config: PrepareConfig) -> None:
-    if config.limit < 0 or (config.min_votes or 1) < 1:
+    if not config.out.strip():
+        raise InputError("out: name a folder")
+    if config.limit < 0 or (config.min_votes is not None and config.min_votes < 1):
         raise InputError("limit: must be 0 or more" if config.limit < 0 else f"min_votes: must be 1 or more, not {config.min_votes}")
     least = config.min_votes or (2 if config.task in ("snli", "mnli") else 1)
     how = config.split or ("published" if config.task == "emobank" else "group")

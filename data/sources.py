@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distjudge import InputError, _short
+from distjudge import InputError, _Object, _short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +157,13 @@ def _read_lines(file: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_Object)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{name}:{number}: broken JSON: {_short(error, 100)}") from None
         if not isinstance(row, dict):
             raise InputError(f"{name}:{number}: not a JSON object but {type(row).__name__}")
+        if row.twice:
+            raise InputError(f"{name}:{number}: {_short(row.twice[0])}: stands twice in the row")
         yield f"{name}:{number}", row
 
 
@@ -184,6 +186,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows of a CSV file; its delimiter is the comma, semicolon or tab that its first line holds most of."""
+    csv.field_size_limit(1 << 30)  # Python's own limit, 131,072 characters, is less than a long text
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         first = text[: text.find("\n") + 1] or text
@@ -233,7 +236,7 @@ def _read_excel(path: str) -> tuple[list[str], Iterator[tuple[str, dict[str, Any
         raise InputError(f"{path}: {error} (or save the sheet as CSV)") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged workbook fails in many ways
         raise InputError(f"{path}: cannot be read as Excel: {_short(error, 100)}") from None
     columns = [str(column) for column in table.columns]
     rows = [dict(zip(columns, values, strict=True)) for values in table.itertuples(index=False, name=None)]
