@@ -472,8 +472,9 @@ def look_alike(labels: Iterable[str]) -> tuple[str, str] | None:
 
 
 def are_numeric(labels: Iterable[str]) -> bool:
-    """True if every label is a plain number ("1", "-2", "0.5"): such labels are taken as ordered."""
-    return all(re.fullmatch(r"[+-]?\d+(\.\d+)?", label) for label in labels)
+    """True if every label is a plain number ("1", "-2", "0.5") of at most 15 digits before the point, which a float holds: such labels
+    are taken as ordered."""
+    return all(re.fullmatch(r"[+-]?\d{1,15}(\.\d+)?", label) for label in labels)
 
 
 def split_items(items: Sequence[Item], test_share: float = 0.2, seed: int = 0) -> tuple[list[Item], list[Item]]:
@@ -1777,13 +1778,16 @@ def hybrid_loss(logq: torch.Tensor, p: torch.Tensor, alpha: float, worst: torch.
     """alpha KL(p' || q) + (1 - alpha) CE(r, q), p' being `worst` or, without it, p; r is always that of p. -> (B,), nats.
 
     alpha = 0 is single-point training, alpha = 1 drops the cross-entropy. Source: arXiv 2505.12301, section 3.
-    rps > 0 (our addition) puts (1 - rps) KL(p' || q) + rps rps_loss(p', q) in the place of KL.
+    rps > 0 (our addition) puts (1 - rps) KL(p' || q) + rps rps_loss(p', q) in the place of KL. A term of weight 0 is left out, also
+    where it is infinite.
     """
+    if alpha == 0:
+        return ce_loss(logq, p)
     aim = p if worst is None else worst
     distance = kl_loss(logq, aim) if rps < 1 else 0.0
     if rps:
         distance = (1 - rps) * distance + rps * rps_loss(logq, aim, order)
-    return alpha * distance + (1 - alpha) * ce_loss(logq, p)
+    return alpha * distance + (1 - alpha) * ce_loss(logq, p) if alpha < 1 else distance
 
 
 def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
@@ -1798,7 +1802,9 @@ def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     >>> shrink_votes(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
     tensor([[0.7500, 0.2500]])
     """
-    return (counts + prior) / (counts + prior).sum(-1, keepdim=True)
+    total = counts + prior
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))  # a float16 sum ends at 65,504 votes
+    return (wide / wide.sum(-1, keepdim=True)).to(total.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2010,9 +2016,10 @@ def worst_case_bound(p: torch.Tensor, logq: torch.Tensor, eps: float | torch.Ten
     eps, goal = _radius(eps, p)[..., 0], attained.double().cpu() + tol
     reach = eps[:, None] * math.sqrt(1 - 1 / p.shape[-1])
     item, lo, hi = torch.arange(len(p)), (p - reach).clamp_min(0), (p + reach).clamp_max(1)
-    bound, dual = attained.double().cpu().clone(), torch.stack([torch.zeros_like(eps), 1.5 / eps.clamp_min(1e-9)], 1)
+    span = (logq.amax(1) - logq.amin(1)) / 2  # mu and lam eps grow with it
+    bound, dual = attained.double().cpu().clone(), torch.stack([span, (1.5 + span) / eps.clamp_min(1e-9)], 1)
     for turn in range(rounds):
-        spread = torch.stack([torch.full_like(dual[:, 0], 30.0 if turn == 0 else 4.0), dual[:, 1] * (10 if turn == 0 else 2) + 1], 1)
+        spread = torch.stack([30 + span if turn == 0 else torch.full_like(dual[:, 0], 4.0), dual[:, 1] * (10 if turn == 0 else 2) + 1], 1)
         best, at = _dual_bound(p[item], logq[item], eps[item], lo, hi, dual, spread, goal[item])
         closed = best <= goal[item]
         bound = bound.scatter_reduce(0, item[closed], best[closed], "amax")
@@ -2352,8 +2359,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     batch_size * grad_accum items. Two runs with one seed on one machine give the same weights.
     callbacks: more callbacks of transformers' Trainer. Raises InputError if the items' labels are not the judge's, or a prompt
     is longer than judge.max_length (dropping such items is run()'s affair, see keep_short), or if config.resume finds
-    checkpoints of another run or damaged ones only, FloatingPointError when the loss is no longer finite, OSError when a checkpoint
-    cannot be written, Stopped after SIGINT or SIGTERM.
+    checkpoints of another run or damaged ones only, FloatingPointError when the loss or the weights are no longer finite, OSError when a
+    checkpoint cannot be written, Stopped after SIGINT or SIGTERM.
     """
     import transformers
 
@@ -2409,6 +2416,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
 
         def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
             step, rank, processes = inputs["chosen"].tolist(), self.args.process_index, self.args.world_size
+            self.step_items = step
             chosen = step[rank * len(step) // processes : (rank + 1) * len(step) // processes]
             counts_here = float(len(chosen) > 0)  # a process without a share must exchange gradients all the same, of zero
             chosen = chosen or step[:1]
@@ -2446,10 +2454,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> torch.Tensor:
             logq, _ = label_logprobs(model, inputs, judge.tokens)
             if not torch.isfinite(logq).all():
-                bad = [ids[self.rows[k]] for k in (~torch.isfinite(logq)).any(1).nonzero()[:, 0].tolist()]
-                last = next(iter(_checkpoints(checkpoints)), None)
-                raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}, for item{'s' * (len(bad) > 1)} "
-                                         f"{', '.join(map(_short, bad[:8]))}{', ...' * (len(bad) > 8)}; last checkpoint: {last or 'none'}")
+                bad = [self.rows[k] for k in (~torch.isfinite(logq)).any(1).nonzero()[:, 0].tolist()]
+                raise self.diverged(f"the loss is not finite at step {self.state.global_step + 1}, for", bad)
             votes, pseudo = inputs["votes"], inputs["prior"]
             if config.prior == "model":  # none in the first epoch, before which nothing was predicted
                 self.said.append((self.rows, logq.detach().exp()))
@@ -2465,7 +2471,19 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             loss = inputs["weight"] * hybrid_loss(logq, votes / votes.sum(-1, keepdim=True), config.alpha, worst, rps, scale).sum()
             return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
 
+        def diverged(self, what: str, rows: Sequence[int]) -> FloatingPointError:
+            """Good is a checkpoint whose weights a later step has used, with a finite loss."""
+            names = list(dict.fromkeys(_short(ids[i]) for i in rows))
+            good = [path for path in _checkpoints(checkpoints) if int(path.name[5:]) < self.state.global_step]
+            return FloatingPointError(f"{what} item{'s' * (len(names) > 1)} {', '.join(names[:8])}{', ...' * (len(names) > 8)}; "
+                                      f"last good checkpoint: {good[0] if good else 'none'}")
+
+        def check_weights(self) -> None:
+            if not all(bool(torch.isfinite(w).all()) for w in self.model.parameters() if w.requires_grad):
+                raise self.diverged(f"the weights are not finite after step {self.state.global_step}, of", self.step_items)
+
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            self.check_weights()
             if self.args.should_save:
                 weights = {name: p for name, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.requires_grad}
                 progress = {"loss": self._tr_loss.item(), "logged": self._globalstep_last_logged, "pack_tokens": judge.pack_tokens}
@@ -2603,9 +2621,13 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         plain = {}
     try:
         trainer.train(resume_from_checkpoint=resumed and str(resumed))
+        trainer.check_weights()
     finally:  # takes off the wrapper that runs every forward in bfloat16, or judgments would differ after loading
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         judge.packs, judge.pack_tokens = before
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Progress) and callback.training_bar is not None:  # or an error's line would begin behind the bar
+                callback.training_bar.close()
         for number, handler in plain.items():
             signal.signal(number, handler)
     judge.model.eval()

@@ -211,7 +211,7 @@ def test_a_diverging_run_names_step_items_and_checkpoint(go, tmp_path, tiny_mode
             if state.global_step == 6:
                 with torch.no_grad():
                     next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"not finite at step 7, for items i\d+, .*; last checkpoint: .*step-000000006"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step 7, for items i\d+, .*; last good checkpoint: .*step-000000005"):
         go("run", callbacks=[Poison()])
 
 
