@@ -141,8 +141,8 @@ def draw_lines(rows: list[dict], x: str, by: str, label: str, name=str) -> plt.F
         if by != "method":  # else they are lines among the others
             reference_lines(ax, [r for r in rows if r.get(x) in (None, "")], metric)
         ax.set(xlabel=label, ylabel=NAMES[metric])
-    handles, labels = axes[0, -1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
     return figure
 
 
