@@ -144,7 +144,7 @@ def test_labels_of_several_tokens_are_read_by_a_beginning_that_is_theirs_alone(m
 
 
 @pytest.mark.parametrize(("labels", "settings", "words"), [
-    (("1", "10"), {}, "'1' begins '10' too"), (("Yes", "yes"), {}, "--case tells capitals"), (("a", "b"), {"spellings": ("a=b",)}, "'b' is one of"),
+    (("1", "10"), {}, "'1' begins '10' too"), (("Yes", "yes"), {"labels": ("Yes", "yes")}, "--case tells capitals"), (("a", "b"), {"spellings": ("a=b",)}, "'b' is one of"),
     (("a", "b"), {"spellings": ("a=",)}, "is empty"), (("a", "b"), {"spellings": ("c=x",)}, "unknown label {c}"), (("a", "b"), {"extra": "[1]"}, "extra: must be"),
     (("a", "b"), {"extra": "{"}, "extra: broken JSON"), (("a", "b"), {"min_mass": 1.5}, "min_mass: must be"), (("a", "b"), {"concurrency": 0}, "concurrency: must be"),
     (("a", "b"), {"timeout": 0.0}, "timeout"), (("a", "b"), {"max_cost": 1.0}, "needs price_in"), (("a", "b"), {"base_url": "localhost:8000"}, "base_url: must begin"),

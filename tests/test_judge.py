@@ -486,12 +486,20 @@ def test_a_chat_template_is_kept_as_it_was_rendered_at_training(tiny_model, tmp_
     judge = load_judge(tmp_path / "m", labels=["yes", "no"])
     save_judge(judge, tmp_path / "run")
     day = 2
-    assert load_judge(tmp_path / "run").encode(["Hi"]) == judge.encode(["Hi"]) != load_judge(tmp_path / "m", labels=["yes", "no"]).encode(["Hi"])
+    assert load_judge(tmp_path / "run").encode(["Hi"]) == judge.encode(["Hi"]) == load_judge(tmp_path / "m", labels=["yes", "no"]).encode(["Hi"])
 
 
 # --- what a saved judge is checked against -------------------------------------------------------------------------------
 def change_json(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rename_a_word(run):
+    path = run / "tokenizer" / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    vocabulary = whole["model"]["vocab"]
+    vocabulary["zz"] = vocabulary.pop(max(vocabulary, key=vocabulary.get))
+    path.write_text(json.dumps(whole))
 
 
 def other_adapter(run):
@@ -503,7 +511,7 @@ def other_adapter(run):
 
 
 CHANGED = {  # what was changed underneath a saved judge, and what the refusal says of it
-    "a word of the tokenizer": (lambda run: (run / "tokenizer" / "tokenizer.json").write_text((run / "tokenizer" / "tokenizer.json").read_text().replace('"so"', '"zo"')),
+    "a word of the tokenizer": (rename_a_word,
                                 "tokenizer/tokenizer.json: has changed"),
     "the tokenizer's settings": (lambda run: change_json(run / "tokenizer" / "tokenizer_config.json", eos_token="<|user|>"), "tokenizer/tokenizer_config.json: has changed"),
     "the chat template": (lambda run: (run / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}"), "tokenizer/chat_template.jinja: has changed"),

@@ -347,7 +347,7 @@ def run_command(tiny_model, votes, tmp_path, monkeypatch, capsys):
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(*more):
-        arguments = ["--train", str(tmp_path / "items.jsonl"), "--model", str(tiny_model), "--out", str(tmp_path / "run"), "--batch_size", "4", *more]
+        arguments = ["--train", str(tmp_path / "items.jsonl"), "--model", str(tiny_model), "--out", str(tmp_path / "run"), "--batch_size", "4", "--min_mass", "0", *more]
         monkeypatch.setattr(sys, "argv", ["run", *arguments])
         with pytest.raises(SystemExit) as stopped:
             distjudge.cli(distjudge.run, distjudge.Config)
