@@ -2169,7 +2169,8 @@ class Config:
     prior: Literal["none", "marginal", "group", "model", "crossfit"] = "none"
     """Shrink each item's votes toward: the training marginal, its group's mean, the judge's own earlier predictions for the item
     (their running mean, see remember), or the prediction of a judge trained on the other half of the items (twice the training).
-    The adversary then starts from there, with the posterior's radius if radius is "annotators"."""
+    The adversary then starts from there, with the posterior's radius if radius is "annotators"; for "model" it moves the votes, and
+    the predictions are added after that."""
     concentration: float = 0.0
     """How many votes the prior is worth; 0 is 1 for "model", and else fits it to the training votes, or takes 2 where no item has two."""
     loss: Literal["kl", "rps", "mixed"] = "kl"
@@ -2461,14 +2462,17 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 self.said.append((self.rows, logq.detach().exp()))
                 past = inputs["memory"]
                 pseudo = pseudo.sum(-1, keepdim=True) * past[:, :-1] / past[:, -1:].clamp_min(1e-9)
-            target, eps = shrink_votes(votes, pseudo), torch.full_like(votes[:, 0], config.eps)
+            p, eps = votes / votes.sum(-1, keepdim=True), torch.full_like(votes[:, 0], config.eps)
+            centre = p if config.prior == "model" else shrink_votes(votes, pseudo)
             if config.radius == "annotators":
-                eps = annotator_radius(votes, config.eps, None if config.prior == "none" else pseudo).to(eps.dtype)
+                eps = annotator_radius(votes, config.eps, None if config.prior in ("none", "model") else pseudo).to(eps.dtype)
             if config.adversary == "exact" and config.eps:
-                worst = worst_case_exact(target, logq, eps, config.ball)
+                worst = worst_case_exact(centre, logq, eps, config.ball)
             else:
-                worst = worst_case(target, logq, eps, config.steps, config.step_size)
-            loss = inputs["weight"] * hybrid_loss(logq, votes / votes.sum(-1, keepdim=True), config.alpha, worst, rps, scale).sum()
+                worst = worst_case(centre, logq, eps, config.steps, config.step_size)
+            if config.prior == "model":  # the votes are moved, and what was predicted of them is added then
+                worst = shrink_votes(votes.sum(-1, keepdim=True) * worst, pseudo)
+            loss = inputs["weight"] * hybrid_loss(logq, p, config.alpha, worst, rps, scale).sum()
             return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
 
         def diverged(self, what: str, rows: Sequence[int]) -> FloatingPointError:

@@ -236,20 +236,22 @@ def test_the_models_own_earlier_predictions_are_worth_k_votes(tiny_model, tmp_pa
     """The targets of every step are recomputed from the predictions of the steps before; packs of two levels and small passes included."""
     shares = [[n, 9 - n] for n in range(10)] + [[1, 2]]  # each item is known by its votes, and one by their number
     items = distjudge.load_items([{"prompt": f"Item {n} of some", "counts": {"a": a, "b": b}} for n, (a, b) in enumerate(shares)])
-    calls, plain = [], distjudge.worst_case
-    monkeypatch.setattr(distjudge, "worst_case", lambda p, logq, *more: calls.append((p.clone(), logq.detach().exp())) or plain(p, logq, *more))
+    calls, plain = [], distjudge.hybrid_loss
+    monkeypatch.setattr(distjudge, "hybrid_loss", lambda logq, p, alpha, worst, *more: calls.append((worst.clone(), logq.detach())) or plain(logq, p, alpha, worst, *more))
     judge = distjudge.load_judge(str(tiny_model), distjudge.labels_of(items), lora_rank=2)
     real, seen = distjudge.shrink_votes, []
-    monkeypatch.setattr(distjudge, "shrink_votes", lambda votes, prior: seen.append(votes.clone()) or real(votes, prior))
-    distjudge.train(judge, items, Config(out=str(tmp_path), epochs=3.0, learning_rate=0.05, batch_size=4, prior="model", concentration=2.0, pack_tokens=30))
+    monkeypatch.setattr(distjudge, "annotator_radius", lambda votes, eps, prior: seen.append(votes.clone()) or torch.full_like(votes[:, 0], eps) * (prior is None))
+    distjudge.train(judge, items, Config(out=str(tmp_path), epochs=3.0, learning_rate=0.05, batch_size=4, prior="model", concentration=2.0, pack_tokens=30,
+                                         radius="annotators"))
     past, moved = {}, 0.0
-    for votes, (target, q) in zip(seen, calls, strict=True):
-        for v, t, said in zip(votes, target, q, strict=True):
+    for votes, (target, logq) in zip(seen, calls, strict=True):
+        worst = distjudge.worst_case(votes / votes.sum(1, keepdim=True), logq, 0.25)  # the adversary moves the votes, then predictions are added
+        for v, w, t, said in zip(votes, worst, target, logq.exp(), strict=True):
             earlier = past.setdefault(tuple(v.tolist()), [])
             weights = torch.tensor([0.6**j for j in range(len(earlier))][::-1])
             mean = (weights[:, None] * torch.stack(earlier)).sum(0) / weights.sum() if earlier else torch.zeros(2)
-            assert torch.allclose(t, (v + 2 * mean) / (v.sum() + 2 * bool(earlier)), atol=1e-5)
-            moved = max(moved, (t - v / v.sum()).abs().max().item())
+            assert torch.allclose(t, real(v.sum() * w[None], 2 * mean[None])[0], atol=1e-5)
+            moved = max(moved, (t - w).abs().max().item())
             earlier.append(said)
     assert [len(p) for p in past.values()] == [3] * 11 and moved > 0.1
 
