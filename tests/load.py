@@ -155,6 +155,7 @@ def open_stages(path: str, base: str, out: str) -> list[dict[str, Any]]:
         start, cpu = time.monotonic(), time.process_time()
         yield
         rows.append({"stage": what, "seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu, "peak_mib": memory("VmHWM")})
+        print(rows[-1], file=sys.__stderr__, flush=True)
 
     class Stop(transformers.TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
