@@ -584,7 +584,7 @@ class PromptEncoder:
             self._lead = self._lead.lstrip()
         if self._tail and added[marks(after)[0].group()].lstrip:
             self._trail = self._trail.rstrip()
-        self._head_ids = self._ids(head)
+        self._head_ids, self._tail_ids = self._ids(head), self._ids(self._tail)
         if tokenizer.chat_template and not self._tail:
             log.warning("%s: the chat template ends a turn in plain words, not in a control token: a text that is judged can imitate it",
                         tokenizer.name_or_path)
@@ -654,7 +654,7 @@ class PromptEncoder:
             raise InputError(f"prompt '{_short(message)!r}' is not text that can be encoded") from None
         if not self.control_ids.isdisjoint(ids):
             raise InputError(f"prompt '{_short(message)}': would be encoded with a control token of the tokenizer")
-        return self._head_ids + ids + (self._ids(self._tail + answer) if self._tail else [])
+        return self._head_ids + ids + (self._ids(self._tail + answer) if self._tail and answer else self._tail_ids)
 
 
 @dataclasses.dataclass(frozen=True)
