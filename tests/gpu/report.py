@@ -1,6 +1,6 @@
 """Everything that only a GPU can tell, in one command: tests, agreement of the backends, 4-bit training, memory and speed.
 
-    python tests/gpu/report.py --out runs/gpu                   # about an hour on one card, 40 GB of disk; nothing is downloaded
+    python tests/gpu/report.py --out runs/gpu                   # one card; some 35 GB of disk for models; nothing is downloaded
     python tests/gpu/report.py --out runs/gpu --stages tests agreement_transformers agreement_unsloth agreement
     python tests/gpu/report.py --out runs/gpu --cpu_smoke       # the same code with stand-ins, a few minutes: says nothing about a GPU
 
