@@ -10,9 +10,9 @@
 Commands that end in distjudge.run() do the same with flags of these names, --export and --push_to_hub, and look before training
 whether it can be done. Every call writes the model card, README.md, into the run folder.
 
-merged           the adapters added to the base's own 16-bit weights (float32 where it is stored so), as transformers, vLLM and llama.cpp's
-                 convert_hf_to_gguf.py read them. A judge trained on 4-bit weights is merged into the unquantized base, never into the
-                 rounded weights. A run whose weights were all trained is written in the same form.
+merged           the adapters added to the base's own 16-bit weights (float32 where it is stored and run so), as transformers, vLLM and
+                 llama.cpp's convert_hf_to_gguf.py read them. A judge trained on 4-bit weights is merged into the unquantized base, never
+                 into the rounded weights. A run whose weights were all trained is written in the same form.
 gguf             through Unsloth's save_pretrained_gguf, which needs CUDA; llama.cpp is built before training where it is missing.
                  Compared through llama-cpp-python, without which it is refused.
 gguf-unchecked   the same, not compared with anything: measure it with recipes/api.py before you trust it.
@@ -255,6 +255,8 @@ def export_merged(judge: Judge, folder: Path, out: Path, dtype: str = "as stored
     adapter = hasattr(judge.model, "peft_config")
     stored = _stored_type(judge.base) if dtype == "as stored" else getattr(torch, dtype)
     runs_in, device = judge.model.get_input_embeddings().weight.dtype, judge.device
+    if dtype == "as stored" and stored.itemsize > runs_in.itemsize:  # what was rounded when it was loaded does not come back
+        stored = runs_in
     needs = 3 * getattr(judge.model, "get_base_model", lambda: judge.model)().num_parameters() * runs_in.itemsize // 2
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < needs:
         device = torch.device("cpu")

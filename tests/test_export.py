@@ -78,6 +78,16 @@ def test_bfloat16_weights_are_allowed_their_rounding_and_no_more(copy):
         export.main(export.ExportConfig(run=str(copy), export="merged"))
 
 
+def test_a_judge_that_runs_in_16_bits_is_compared_in_16_bits(copy):
+    """As on a GPU: base and merged model are loaded in the judge's own type, and no more than that is written."""
+    judge = load_judge(copy)
+    judge.model.to(torch.bfloat16)
+    export.finish(judge, copy, "merged")
+    report = json.loads((copy / "merged" / "export.json").read_text())
+    assert report["dtype"] == "bfloat16" and report["bound"] == report["bound_to_the_judge"] == 0.05
+    assert 1e-5 < max(report["difference_to_base_with_adapter"], report["difference_to_the_judge"]) < 0.05
+
+
 def test_a_merge_that_loses_the_adapter_is_deleted(copy, monkeypatch, capsys):
     """The command line, in this process: exit code 1, one line, no folder, and a card that speaks of no export."""
     import peft
