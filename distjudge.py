@@ -687,7 +687,8 @@ class LabelTokens:
         lines = ["labels are read " + ("as whole words, closed by the end of the turn (some begin with the same token)"
                                        if self.whole else "by the first token of the answer")]
         for i, label in enumerate(self.labels):
-            shown = [" ".join(repr(tokenizer.decode([t])) for t in ids) for owner, ids in self.sequences if owner == i]
+            piece = lambda t: repr(tokenizer.decode([t]) or tokenizer.convert_ids_to_tokens(t))  # noqa: E731 - "▁" alone decodes to nothing
+            shown = [" ".join(map(piece, ids)) for owner, ids in self.sequences if owner == i]
             lines.append(f"  {label}: {' or '.join(shown)}")
         return "\n".join(lines)
 
@@ -1504,8 +1505,7 @@ def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trai
     import transformers
 
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    if not weights and four_bit and device == "cpu":  # 4-bit recipes are for a card, also where they are planned without one
-        device = "cuda"
+    device = "cuda" if not weights and four_bit and device == "cpu" else device  # 4-bit runs are planned for a card, also without one
     if dtype is None:
         dtype = torch.float32 if device == "cpu" or trained else half_precision(device)  # weights that are trained need float32
     try:
@@ -2695,7 +2695,7 @@ def _made_from(judge: Judge, items: Sequence[Item], eval_items: Sequence[Item], 
     """What a run depends on, by name: resuming with anything else is refused."""
     rows = lambda some: _digest([(item.id, item.prompts, list(item.counts.values())) for item in some])  # noqa: E731
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
-                if f.name not in ("out", "resume", "report_to", "save_every", "export", "push_to_hub")}
+                if f.name not in ("out", "resume", "report_to", "save_every", "min_mass", "dry_run", "export", "push_to_hub")}
     named = {"labels": judge.labels, "label tokens": judge.tokens.sequences, "prompt template": judge.encoder.frame,
              "base model": judge.base, "base weights": _fingerprint(judge.model) if hasattr(judge.model, "peft_config") else None,
              "training items": rows(items), "test items": rows(eval_items), "processes": int(os.environ.get("WORLD_SIZE", 1)),
@@ -3184,7 +3184,7 @@ def write_results(judge: Judge, items: Sequence[Item], train_items: Sequence[Ite
     return metrics
 
 
-ASSUMED_RATES = {"cuda": 50e12, "cpu": 0.1e12}  # FLOP/s, for a first idea of how long a run takes; it is timed once it runs
+ASSUMED_RATES = {"cuda": 50e12, "cpu": 0.1e12}  # FLOP/s, for a first idea of how long a run takes
 
 
 def _sizes(model: Any) -> dict[int, int]:
@@ -3220,11 +3220,12 @@ def estimate_memory(judge: Judge, config: Config, batch: dict[str, torch.Tensor]
     moments = 2 if "8bit" in optimizer_for(judge, config) else 8
     training = sum(p.numel() for p in model.parameters() if p.requires_grad) * (8 + moments + 4 * bool(config.average))
     training += 2 * sum(sizes[id(m.weight)] for m in own) * (half and not adapters)
-    hidden, mlp, layers, heads = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers, shape.num_attention_heads
+    hidden, layers, heads = shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads
+    mlp, kv_heads = getattr(shape, "intermediate_size", None) or 4 * hidden, getattr(shape, "num_key_value_heads", None) or heads
     width = heads * (getattr(shape, "head_dim", None) or hidden // heads)
     inputs = sum(m.in_features for m in own) / layers if half else 2 * hidden + width + mlp
     ranks = sum(p.shape[0] for name, p in model.named_parameters() if "lora_A" in name) / layers
-    times = {"q_norm": heads, "k_norm": shape.num_key_value_heads}  # these are of one head's width
+    times = {"q_norm": heads, "k_norm": kv_heads}  # these are of one head's width
     norms = sum(p.numel() * times.get(name.split(".")[-2], 1) for name, p in model.named_parameters() if name.endswith("norm.weight"))
     rows, length = batch["input_ids"].shape
     tokens, keys, mask = rows * length, rows * length, rows * length**2
@@ -3237,7 +3238,7 @@ def estimate_memory(judge: Judge, config: Config, batch: dict[str, torch.Tensor]
     answers = len(batch["answer_at"])
     return {"weights": weights, "training": training, "activations": kept + 3 * b * tokens * mlp,
             "label rows": 4 * (3 * answers * hidden + 16_384 * hidden + 3 * min(2**24, answers * 16_384)),
-            "the rest": b * max(sizes[id(m.weight)] for m in own) + 2**30}
+            "the rest": b * max((sizes[id(m.weight)] for m in own), default=0) + 2**30}
 
 
 def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config: Config) -> dict[str, str]:
@@ -3253,7 +3254,7 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
         for members in judge.plan(chosen):
             batch = judge.batch([chosen[i] for i in members], "cpu")
             sizes.append(batch["input_ids"].numel())
-            largest = batch if sizes[-1] == max(sizes) else largest
+            largest = batch if not largest or sizes[-1] > largest["input_ids"].numel() else largest
     computed, steps = sum(sizes), math.ceil(math.ceil(len(order) / step) * config.epochs)
     four_bit, implementation = getattr(model, "is_loaded_in_4bit", False), model.config.get_text_config()._attn_implementation
     held = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
@@ -3263,7 +3264,7 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
     why_optimizer = "asked for" if config.optimizer != "auto" else f"weights are {'' if four_bit and on == 'cuda' else 'not '}4-bit on CUDA"
     trained, total = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(_sizes(model).values())
     memory = estimate_memory(judge, config, largest)
-    needed, there, place = sum(memory.values()) / 2**30, math.inf, "; there is no card here"
+    needed, there, place = sum(memory.values()) / 2**30, math.inf, "no card here to compare with"
     if card:
         there, place = torch.cuda.get_device_properties(judge.device).total_memory / 2**30, torch.cuda.get_device_name(judge.device)
     elif on == "cpu":
@@ -3280,7 +3281,7 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
         "backend": f"{judge.backend} ({model.backend_reason})",
         "model": f"{config.model}: {(total - trained * adapters) / 1e9:.3g} billion weights" + (
             f", none of them loaded, planned for {'CUDA' if on == 'cuda' else 'a CPU'}" if hasattr(model, "meant_for") else ""),
-        "weights": ("4-bit (NF4, quantized twice), those not in matrices " if four_bit else "") + f"{held} ({why})",
+        "weights": ("4-bit (NF4, quantized twice); embeddings, output layer and norms " if four_bit else "") + f"{held} ({why})",
         "trained": f"{trained:,} weights in float32: " + (f"LoRA of rank {config.lora_rank} on " + ", ".join(sorted(
             model.peft_config["default"].target_modules)) if adapters else "all"),
         "optimizer": f"{optimizer_for(judge, config)} ({why_optimizer}), learning rate {config.learning_rate:g}, {config.schedule}",
@@ -3291,12 +3292,11 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
         "labels": f"{head}: {', '.join(labels)}",
         "items": f"{len(items):,} to train on{f' (and {len(encoded) - len(items):,} turned round)' * (len(encoded) > len(items))}, "
                  f"{len(test):,} to test on, prompts of up to {max(map(len, encoded)):,} tokens",
-        "tokens": f"{sum(map(len, encoded)):,} an epoch, {computed:,} to compute after packing, in {len(sizes):,} passes of up to "
-                  f"{max(sizes):,}",
-        "memory": f"about {needed:.1f} GiB{place if there == math.inf else f' of the {there:.1f} of {place}'}; an estimate: "
+        "tokens": f"{sum(map(len, encoded)):,} an epoch, {computed:,} after packing, in {len(sizes):,} passes of up to {max(sizes):,}",
+        "memory": f"about {needed:.1f} GiB by estimate, {place if there == math.inf else f'of {there:.1f} ({place})'}: "
                   + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items()),
         "time": f"{steps:,} steps of {step} items, {flop / 1e15:.2g} PFLOP: {datetime.timedelta(seconds=math.ceil(flop / flop_rate))} at "
-                f"{flop_rate / 1e12:g} TFLOP/s, an assumption; the first steps will be timed"}
+                f"{flop_rate / 1e12:g} TFLOP/s, an assumption: the progress bar will know better"}
 
 
 def check_mass(judge: Judge, items: Sequence[Item], least: float) -> str:
@@ -3313,26 +3313,6 @@ def check_mass(judge: Judge, items: Sequence[Item], least: float) -> str:
     if mass.mean() < 0.5 and least:
         log.warning("label mass: under a half: the model would rather say something else; see the prompt, and name other --spellings")
     return said
-
-
-def first_steps_clock(first: int = 5) -> Any:
-    """A callback for train() that times steps 2 to `first` and says how long the others will take."""
-    import time
-
-    import transformers
-
-    class Clock(transformers.TrainerCallback):
-        steps, started = 0, 0.0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.steps, left = self.steps + 1, state.max_steps - state.global_step
-            self.started = time.perf_counter() if self.steps == 1 else self.started
-            if self.steps == first and left and state.is_world_process_zero:
-                each = (time.perf_counter() - self.started) / (first - 1)
-                rest = datetime.timedelta(seconds=math.ceil(left * each))
-                print(f"\n{each:.3g} s a step (steps 2 to {first}): {rest} for the {left:,} left", flush=True)
-
-    return Clock()
 
 
 def run(config: Config) -> dict[str, float | None]:
@@ -3355,16 +3335,16 @@ def run(config: Config) -> dict[str, float | None]:
                        weights=not config.dry_run)
     judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
     items, test = keep_short(judge, items, config.overlong, "training"), keep_short(judge, test, config.overlong, "test")
-    lines = plan_lines(judge, items, test, config)
-    if os.environ.get("RANK", "0") == "0":
+    lines, first = plan_lines(judge, items, test, config), os.environ.get("RANK", "0") == "0"
+    if first:  # of several processes (torchrun) the first does the talking and writes the folder
         print("\n".join(f"{name:<11} {text}" for name, text in lines.items()), flush=True)
     if config.dry_run:
         return {}
     mass = check_mass(judge, items, config.min_mass)
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         print(f"{'label mass':<11} {mass}", flush=True)
-    train(judge, items, config, eval_items=test, callbacks=[first_steps_clock()])
-    if os.environ.get("RANK", "0") != "0":  # of several processes (torchrun) the first writes the folder
+    train(judge, items, config, eval_items=test)
+    if not first:
         return {}
     save_judge(judge, config.out)
     metrics = write_results(judge, test, items, config, config.out)
