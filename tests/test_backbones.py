@@ -106,18 +106,29 @@ def call(name, monkeypatch, *arguments):
 
 
 # --- dry runs ---------------------------------------------------------------------------------------------------------------
-def test_a_dry_run_as_users_call_it(outline, nli, tmp_path):
-    command = [sys.executable, ROOT / "recipes" / "mistral7b.py", "--train", nli, "--model", outline("mistral7b"), "--dry_run", "--labels", "1", "2", "3"]
-    done = subprocess.run([*map(str, command[:-4])], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+def test_a_dry_run_says_what_a_run_would_do(outline, nli, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    call("mistral7b", monkeypatch, "--train", nli, "--model", outline("mistral7b"), "--dry_run")
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert list(lines) == ["backend", "model", "weights", "trained", "optimizer", "passes", "labels", "items", "tokens", "memory", "time"]
     assert "7.25 billion weights, none of them loaded, planned for CUDA" in lines["model"]
     assert "adamw_8bit (weights are 4-bit on CUDA)" in lines["optimizer"] and "at most 4,096 tokens (asked for)" in lines["passes"]
-    assert "41,943,040 weights in float32: LoRA of rank 16" in lines["trained"]  # 16 x (32 layers of 2 x 8192 + 2 x 5120 + 3 x 18432)
-    assert "entailment: '▁ent'" in lines["labels"] or "entailment: 'ent'" in lines["labels"]
+    assert "41,943,040 weights in float32: LoRA of rank 16" in lines["trained"]  # 16 x 32 layers x (2 x 8192 + 2 x 5120 + 3 x 18432)
+    assert "by the first token of the answer: entailment: 'ent', neutral: 'neutral', contradiction: 'contrad'" in lines["labels"]
     assert "no card here to compare with" in lines["memory"] or torch.cuda.is_available()
     assert not (tmp_path / "runs").exists()  # nothing is written
+
+
+@pytest.mark.slow
+def test_a_dry_run_as_users_call_it(outline, nli, tmp_path):
+    rated = tmp_path / "rated.jsonl"
+    rated.write_text("".join(json.dumps({"prompt": f"Rate {i}.", "counts": {"1": 1, "2": i % 2, "10": 1}}) + "\n" for i in range(10)))
+    command = [sys.executable, ROOT / "recipes" / "mistral7b.py", "--train", rated, "--model", outline("mistral7b"), "--dry_run"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1: '▁' '1' '</s>', 2: '▁' '2' '</s>', 10: '▁' '1' '0' '</s>'" in done.stdout and not (tmp_path / "runs").exists()
+    done = subprocess.run([*map(str, command[:2]), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "closed by </s>" in done.stdout and "(default: mistralai/Mistral-7B-Instruct-v0.3)" in done.stdout.replace("\n", " ")
 
 
 @pytest.mark.slow
