@@ -566,6 +566,8 @@ class PromptEncoder:
     harmless message is not reproduced exactly.
     """
 
+    memo: dict[str, list[int]] | None = None  # while it is a dict, what was encoded is kept there and not encoded again
+
     def __init__(self, tokenizer: Any, frame: dict[str, Any] | None = None):
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{tokenizer.name_or_path}: tokenizer: a fast tokenizer (tokenizer.json) is needed")
@@ -646,6 +648,13 @@ class PromptEncoder:
 
     def __call__(self, message: str, answer: str = "") -> list[int]:
         """Token ids of the rendered prompt, with `answer` written where the judge's answer begins."""
+        if self.memo is not None and not answer:
+            if message not in self.memo:
+                self.memo[message] = self._encode(message, "")
+            return list(self.memo[message])
+        return self._encode(message, answer)
+
+    def _encode(self, message: str, answer: str) -> list[int]:
         message = message.strip() if self.frame["trim"] else message
         text = self._lead + message + self._trail + (answer if not self._tail else "")
         try:
@@ -3334,6 +3343,7 @@ def run(config: Config) -> dict[str, float | None]:
                        seed=config.seed, backend=config.backend, gradient_checkpointing=config.gradient_checkpointing,
                        weights=not config.dry_run)
     judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
+    judge.encoder.memo = {}  # every prompt is tokenized once, for its length, the plan and training
     items, test = keep_short(judge, items, config.overlong, "training"), keep_short(judge, test, config.overlong, "test")
     lines, first = plan_lines(judge, items, test, config), os.environ.get("RANK", "0") == "0"
     if first:  # of several processes (torchrun) the first does the talking and writes the folder
@@ -3344,6 +3354,7 @@ def run(config: Config) -> dict[str, float | None]:
     if first:
         print(f"{'label mass':<11} {mass}", flush=True)
     train(judge, items, config, eval_items=test)
+    judge.encoder.memo = None
     if not first:
         return {}
     save_judge(judge, config.out)

@@ -115,7 +115,7 @@ def test_item_files(refused, tmp_path, kind):
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
-    ("x.jsonl.gz", GOOD.encode(), "x.jsonl.gz: cannot be read: Not a gzipped file"), ("x.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "x.jsonl.gz: cannot be read: "),
+    ("x.jsonl.gz", GOOD.encode(), "x.jsonl.gz: cannot be read: Not a gzipped file"), ("x.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], "x.jsonl.gz: cannot be read: "),
     (".", None, ".: cannot be read: "), ("a\0b", None, "a b: cannot be read: embedded null"), ("two\nlines.jsonl", b"{", "two lines.jsonl:1: broken JSON"),
     ("gone.jsonl", None, "gone.jsonl: no such file"),
 ])

@@ -276,3 +276,14 @@ def test_pairs_are_trained_in_both_orders_and_judged_in_both(tiny_model, tmp_pat
     alone = load_judge(tiny_model, ["yes", "no", "maybe"], lora_rank=4)
     log = train(alone, items, Config(out=str(tmp_path), batch_size=4, epochs=1.0, swap=False, log_every=1))
     assert len([row for row in log if "loss" in row]) == 2  # six items; with both orders there would be three steps
+
+
+def test_a_run_tokenizes_every_prompt_once(tiny_model, votes, tmp_path, monkeypatch):
+    items, asked = votes(12), []
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps({"id": i.id, "prompt": i.prompt, "counts": i.counts}) + "\n" for i in items))
+    plain = distjudge.PromptEncoder._encode
+    monkeypatch.setattr(distjudge.PromptEncoder, "_encode", lambda self, message, answer: asked.append(message) or plain(self, message, answer))
+    distjudge.run(Config(train=(str(tmp_path / "items.jsonl"),), model=str(tiny_model), out=str(tmp_path / "run"), epochs=1.0, min_mass=0.0))
+    times = {item.prompt: asked.count(item.prompt) for item in items}
+    tested = {json.loads(line)["prompt"] for line in (tmp_path / "run" / "predictions.jsonl").open()}
+    assert {prompt for prompt, n in times.items() if n > 1} <= tested and max(times.values()) == 2  # once more, to be judged at the end
