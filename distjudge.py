@@ -2118,7 +2118,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # settings of the method by name; on a c
               "prior": "none", "loss": "kl"},
     "single": {"alpha": 0.0, "eps": 0.0, "prior": "none", "loss": "kl"},
     "kl": {"alpha": 1.0, "eps": 0.0, "prior": "none", "loss": "kl"},
-    "few": {"alpha": 1.0, "eps": 0.0, "prior": "model", "concentration": 1.0, "loss": "kl"},
+    "few": {"alpha": 1.0, "eps": 0.25, "radius": "fixed", "adversary": "pgd", "ball": "l2", "prior": "model", "average": 0.3, "loss": "kl"},
 }
 
 
