@@ -1609,9 +1609,14 @@ def check_readout(model: Any, encoder: PromptEncoder, tokens: LabelTokens) -> No
 
 
 def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
-    """Writes judge.json, tokenizer/ and adapter/ (or model/, when all weights were trained). safetensors and JSON only."""
+    """Writes judge.json, tokenizer/ and adapter/ (or model/, when all weights were trained). safetensors and JSON only.
+
+    A config.json and metrics.json that another judge left in the folder go, for they would speak of this one.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "metrics.json"):
+        (folder / name).unlink(missing_ok=True)
     is_adapter = hasattr(judge.model, "peft_config")
     if is_adapter:
         judge.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -2395,6 +2400,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         ids += [items[i].id for i in pairs]
         turned = torch.tensor([items[i].swap.labels for i in pairs])  # type: ignore[union-attr]
         counts, prior = (torch.cat([x, x[pairs].gather(1, turned)]) for x in (counts, prior))
+    if config.prior == "model" and config.epochs <= 1:
+        log.warning("prior: the model's earlier predictions count from the second epoch on; epochs is %g: there is none", config.epochs)
     memory = torch.zeros(len(encoded) if config.prior == "model" else 0, counts.shape[1] + 1, device=judge.device)
     before = judge.packs, judge.pack_tokens
     judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
@@ -3253,13 +3260,15 @@ def estimate_memory(judge: Judge, config: Config, batch: dict[str, torch.Tensor]
 def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config: Config) -> dict[str, str]:
     """What run() prints before the first step, a text a name: settings with their reasons, labels, tokens, memory, time.
 
-    Goes through the first epoch as train() will, pass for pass: its counts are exact; memory and time are estimates.
+    Goes through the first epoch as train() will, pass for pass, of several processes (torchrun) for the share of the first; counts are
+    exact but for Unsloth's packs, which a dry run plans like the others. Memory and time are estimates.
     """
     model, on, adapters = judge.model, judge.device.type, hasattr(judge.model, "peft_config")
     encoded = judge.encode([item.prompt for item in items] + [item.swap.prompt for item in items if item.swap and config.swap])
     order, step, sizes, largest = epoch_order(encoded, config, 0), config.batch_size * config.grad_accum, [], {}
     for start in range(0, len(order), step):
         chosen = [encoded[i] for i in order[start : start + step]]
+        chosen = chosen[: -(-len(chosen) // int(os.environ.get("WORLD_SIZE", 1)))]
         for members in judge.plan(chosen):
             batch = judge.batch([chosen[i] for i in members], "cpu")
             sizes.append(batch["input_ids"].numel())
@@ -3283,7 +3292,7 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
     if needed > there:
         log.warning("the estimate of memory is more than there is: try a lower --pack_tokens, --gradient_checkpointing or --four_bit")
     turns = (2 if adapters else 3) + config.gradient_checkpointing  # forward, backward to activations, to weights, forward again
-    flop = 2.0 * turns * computed * config.epochs * sum(
+    flop = 2.0 * turns * computed * config.epochs * (1 + (config.prior == "crossfit")) * sum(
         m.in_features * m.out_features for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
     head, *labels = judge.tokens.describe(judge.tokenizer).removeprefix("labels are ").split("\n  ")
     return {
@@ -3336,7 +3345,9 @@ def run(config: Config) -> dict[str, float | None]:
     config.check()
     items, test = load_data(config)
     after = after_training(needed=config.export != "none" or bool(config.push_to_hub))
-    if after and not config.dry_run:
+    if config.dry_run and (config.export != "none" or config.push_to_hub):
+        print("export, push_to_hub: whether they can be done is not looked at in a dry run")
+    elif after and os.environ.get("LOCAL_RANK", "0") == "0":
         after.check(config.export, config.push_to_hub, config.model, config.lora_rank > 0, config.backend)
     judge = load_judge(config.model, labels_of(items), spellings=parse_spellings(config.spellings), lora_rank=config.lora_rank,
                        lora_alpha=config.lora_alpha, four_bit=config.four_bit, max_length=config.max_length, top_k=config.top_k,

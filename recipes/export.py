@@ -53,7 +53,8 @@ from distjudge import ExportError, InputError, Judge, load_judge, write_json
 
 PROBES = ["Is this fine?", "Rate the answer. It was good, and the service was bad.", "One more: 12345."]
 EXACT, ROUNDED, OTHER_BASE = 1e-4, 0.05, 0.1
-PRIVATE = ["checkpoints/*", "fold-*/*", "*.part", "predictions.jsonl", "plots/bars.*"]  # of this machine only; test items
+PRIVATE = ["checkpoints/*", "fold-*/*", "*.part", "*.part/*", "adapter/README.md",  # of this machine only
+           "predictions.jsonl", "plots/bars.*"]  # test items
 
 
 @dataclasses.dataclass
@@ -178,6 +179,10 @@ def finish(judge: Judge | None, folder: Path, export: str = "none", push: str = 
             export_merged(judge, folder, out or folder / "merged", dtype, compare)
         elif export != "none":
             export_gguf(judge, folder, out or folder / "gguf", quantization, compare, export == "gguf")
+    except (InputError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
+        if trained:  # the judge is saved, and its user should know that
+            raise ExportError(f"export: {distjudge._first_line(error)}; the judge itself is saved in {folder}") from error
+        raise
     finally:
         (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
     if push:

@@ -131,6 +131,8 @@ def main(config: ScalingConfig) -> None:
     if len(items) < 3 * config.batch_size:
         raise InputError(f"{config.items}: {len(items)} items are under three steps of {config.batch_size}")
     out = Path(config.out)
+    if out.exists() and any(out.iterdir()) and not (out / "scaling.json").exists():
+        raise InputError(f"{out}: holds something else than an earlier run of this; name another folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     base = tiny.build_base(out / "base", items, tiny.TinyConfig(hidden=config.hidden, layers=config.layers), 0)

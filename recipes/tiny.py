@@ -78,6 +78,8 @@ class TinyConfig(Config):
         super().check()
         if self.export != "none" or self.push_to_hub:
             raise distjudge.InputError("export, push_to_hub: several judges are trained here; recipes/export.py --run FOLDER takes one")
+        if self.dry_run:
+            raise distjudge.InputError("dry_run: there is none of this command: the recipes of one backbone have it")
 
 
 def build_tokenizer(texts: list[str], size: int):

@@ -471,22 +471,14 @@ def test_a_chat_template_is_kept_as_it_was_rendered_at_training(tiny_model, tmp_
     """Llama 3.1's, for one, writes today's date: tomorrow the judge must still get the prompts it was trained with."""
     import datetime
 
-    from transformers.utils import chat_template_utils
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(2030, 1, day)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-    day = 1
     shutil.copytree(tiny_model, tmp_path / "m")
     template = tmp_path / "m" / "chat_template.jinja"
     template.write_text(template.read_text().replace("'<|user|>'", "'<|user|>' + strftime_now('%d') + ' '"))
     judge = load_judge(tmp_path / "m", labels=["yes", "no"])
     save_judge(judge, tmp_path / "run")
-    day = 2
-    assert load_judge(tmp_path / "run").encode(["Hi"]) == judge.encode(["Hi"]) == load_judge(tmp_path / "m", labels=["yes", "no"]).encode(["Hi"])
+    assert load_judge(tmp_path / "m", labels=["yes", "no"]).encode(["Hi"]) == judge.encode(["Hi"])  # tomorrow, too: the date is ours
+    monkeypatch.setattr(distjudge, "_TEMPLATE_DATE", datetime.date(2030, 1, 2))  # and where a later version has another
+    assert load_judge(tmp_path / "run").encode(["Hi"]) == judge.encode(["Hi"]) != load_judge(tmp_path / "m", labels=["yes", "no"]).encode(["Hi"])
 
 
 # --- what a saved judge is checked against -------------------------------------------------------------------------------
