@@ -133,6 +133,7 @@ def test_bars_choose_the_items_they_say(tmp_path):
     assert heights == [0.5, 0.5, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_bench_runs_every_part(tmp_path):
     done = command("recipes/bench.py", "--out", "b", "--backbone", "toy", "--tasks", "sample", "--batch_size", 4, "--judged", 4, "--stock_rows", 2, 4,
                    "--labels", 3, "--solved", 2, "--repeats", 1, "--parts", "train", "judge", "rate", "scaling", "projection", cwd=tmp_path)
