@@ -202,15 +202,9 @@ def _merge_elsewhere(folder: Path, out: Path, dtype: str, compare: int) -> None:
 
 
 def _weights_of(folder: Path) -> str:
-    """A hash of the sizes, beginnings and ends of the files of a judge's weights: an export belongs to these and to no others."""
-    digest = hashlib.sha256()
-    for path in sorted(path for part in ("adapter", "model") for path in (folder / part).glob("*.safetensors")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {size}".encode() + file.read(2**22))
-            file.seek(max(0, size - 2**22))
-            digest.update(file.read())
-    return digest.hexdigest()
+    """A hash of a judge's weights, of the checksums in judge.json: an export belongs to these and to no others."""
+    sums = _read(folder / "judge.json").get("sha256") or distjudge._checksums(folder)  # older judges have none
+    return hashlib.sha256(json.dumps({name: sums[name] for name in sorted(sums) if name.endswith(".safetensors")}).encode()).hexdigest()
 
 
 @contextlib.contextmanager
