@@ -125,6 +125,13 @@ def counts_of(items: Sequence[Item]) -> torch.Tensor:
     return torch.tensor([list(item.counts.values()) for item in items], dtype=torch.float64)
 
 
+def truths_of(items: Sequence[Item]) -> torch.Tensor | None:
+    """The true distributions as a float64 tensor (N, C); None unless every item has one."""
+    if not all(item.truth for item in items):
+        return None
+    return torch.tensor([list(item.truth.values()) for item in items], dtype=torch.float64)  # type: ignore[union-attr]
+
+
 def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: bool = False) -> list[Item]:
     """Reads items from `.jsonl` or `.jsonl.gz` files, lists of dicts, `datasets.Dataset`s or pandas DataFrames.
 
@@ -922,6 +929,11 @@ def unsloth_segments(ends: torch.Tensor, positions: torch.Tensor) -> Any:
     return build_seg_info_multigroup(groups, ends.device)[0]
 
 
+def block_length(device: str | torch.device) -> int:
+    """Queries that attention in blocks takes at a time, see block_attention()."""
+    return 128 if torch.device(device).type == "cpu" else 512
+
+
 def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: torch.Tensor) -> Any:
     """The attention mask of a pack in the form the model takes: ends and positions (L,), see Pack.
 
@@ -944,7 +956,7 @@ def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: to
         if implementation == BLOCKS:
             carrier = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device)  # what models hand through to their attention
             carrier.blocks = []
-            for rows in at.split(128 if device.type == "cpu" else 512):
+            for rows in at.split(block_length(device)):
                 seen = sees(None, None, rows[:, None], at[None, : int(rows[-1]) + 1])
                 columns = seen.any(0).nonzero()[:, 0]
                 carrier.blocks.append((len(rows), columns, seen[:, columns][None, None]))
@@ -996,6 +1008,9 @@ def use_block_attention(model: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The judge: a causal LM that is read at the label tokens only
 # ---------------------------------------------------------------------------------------------------------------------
+SLICE, SLICE_LOGITS = 16_384, 2**24  # tokens of the vocabulary and logits that are computed at a time, at most
+
+
 def add_label_readout(model: Any) -> None:
     """Teaches a causal LM's forward more arguments: `answer_at`, `token_ids`, `vocabulary`, `top_k` and `ends`.
 
@@ -1023,7 +1038,7 @@ def add_label_readout(model: Any) -> None:
         """In slices that are computed again in the backward pass; a float32 copy of the whole layer would be 2 GB at 7B."""
         from torch.utils.checkpoint import checkpoint
 
-        width = min(16_384, max(256, 2**24 // max(1, len(hidden))))
+        width = min(SLICE, max(256, SLICE_LOGITS // max(1, len(hidden))))
         biases = itertools.repeat(None) if head.bias is None else head.bias.split(width)
         norms, top = [], None
         for weight, bias in zip(head.weight.split(width), biases, strict=False):
@@ -2281,6 +2296,22 @@ class Config:
             raise InputError(f"schedule: must be one of {', '.join(schedules)}, not {self.schedule}")
 
 
+@dataclasses.dataclass
+class FourBitConfig(Config):
+    """What the recipes of real backbones share: a 4-bit model on one consumer GPU."""
+
+    four_bit: bool = True
+    """Load the weights in 4 bits (NF4, quantized twice); --no-four-bit takes 16 bits, and four times the memory for weights."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_length: int = 4096
+    """Longest prompt in tokens, chat template included."""
+    pack_tokens: int = 4096
+    """Tokens a forward pass, at most; what sets the memory needed beside the weights. A longer prompt gets a pass of its own."""
+    batch_size: int = 16
+    """Items an optimizer step, times grad_accum. How many go through the model at once is pack_tokens' affair."""
+
+
 SINGLE_VOTE_CONCENTRATION = 2.0  # a prior's weight in votes where no item has two votes and the data say nothing of it
 MODEL_CONCENTRATION = 1.0  # of the judge's own earlier predictions
 
@@ -2881,10 +2912,8 @@ def noise_floor(items: Sequence[Item], draws: int = 200, seed: int = 0) -> float
     votes n. None if truths are unknown and no item has two votes.
     """
     counts = counts_of(items)
-    k = None
-    if all(item.truth for item in items):
-        truth = torch.tensor([list(item.truth.values()) for item in items], dtype=torch.float64)
-    else:
+    k, truth = None, truths_of(items)
+    if truth is None:
         k = fit_concentration(counts)
         if k is None:
             return None
@@ -2921,8 +2950,9 @@ def item_scores(predicted: Any, items: Sequence[Item], ordered: bool | None = No
     p = counts / counts.sum(1, keepdim=True)
     middle = (p + q) / 2
     out = {"kl": kl_divergence(p, q)}
-    if all(item.truth for item in items):
-        out["kl_truth"] = kl_divergence(torch.tensor([list(item.truth.values()) for item in items], dtype=torch.float64), q)
+    truth = truths_of(items)
+    if truth is not None:
+        out["kl_truth"] = kl_divergence(truth, q)
     out |= {"accuracy": (majority(p) * majority(q)).sum(1),
             "js_divergence": entropy(middle) - (entropy(p) + entropy(q)) / 2,
             "total_variation": (p - q).abs().sum(1) / 2,
@@ -3246,14 +3276,14 @@ def estimate_memory(judge: Judge, config: Config, batch: dict[str, torch.Tensor]
     rows, length = batch["input_ids"].shape
     tokens, keys, mask = rows * length, rows * length, rows * length**2
     if "ends" in batch:
-        size, ends = 128 if judge.device.type == "cpu" else 512, batch["ends"][0]
+        size, ends = block_length(judge.device), batch["ends"][0]
         blocks = [(min(size, length - s), min(size, length - s) + int((ends[:s] > s).sum())) for s in range(0, length, size)]
         keys, mask = sum(seen for _, seen in blocks), sum(queries * seen for queries, seen in blocks)
     layer = b * (tokens * (inputs + 3 * mlp + 2 * width + ranks) + 2 * width * keys + mask) + 4 * tokens * norms / layers
     kept = layer + layers * b * tokens * hidden if config.gradient_checkpointing else layers * layer
     answers = len(batch["answer_at"])
     return {"weights": weights, "training": training, "activations": kept + 3 * b * tokens * mlp,
-            "label rows": 4 * (3 * answers * hidden + 16_384 * hidden + 3 * min(2**24, answers * 16_384)),
+            "label rows": 4 * (3 * answers * hidden + SLICE * hidden + 3 * min(SLICE_LOGITS, answers * SLICE)),
             "the rest": b * max((sizes[id(m.weight)] for m in own), default=0) + 2**30}
 
 

@@ -20,21 +20,11 @@ import distjudge
 
 
 @dataclasses.dataclass
-class Qwen3Config8B(distjudge.Config):
+class Qwen3Config8B(distjudge.FourBitConfig):
     model: str = "Qwen/Qwen3-8B"
     """Hub id, or a folder with the model's files: config.json, safetensors, tokenizer.json."""
     out: str = "runs/qwen3_8b"
     """The run folder; what is in it is overwritten."""
-    four_bit: bool = True
-    """Load the weights in 4 bits (NF4, quantized twice); --no-four-bit takes 16 bits, and four times the memory for weights."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    max_length: int = 4096
-    """Longest prompt in tokens, chat template included."""
-    pack_tokens: int = 4096
-    """Tokens a forward pass, at most; what sets the memory needed beside the weights. A longer prompt gets a pass of its own."""
-    batch_size: int = 16
-    """Items an optimizer step, times grad_accum. How many go through the model at once is pack_tokens' affair."""
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ METHODS: dict[
     "EB model": {"alpha": 1.0, "eps": 0.0, "prior": "model"},
     "EB model averaged": {"alpha": 1.0, "eps": 0.0, "prior": "model", "average": 0.3},
     "EB model + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "model"},
-    "ours": {"alpha": 1.0, "eps": 0.25, "prior": "model", "average": 0.3},  # --preset few
+    "ours": distjudge.PRESETS["few"],
     "EB cross-fitted": {"alpha": 1.0, "eps": 0.0, "prior": "crossfit"},
     "EB + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators"},
     "EB + exact adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators", "adversary": "exact"},
@@ -462,8 +462,8 @@ class Table:
     def references(self, train: list[Item], **at: Any) -> dict[str, list[torch.Tensor]]:
         """The rival without a model, and the floor as rows; the marginal's predictions come back for compare()."""
         test = self.shop.test
-        if all(item.truth for item in test):
-            truth = torch.tensor([list(item.truth.values()) for item in test], dtype=torch.float64)
+        truth = distjudge.truths_of(test)
+        if truth is not None:
             own = distjudge.item_scores(truth, test, self.shop.config.ordered)
             for metric, score in own.items():
                 whole = bootstrap(score[None], groups=self.groups, draws=self.draws)
@@ -475,8 +475,8 @@ class Table:
     def bins(self, found: dict[str, list[torch.Tensor]], **at: Any) -> None:
         """KL by human entropy, in shares of log C: of the truth where known, else of the votes. Means and intervals a bin."""
         test = self.shop.test
-        known = all(item.truth for item in test)
-        p = torch.tensor([list(i.truth.values()) for i in test], dtype=torch.float64) if known else counts_of(test)
+        truth = distjudge.truths_of(test)
+        p = counts_of(test) if truth is None else truth
         p = p / p.sum(1, keepdim=True)
         entropy = distjudge.entropy(p) / torch.tensor(float(p.shape[1])).log()
         edges = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -491,7 +491,7 @@ class Table:
                     whole = bootstrap(own, groups=names, draws=self.draws)
                     self.add(
                         method,
-                        "kl_truth" if known else "kl",
+                        "kl" if truth is None else "kl_truth",
                         whole["mean"],
                         seed="all",
                         low=whole["low"],
@@ -665,8 +665,9 @@ def robustness(shop: Workshop, methods: list[str]) -> None:
     votes = config.votes[0] if config.votes else 0
     found = predictions(shop, methods, votes=votes, items=config.train_items)
     found |= table.references(shop.items(Cell(methods[0], config.seed, votes, config.train_items)))
-    if all(item.truth for item in shop.test):
-        found["noise floor (the truth)"] = [torch.tensor([list(item.truth.values()) for item in shop.test], dtype=torch.float64)]
+    truth = distjudge.truths_of(shop.test)
+    if truth is not None:
+        found["noise floor (the truth)"] = [truth]
     counts = counts_of(shop.test)
     p = counts / counts.sum(1, keepdim=True)
     for delta in config.deltas:

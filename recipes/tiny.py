@@ -112,8 +112,9 @@ def reference_rows(train_items: list[Item], test: list[Item], seed: int, config:
     """What needs no judge: the training set's marginal distribution, and the truth itself against the votes."""
     marginal = evaluate(marginal_distribution(train_items).expand(len(test), -1), test, train_items=train_items, ordered=config.ordered)
     rows = [row("marginal", seed, marginal)]
-    if all(item.truth for item in test):
-        rows.append(row("noise_floor", seed, evaluate([list(item.truth.values()) for item in test], test, floor_draws=0)))
+    truth = distjudge.truths_of(test)
+    if truth is not None:
+        rows.append(row("noise_floor", seed, evaluate(truth, test, floor_draws=0)))
     elif marginal["kl_noise_floor"] is not None:
         rows.append({"method": "noise_floor", "seed": seed, "kl_votes": marginal["kl_noise_floor"], "kl_truth": None, "accuracy": None})
     return rows
