@@ -71,7 +71,7 @@ def test_a_notebook_runs_on_a_cpu(path, tiny_model, votes, tmp_path):
     notebook = nbformat.read(path, 4)
     votes_file = tmp_path / "votes.jsonl"
     votes_file.write_text("".join(json.dumps({"id": item.id, "prompt": item.prompt, "counts": item.counts}) + "\n" for item in votes(40)))
-    settings = f"VOTES, MODEL, FOUR_BIT, EPOCHS, LEARNING_RATE, OUT = {str(votes_file)!r}, {str(tiny_model)!r}, False, 1.0, 1e-3, {str(tmp_path / 'judge')!r}"
+    settings = f"VOTES, MODEL, FOUR_BIT, EPOCHS, LEARNING_RATE, MIN_MASS, OUT = {str(votes_file)!r}, {str(tiny_model)!r}, False, 1.0, 1e-3, 0.0, {str(tmp_path / 'judge')!r}"
     notebook.cells.insert(tagged(notebook, "parameters") + 1, nbformat.v4.new_code_cell(settings))
     del notebook.cells[tagged(notebook, "install")]
     done = NotebookClient(notebook, timeout=1200, startup_timeout=300, resources={"metadata": {"path": str(ROOT / "recipes")}}).execute()
