@@ -451,13 +451,13 @@ def emobank(config: PrepareConfig) -> tuple[list[dict], dict]:
     counts: dict[str, dict[str, int]] = {}
     for line, rating in enumerate(tables["individual_reader_ratings.csv"], 2):
         if rating[letter] not in RATING:
-            raise InputError(f"{paths['individual_reader_ratings.csv']}: row {line}: {letter}: '{rating[letter]}' is not 1 to 5")
+            raise InputError(f"{paths['individual_reader_ratings.csv']}: row {line}: {letter}: '{_short(rating[letter])}' is not 1 to 5")
         counts.setdefault(rating["id"], dict.fromkeys(RATING, 0))[rating[letter]] += 1
     names, sentences, items = {"train": "train", "dev": "valid", "test": "test"}, tables["emobank.csv"], []
     dropped = {"rated, without text": len(set(counts) - {row["id"] for row in sentences}), "text without ratings": 0, "empty text": 0}
     for line, row in enumerate(sentences, 2):
         if row["split"] not in names:
-            raise InputError(f"{paths['emobank.csv']}: row {line}: split: '{row['split']}' is not one of {', '.join(names)}")
+            raise InputError(f"{paths['emobank.csv']}: row {line}: split: '{_short(row['split'])}' is not one of {', '.join(names)}")
         text = row["text"].strip()
         if not text or row["id"] not in counts:
             dropped["text without ratings" if text else "empty text"] += 1
@@ -508,15 +508,16 @@ def found_labels(first: dict[str, str], what: str) -> list[str]:
         raise InputError(f"{first[parts[0]]}: {what}: '{_short(parts[0], 20)}' is not a whole number; a vote is one label (is this column "
                          "a mean?)")
     if whole and words:
-        raise InputError(f"{first[words[0]]}: {what}: mixed scales: '{_short(words[0], 20)}' among numbers such as '{whole[0]}' "
-                         f"({first[whole[0]]}); name the labels that count with --labels, or clean the column")
+        raise InputError(f"{first[words[0]]}: {what}: mixed scales: '{_short(words[0], 20)}' among numbers such as "
+                         f"'{_short(whole[0], 20)}' ({first[whole[0]]}); name the labels that count with --labels, or clean the column")
     if len(words) > 20:
         raise InputError(f"{what}: {len(words)} different labels, such as {_listed(words[:4])}: is it the right column?")
     folded: dict[str, str] = {}
     for label in words:
         if folded.setdefault(label.casefold(), label) != label:
             raise InputError(f"{first[label]}: {what}: '{_short(label, 20)}' and '{_short(folded[label.casefold()], 20)}' differ only in "
-                             f"capitals; with --labels {' '.join(sorted({w.casefold() for w in words}))} both count as one")
+                             f"capitals; with --labels {' '.join(_short(word, 20) for word in sorted({w.casefold() for w in words}))} both "
+                             "count as one")
     if twins := distjudge.look_alike(words):
         raise InputError(f"{first[twins[1]]}: {what}: '{_short(twins[1], 20)}' is written in two ways (composed and combining characters)")
     if whole:
@@ -552,7 +553,8 @@ def own(config: PrepareConfig) -> tuple[list[dict], dict]:
             for name in names:
                 if name not in columns:
                     close = difflib.get_close_matches(name, columns, 1)
-                    raise InputError(f"{path}: {option}: no column '{_short(name)}'" + (f", did you mean '{close[0]}'?" if close else ".") +
+                    raise InputError(f"{path}: {option}: no column '{_short(name)}'" +
+                                     (f", did you mean '{_short(close[0])}'?" if close else ".") +
                                      f" The columns are {', '.join(_short(c, 30) for c in columns)}")
         if not config.prompts and not config.text:
             raise InputError(f"{path}: text: name the column with the judged text (--text), or a template of columns (--template). "

@@ -211,7 +211,7 @@ def read_table(path: str, split: str = "train") -> tuple[list[str], Iterator[tup
     if kind in (".csv", ".tsv", ".txt"):
         columns, rows = read_csv(path)
         if twice := sorted({c for c in columns if columns.count(c) > 1}):
-            raise InputError(f"{path}: column '{twice[0]}' stands there twice")
+            raise InputError(f"{path}: column '{_short(twice[0])}' stands there twice")
         return columns, ((f"{path}: row {n}", row) for n, row in enumerate(rows, 2))
     if kind in (".xlsx", ".xls", ".ods"):
         return _read_excel(path)

@@ -126,3 +126,15 @@ def test_files_that_are_refused(tmp_path, content):
     with pytest.raises(InputError) as caught:
         load_items(path)
     assert str(path) in str(caught.value) and not any(CONTROL.search(line) for line in str(caught.value).split("\n"))
+
+
+@pytest.mark.parametrize("table", [  # found by tests/fuzz_inputs.py: names and labels of a table were printed as they stand in it
+    "tex\x14,v\nx,1\n", "text,\x01v,\x01v,v\nx,1,2,1\n", "text,v\nx,a\x02b\ny,A\x02b\n",
+])
+def test_a_table_cannot_write_to_the_terminal(tmp_path, table):
+    import prepare
+
+    (tmp_path / "t.csv").write_text(table, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        prepare.main(prepare.PrepareConfig(task="own", out=str(tmp_path / "out"), raw=(str(tmp_path / "t.csv"),), text="text", label=("v",), split="none"))
+    assert not CONTROL.search(str(caught.value))

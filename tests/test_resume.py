@@ -225,7 +225,8 @@ distjudge.cli(lambda config: distjudge.run(config), distjudge.Config)
 
 def start(tmp_path, model, out, *more):
     command = [sys.executable, "-c", SCRIPT, "--train", str(tmp_path / "items.jsonl"), "--model", str(model), "--out", str(tmp_path / out), "--lora_rank", "4",
-               "--epochs", "6", "--batch_size", "3", "--learning_rate", "0.01", "--save_every", "1", *more]
+               "--epochs", "6", "--batch_size", "3", "--learning_rate", "0.01", "--save_every", "1",
+               "--min_mass", "0", *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
