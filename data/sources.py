@@ -149,7 +149,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        raise InputError(f"{path}: cannot be read: {_short(error, 100)}") from None
 
 
 def _read_lines(file: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -197,7 +197,7 @@ def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read as CSV: byte {error.start + 1} is not UTF-8; save the sheet as 'CSV UTF-8'") from None
     except (OSError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from None
+        raise InputError(f"{path}: cannot be read as CSV: {_short(error, 100)}") from None
     columns = list(reader.fieldnames or ())
     for line, row in enumerate(rows, 2):
         if None in row or None in row.values():
@@ -233,7 +233,7 @@ def _read_excel(path: str) -> tuple[list[str], Iterator[tuple[str, dict[str, Any
     try:
         table = pandas.read_excel(path, keep_default_na=False, dtype=object)
     except ImportError as error:
-        raise InputError(f"{path}: {error} (or save the sheet as CSV)") from None
+        raise InputError(f"{path}: {_short(error, 100)} (or save the sheet as CSV)") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # a damaged workbook fails in many ways

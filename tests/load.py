@@ -171,12 +171,12 @@ def open_stages(path: str, base: str, out: str) -> list[dict[str, Any]]:
         distjudge.check_apart(learn, test)
     with stage("load_judge"):
         judge = distjudge.load_judge(base, LABELS, lora_rank=0)
-    with stage("keep_short (every prompt's length in tokens)"):
+    judge.encoder.memo = {}  # as distjudge.run() does
+    with stage("keep_short (tokenizes every prompt)"):
         learn, test = (distjudge.keep_short(judge, some, "error", "training") for some in (learn, test))
     with stage("train() to its first step"), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.suppress(FirstStep):
         distjudge.train(judge, learn, distjudge.Config(out=out, lora_rank=0, batch_size=16, save_every=0), test, [Stop()])
-    with stage("of which: encode"):
-        encoded = judge.encode([item.prompt for item in learn])
+    encoded = judge.encode([item.prompt for item in learn])
     with stage("of which: order of an epoch"):
         order = distjudge.shuffled(encoded, 0, 16, 16)
     with stage("packs of every step of an epoch"):

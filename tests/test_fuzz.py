@@ -129,7 +129,7 @@ def test_files_that_are_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize("table", [  # found by tests/fuzz_inputs.py: names and labels of a table were printed as they stand in it
-    "tex\x14,v\nx,1\n", "text,\x01v,\x01v,v\nx,1,2,1\n", "text,v\nx,a\x02b\ny,A\x02b\n",
+    "tex\x14,v\nx,1\n", "text,\x01v,\x01v,v\nx,1,2,1\n", "text,v\nx,a\x02b\ny,A\x02b\n", 'text\tv\n"x"y\tz\n',
 ])
 def test_a_table_cannot_write_to_the_terminal(tmp_path, table):
     import prepare

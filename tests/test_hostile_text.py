@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import distjudge
 from distjudge import InputError, PromptEncoder
 
 QWEN = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -112,3 +113,20 @@ def test_very_long_and_very_short_texts(frame):
         assert ids[: len(frame.prefix)] == frame.prefix and ids[len(ids) - len(frame.suffix):] == frame.suffix
     with pytest.raises(InputError, match="not text that can be encoded"):
         frame.encoder("\ud800")
+
+
+def test_many_texts_at_once_are_those_one_by_one(frame):
+    """In batches, with repetitions, from what is remembered and not: the same tokens, each text its own list."""
+    some = [*PIECES, "x" * 300, *PIECES[:5], "\n\nlast\n"] * 60  # more than one batch
+    wanted = [frame.encoder(text) for text in some]
+    assert frame.encoder.many(some) == wanted and frame.encoder.many([]) == []
+    frame.encoder.memo = {}
+    try:
+        found = frame.encoder.many(some)
+        found[0].append(-1)
+        assert frame.encoder.many(some) == wanted and len(frame.encoder.memo) == len(set(some))
+    finally:
+        frame.encoder.memo = None
+    with pytest.raises(InputError, match=r"prompt .*b.* is not text that can be encoded"):
+        frame.encoder.many(["a", "b\udfff", "c"])
+    assert distjudge.PromptEncoder(frame.tokenizer)._plain is frame.encoder._plain  # one a process, see _tokenizer_of
