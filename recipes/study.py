@@ -281,7 +281,7 @@ class Workshop:
         method, run = self.settings(cell)
         default = {f.name: f.default for f in dataclasses.fields(run)}
         decides = {name: v for name, v in dataclasses.asdict(run).items() if name in DECIDES or v != default[name]}
-        for name in ("train", "test", "out", "report_to", "log_every", "seeds", "eval_every", "pack_tokens", "packs", "preset"):
+        for name in ("train", "test", "out", "report_to", "log_every", "seeds", "eval_every", "pack_tokens", "packs", "preset", "min_mass"):
             decides.pop(name, None)
         if run.model:  # a model of one's own is not made from these
             for name in ("hidden", "layers", "vocabulary"):
@@ -335,6 +335,8 @@ class Workshop:
             seed=run.seed,
         )
         items, test = distjudge.keep_short(judge, items, run.overlong, "training"), distjudge.keep_short(judge, self.test, "error", "test")
+        if run.model:
+            distjudge.check_mass(judge, items, run.min_mass)
         held: list[Item] = []
         if method.get("calibrate"):
             items, held = distjudge.split_items(items, 0.1, run.seed)

@@ -150,6 +150,8 @@ def compare(config: TinyConfig, items: list[Item], test: list[Item], out: Path, 
                     print(judge.tokens.describe(judge.tokenizer))
                     items = distjudge.keep_short(judge, items, run.overlong, "training")
                     test = distjudge.keep_short(judge, test, run.overlong, "test")
+                    if config.model:
+                        print("label mass: " + distjudge.check_mass(judge, items, config.min_mass))
                 rows += reference_rows(items, test, seed, config)
             else:
                 print(f"\n{method}, seed {seed}: alpha {run.alpha}, eps {run.eps}, {len(items)} items, {run.epochs:g} epochs")

@@ -161,3 +161,17 @@ def test_importing_distjudge_needs_torch_alone():
     check = "import sys; sys.modules.update(dict.fromkeys(('numpy', 'transformers', 'peft', 'tyro', 'datasets', 'matplotlib', 'unsloth'))); import distjudge"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_model_that_would_not_say_the_labels_is_refused(tiny_model, tmp_path, monkeypatch):
+    """Also in the comparisons, before anything is trained."""
+    import study
+    import tiny
+    import tyro
+
+    monkeypatch.chdir(tmp_path)
+    short = ["--model", str(tiny_model), "--seeds", "1", "--epochs", "1", "--lora_rank", "2", "--min_mass", "0.9"]
+    for recipe, settings, more in ((tiny, tiny.TinyConfig, []), (study, study.StudyConfig, ["methods", "--methods", "KL alone"])):
+        with pytest.raises(distjudge.InputError, match=r"label mass: the labels hold 2\..*less than min_mass 0\.9"):
+            recipe.main(tyro.cli(settings, args=[*more, *short]))
+        assert not list(tmp_path.glob("runs/**/judge.json"))
