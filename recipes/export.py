@@ -35,6 +35,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -92,6 +93,7 @@ def check(export: str, push: str, model: str, adapters: bool, backend: str = "au
         if adapters and _is_quantized(base_of(model)):
             raise InputError(f"export: {base_of(model)} holds quantized weights, and adapters are merged into 16-bit ones: train on a "
                              "repository with those (--four_bit rounds them while loading)")
+        _check_memory(export, base_of(model), adapters)
     if push:
         _check_push(push)
         if Path(base_of(model)).is_dir() and adapters and export != "merged":
@@ -111,6 +113,34 @@ def _is_quantized(base: str) -> bool:
         return getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "quantization_config", None) is not None
     except (OSError, ValueError, KeyError):  # load_judge() says what is wrong with it
         return False
+
+
+def _room() -> tuple[float, float]:
+    """Main memory and, beside it, the memory of the card, in bytes; 0 where there is none or it cannot be told."""
+    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    try:
+        import psutil
+    except ImportError:
+        return math.inf, card
+    return psutil.virtual_memory().total, card
+
+
+def _check_memory(export: str, base: str, adapters: bool) -> None:
+    """Raises InputError where not even the weights of the merged model would fit: the system would kill the process after the training."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False)).num_parameters()
+    except Exception:  # load_judge() says what is wrong with it
+        return
+    main, card = _room()
+    needs, beside = weights * (2 if card and adapters else 4), 0.6 * weights  # the judge stays on the card, in 4 bits at the least
+    if needs > max(main, card - beside):
+        beside_it = f" and {card / 2**30:.1f} on the card, where the judge stays" if card else ""
+        raise InputError(f"export: {export} holds all {weights / 1e9:.1f} billion weights, {needs / 2**30:.1f} GiB, and there are "
+                         f"{main / 2**30:.1f} GiB of main memory{beside_it}: train without it, and run recipes/export.py on the run folder "
+                         "on a larger machine")
 
 
 def _check_gguf(export: str, use: str, why: str, quantization: str) -> None:

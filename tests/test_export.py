@@ -204,6 +204,21 @@ def test_quantized_weights_cannot_take_a_merge(tiny_model, tmp_path):
         export.check("merged", "", str(tmp_path / "m"), adapters=True)
 
 
+@pytest.mark.parametrize(("main", "card", "adapters", "fits"), [
+    (12.7, 15, True, False), (12.7, 0, True, False), (31, 15, True, True), (12.7, 24, True, True), (12.7, 24, False, False), (31, 0, False, True)])
+def test_a_machine_too_small_to_merge_is_told_before_training(main, card, adapters, fits, tmp_path, monkeypatch):
+    """Free Colab has 12.7 GiB and a card of 15: a model of 7.6 billion weights is 14.2 GiB in 16 bits, and 28.4 in 32."""
+    from transformers import Qwen2Config
+
+    Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064).save_pretrained(tmp_path)
+    monkeypatch.setattr(export, "_room", lambda: (main * 2**30, card * 2**30))
+    if fits:
+        return export.check("merged", "", str(tmp_path), adapters, backend="transformers")
+    needs = "14.2" if adapters and card else "28.4"
+    with pytest.raises(InputError, match=rf"export: merged holds all 7\.6 billion weights, {needs} GiB, and there are 12\.7 GiB of main memory"):
+        export.check("merged", "", str(tmp_path), adapters, backend="transformers")
+
+
 @pytest.mark.parametrize(("answer", "name", "words"), [
     ({"name": "me", "auth": {"accessToken": {"role": "read"}}}, "me/judge", "the token of me may only read"),
     ({"name": "me", "orgs": [{"name": "lab"}]}, "you/judge", "which may write to me, lab"),
