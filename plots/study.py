@@ -173,6 +173,32 @@ def draw_budget(rows: list[dict]) -> plt.Figure:
     return figure
 
 
+def draw_length(rows: list[dict]) -> plt.Figure:
+    """KL by epochs, a line a method and a panel for each number of votes; open marks at the right: epochs chosen on other items' votes."""
+    metric = measure(rows)
+    points = [r for r in summary(rows, metric=metric) if not is_reference(r)]
+    votes, names = list(dict.fromkeys(r.get("votes") for r in points)), list(dict.fromkeys(r["method"] for r in points))
+    lengths = sorted({r["epochs"] for r in points if r.get("epochs")})
+    look = looks(names)
+    figure, axes = plt.subplots(1, len(votes), figsize=(1.6 + 2.9 * len(votes), 3.3), squeeze=False, layout="constrained")
+    for ax, n in zip(axes[0], votes, strict=True):
+        for i, name in enumerate(names):
+            own = sorted((r for r in points if r["method"] == name and r.get("votes") == n and r.get("epochs")), key=lambda r: r["epochs"])
+            shift = 0.07 * (i - (len(names) - 1) / 2)
+            at = [lengths.index(r["epochs"]) + shift for r in own]
+            ax.errorbar(at, [r["value"] for r in own], yerr=bars(own), capsize=2, linewidth=1.2, elinewidth=0.8, label=name, **look[name])
+            best = [r for r in points if r["method"] == name and r.get("votes") == n and not r.get("epochs")]
+            hollow = look[name] | {"linestyle": "none", "markerfacecolor": "none", "capsize": 2, "elinewidth": 0.8}
+            ax.errorbar([len(lengths) + shift] * len(best), [r["value"] for r in best], yerr=bars(best), **hollow)
+        ax.axvline(len(lengths) - 0.5, color=NEUTRAL, linewidth=0.6)
+        ax.set_xticks(range(len(lengths) + 1), [*(f"{e:g}" for e in lengths), "chosen"])
+        ax.set(xlabel="epochs", title="all votes" if n in (None, "") else f"{n:g} vote{'s' if n > 1 else ''} an item", ylim=(0, None))
+    axes[0, 0].set_ylabel(NAMES[metric])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
 def draw_cost(rows: list[dict]) -> plt.Figure:
     """Seconds an epoch: median, and from least to most."""
     points = summary(rows, metric="seconds_per_epoch")
@@ -225,6 +251,7 @@ DRAW = {
     "sweep": draw_sweep,
     "robustness": draw_robustness,
     "budget": draw_budget,
+    "length": draw_length,
     "cost": draw_cost,
     "adversary": draw_adversary,
 }
@@ -237,6 +264,7 @@ def read_table(path: str) -> list[dict]:
             rows = list(csv.DictReader(file))
         for row in rows:
             row.update({k: float(row[k]) if row[k] else None for k in NUMBERS})
+            row["epochs"] = float(row["epochs"]) if row.get("epochs") else None  # a column that older tables lack
     except (OSError, UnicodeDecodeError, KeyError, ValueError) as error:
         raise InputError(f"{path}: not a study's table: {error}") from None
     if not rows or rows[0]["study"] not in DRAW:

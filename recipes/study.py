@@ -9,6 +9,7 @@
     sweep       KL over alpha, one line an eps
     robustness  KL when the test targets are moved by delta, at random inside the simplex
     budget      one number of annotations spent as N x 1, N/3 x 3 and N/5 x 5
+    length      each method trained for several numbers of epochs, and for the number that other items' votes favour
     ood         trained on --train, tested on --test; items in both are refused, or dropped from training on request
     cost        seconds an epoch and items a second
     methods     empirical-Bayes targets, other adversaries, the ranked probability score, against the paper's method
@@ -87,6 +88,7 @@ ROWS = {  # which methods a study compares by default; the first is what the oth
     "sweep": ("distribution",),
     "robustness": ("single-point", "without adversary", "distribution"),
     "budget": ("distribution", "EB marginal"),
+    "length": ("distribution", "ours", "EB model", "KL alone"),
     "ood": ("single-point", "untrained", "label smoothing", "temperature", "distribution"),
     "cost": ("single-point", "without adversary", "distribution", "exact adversary"),
     "methods": (
@@ -126,6 +128,7 @@ COLUMNS = (
     "data",
     "votes",
     "items",
+    "epochs",
     "alpha",
     "eps",
     "delta",
@@ -147,9 +150,9 @@ COLUMNS = (
 
 @dataclasses.dataclass
 class StudyConfig(tiny.TinyConfig):
-    study: tyro.conf.Positional[Literal["main", "ablation", "sweep", "robustness", "budget", "ood", "cost", "methods", "adversary"]] = (
-        "main"
-    )
+    study: tyro.conf.Positional[
+        Literal["main", "ablation", "sweep", "robustness", "budget", "length", "ood", "cost", "methods", "adversary"]
+    ] = "main"
     """The study."""
     out: str = "runs/study"
     """The folder for table, figure and cells; studies may share one, and then share cells."""
@@ -172,6 +175,8 @@ class StudyConfig(tiny.TinyConfig):
     """robustness: random moves an item."""
     budget_equal: Literal["epochs", "steps"] = "epochs"
     """budget: fewer items mean fewer steps at equal epochs, or more epochs at equal steps."""
+    lengths: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)
+    """length: the numbers of epochs, each with its own learning-rate schedule to the end."""
     overlap: Literal["error", "drop"] = "error"
     """ood: what to do when a training item's id, prompt or group is in the test set: stop, or leave it out and say how many."""
     smoothing: float = 0.1
@@ -714,6 +719,61 @@ def budget(shop: Workshop, methods: list[str]) -> None:
     )
 
 
+def length(shop: Workshop, methods: list[str]) -> None:
+    config, table, votes = shop.config, Table(shop), shop.config.votes or (0,)
+    for seed in seeds(config):
+        for n in votes:
+            for epochs in config.lengths:
+                for method in methods:
+                    shop.load(Cell(method, seed, n, config.train_items, epochs=epochs))
+    shop.missing = 0
+    half = {item.id for item in distjudge.split_items(shop.test, 0.5, config.seed)[0]}  # by group
+    here = torch.tensor([item.id in half for item in shop.test])
+    picked: dict[tuple[int, str], list[float]] = {}
+    for n in votes:
+        at = {"votes": n} if n else {}
+        found = {epochs: predictions(shop, methods, votes=n, items=config.train_items, epochs=epochs) for epochs in config.lengths}
+        for epochs, qs in found.items():
+            table.compare(qs, epochs=epochs, **at)
+        whole = min(len(qs[method]) for qs in found.values() for method in methods)  # seeds that every length has
+        chosen: dict[str, list[torch.Tensor]] = {method: [] for method in methods}
+        for method in methods:
+            for seed in range(whole):
+                qs = torch.stack([found[epochs][method][seed] for epochs in config.lengths])
+                scores = torch.stack([distjudge.item_scores(q, shop.test, config.ordered)["kl"] for q in qs])
+                best = [int(scores[:, part].mean(1).argmin()) for part in (~here, here)]  # for the one half the other decides
+                chosen[method].append(torch.where(here[:, None], qs[best[0]], qs[best[1]]))
+                picked.setdefault((n, method), []).extend(config.lengths[k] for k in best)
+        table.compare(chosen | table.references(shop.items(Cell(methods[0], config.seed, n, config.train_items)), **at), **at)
+    table.write(length_lines(table, methods, picked), figures.draw_length)
+
+
+def length_lines(table: Table, methods: list[str], picked: dict[tuple[int, str], list[float]]) -> list[str]:
+    rows = [r for r in table.rows if r["seed"] == "all"]
+    metric, lengths = "kl_truth" if any(r["metric"] == "kl_truth" for r in rows) else "kl", table.shop.config.lengths
+    rows = [r for r in rows if r["metric"] == metric]
+    lines = [
+        f"{METRICS[metric]}, nats, by epochs; *chosen*: for one half of the test items the epochs at which the same judge is nearest to "
+        f"the votes of the other half. Stars: against *{methods[0]}* in the same column and with as many votes.",
+        "",
+        f"| votes | method | {' | '.join(f'{epochs:g}' for epochs in lengths)} | chosen | epochs chosen | difference, chosen |",
+        "| --- " * (5 + len(lengths)) + "|",
+    ]
+    for n in dict.fromkeys(r.get("votes", 0) for r in rows):
+        own = [r for r in rows if r.get("votes", 0) == n]
+        for method in dict.fromkeys(r["method"] for r in own):
+            cells = {r.get("epochs"): r for r in own if r["method"] == method}
+            times = picked.get((n, method), [])
+            gap = cells.get(None, {})
+            lines.append(
+                f"| {n or 'all'} | {method} | {' | '.join(shown(cells[e]) if e in cells else '–' for e in (*lengths, None))} | "
+                + (", ".join(f"{e:g} ({times.count(e)} x)" for e in lengths if e in times) or "–")
+                + (f" | {gap['difference']:+.4f} [{gap['difference_low']:+.4f}, {gap['difference_high']:+.4f}], p {gap['p']:.4f} |"
+                   if gap.get("difference") is not None else " | – |")
+            )
+    return lines
+
+
 def cost(shop: Workshop, methods: list[str]) -> None:
     """Cells of their own, the methods taking turns, so that a busy minute is shared; the first seed warms up and is not counted."""
     config, table = shop.config, Table(shop)
@@ -798,6 +858,7 @@ STUDIES = {
     "sweep": sweep,
     "robustness": robustness,
     "budget": budget,
+    "length": length,
     "cost": cost,
     "adversary": adversary,
 }
@@ -813,6 +874,8 @@ def main(config: StudyConfig) -> None:
             raise InputError(f"{name}: must be {low} or more, not {getattr(config, name)}")
     if any(v < 1 for v in config.votes):
         raise InputError(f"votes: must be 1 or more, not {min(config.votes)}")
+    if not config.lengths or min(config.lengths) <= 0 or len(set(config.lengths)) != len(config.lengths):
+        raise InputError("lengths: must be different numbers of epochs above 0")
     if not 0 <= config.smoothing < 1:
         raise InputError(f"smoothing: must be 0 or more and below 1, not {config.smoothing}")
     STUDIES[config.study](Workshop(config), methods)

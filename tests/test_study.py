@@ -110,6 +110,33 @@ def test_ablation_budget_and_cost(folder):
 
 
 @pytest.mark.slow
+def test_length_is_chosen_for_each_half_by_the_votes_of_the_other(tmp_path):
+    folder = write_few(tmp_path)
+    rows, trained = run(folder, "length", methods=TWO, lengths=(1.0, 6.0))
+    assert trained == 8
+    _, test = distjudge.load_data(Config(train=(str(folder / "few.jsonl"),)))
+    here = {item.id for item in distjudge.split_items(test, 0.5, 0)[0]}
+    kl = {}  # (method, seed, epochs): for each half, the mean KL to votes and to the truth
+    for cell in (folder / "out").glob("cells/*/cell.json"):
+        found = json.loads(cell.read_text())
+        q = [json.loads(line)["predicted"] for line in (cell.parent / "predictions.jsonl").read_text().splitlines()]
+        parts = [[i for i, item in enumerate(test) if (item.id in here) == side] for side in (True, False)]
+        kl[found["method"], found["settings"]["seed"], found["epochs"]] = [
+            [distjudge.kl_divergence(torch.tensor([list(p[i].values()) for i in part], dtype=torch.float64) / total, torch.tensor([q[i] for i in part], dtype=torch.float64))
+             .mean().item() for p, total in (([item.counts for item in test], torch.tensor([[test[i].votes] for i in part])), ([item.truth for item in test], 1.0))]
+            for part in parts]
+    for method in TWO:
+        for seed in (0, 1):
+            best = [min((1.0, 6.0), key=lambda e: kl[method, seed, e][1 - side][0]) for side in (0, 1)]
+            wanted = sum(kl[method, seed, best[side]][side][1] * n for side, n in ((0, len(here)), (1, len(test) - len(here)))) / len(test)
+            (row,) = [r for r in find(rows, method=method, seed=str(seed), metric="kl_truth", entropy="") if r["epochs"] is None]
+            assert row["value"] == pytest.approx(wanted, abs=1e-4)
+    text = (folder / "out" / "length.md").read_text()
+    assert "| votes | method | 1 | 6 | chosen | epochs chosen |" in text and text.count(" x)") >= 2
+    assert (folder / "out" / "length.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
 def test_every_change_of_the_method_trains(tmp_path):
     """On data where none is another by design: items in groups, and votes enough for a radius of their own."""
     folder = write_few(tmp_path)
