@@ -751,7 +751,7 @@ def length(shop: Workshop, methods: list[str]) -> None:
 def length_lines(table: Table, methods: list[str], picked: dict[tuple[int, str], list[float]]) -> list[str]:
     rows = [r for r in table.rows if r["seed"] == "all"]
     metric, lengths = "kl_truth" if any(r["metric"] == "kl_truth" for r in rows) else "kl", table.shop.config.lengths
-    rows = [r for r in rows if r["metric"] == metric]
+    rows = [r for r in rows if r["metric"] == metric and not (metric == "kl_truth" and r["method"].startswith("noise"))]
     lines = [
         f"{METRICS[metric]}, nats, by epochs; *chosen*: for one half of the test items the epochs at which the same judge is nearest to "
         f"the votes of the other half. Stars: against *{methods[0]}* in the same column and with as many votes.",
