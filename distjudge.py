@@ -1534,6 +1534,8 @@ def _load_tokenizer(path: str) -> Any:
     except (OSError, ValueError):  # no tokenizer.json: it was converted from another format, and there is nothing to compare
         return tokenizer
     # AutoTokenizer rebuilds some tokenizers by the model's type (a Qwen2 model always gets Qwen2's splitting rule and end of text)
+    if as_saved.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str():
+        return tokenizer
     if len(as_saved) == len(tokenizer) and as_saved(_PROBE)["input_ids"] == tokenizer(_PROBE)["input_ids"]:
         return tokenizer
     log.warning("%s: transformers would load the tokenizer as %s, which differs from its tokenizer.json; the file is used",

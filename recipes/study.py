@@ -59,6 +59,8 @@ METHODS: dict[
     "KL alone": {"alpha": 1.0, "eps": 0.0},
     "KL averaged": {"alpha": 1.0, "eps": 0.0, "average": 0.3},
     "distribution averaged": PAPER | {"average": 0.3},
+    "KL, constant rate, averaged": {"alpha": 1.0, "eps": 0.0, "average": 0.5, "schedule": "constant"},
+    "distribution, constant rate, averaged": PAPER | {"average": 0.5, "schedule": "constant"},
     "exact adversary": PAPER | {"adversary": "exact"},
     "exact adversary, TV": PAPER | {"adversary": "exact", "ball": "tv", "eps": 0.15},
     "exact adversary, KL ball": PAPER | {"adversary": "exact", "ball": "kl", "eps": 0.1},
