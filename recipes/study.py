@@ -73,6 +73,7 @@ METHODS: dict[
     "EB group": {"alpha": 1.0, "eps": 0.0, "prior": "group"},
     "EB model": {"alpha": 1.0, "eps": 0.0, "prior": "model"},
     "EB model averaged": {"alpha": 1.0, "eps": 0.0, "prior": "model", "average": 0.3},
+    "EB model, constant rate, averaged": {"alpha": 1.0, "eps": 0.0, "prior": "model", "average": 0.5, "schedule": "constant"},
     "EB model + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "model"},
     "ours": distjudge.PRESETS["few"],
     "EB cross-fitted": {"alpha": 1.0, "eps": 0.0, "prior": "crossfit"},
@@ -90,7 +91,7 @@ ROWS = {  # which methods a study compares by default; the first is what the oth
     "sweep": ("distribution",),
     "robustness": ("single-point", "without adversary", "distribution"),
     "budget": ("distribution", "EB marginal"),
-    "length": ("distribution", "ours", "EB model", "KL alone"),
+    "length": ("distribution", "ours", "EB model", "EB model, constant rate, averaged", "KL alone", "KL, constant rate, averaged"),
     "ood": ("single-point", "untrained", "label smoothing", "temperature", "distribution"),
     "cost": ("single-point", "without adversary", "distribution", "exact adversary"),
     "methods": (
