@@ -281,8 +281,8 @@ def test_pairs_are_trained_in_both_orders_and_judged_in_both(tiny_model, tmp_pat
 def test_a_run_tokenizes_every_prompt_once(tiny_model, votes, tmp_path, monkeypatch):
     items, asked = votes(12), []
     (tmp_path / "items.jsonl").write_text("".join(json.dumps({"id": i.id, "prompt": i.prompt, "counts": i.counts}) + "\n" for i in items))
-    plain = distjudge.PromptEncoder._encode
-    monkeypatch.setattr(distjudge.PromptEncoder, "_encode", lambda self, message, answer: asked.append(message) or plain(self, message, answer))
+    plain = distjudge.PromptEncoder._text
+    monkeypatch.setattr(distjudge.PromptEncoder, "_text", lambda self, message: asked.append(message) or plain(self, message))
     distjudge.run(Config(train=(str(tmp_path / "items.jsonl"),), model=str(tiny_model), out=str(tmp_path / "run"), epochs=1.0, min_mass=0.0))
     times = {item.prompt: asked.count(item.prompt) for item in items}
     tested = {json.loads(line)["prompt"] for line in (tmp_path / "run" / "predictions.jsonl").open()}
