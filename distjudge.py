@@ -744,6 +744,8 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], spellings: dict[str, Seq
     found: list[tuple[int, tuple[int, ...]]] = []
     for i, label in enumerate(labels):
         for text in spellings.get(label, [label]) or [""]:
+            if not _is_text(text):
+                raise InputError(f"spellings: label {_short(repr(label))}: {_short(repr(text))} is not text that can be encoded")
             ids = encoder("Is this so?", text)
             if not text or ids[: len(prompt)] != prompt or len(ids) == len(prompt):
                 raise InputError(f"spellings: label '{label}': '{text}' " + ("merges with the end of the prompt" if text else "is empty"))
@@ -3173,8 +3175,10 @@ def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
 
 def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) -> list[Item]:
     """The items whose prompts fit judge.max_length; with overlong = "error" raises InputError if any does not."""
-    encoded = iter(judge.encoder.many([prompt for item in items for prompt in item.prompts]))
-    lengths = [max(len(next(encoded)) for _ in item.prompts) for item in items]
+    lengths: list[int] = []
+    for start in range(0, len(items), 2048):
+        encoded = iter(judge.encoder.many([prompt for item in items[start : start + 2048] for prompt in item.prompts]))
+        lengths += [max(len(next(encoded)) for _ in item.prompts) for item in items[start : start + 2048]]
     over = [i for i, length in enumerate(lengths) if length > judge.max_length]
     if over and overlong == "error":
         first = items[over[0]]

@@ -294,6 +294,7 @@ CONFIGURATIONS = {  # kind: (arguments, what the line begins with)
     "a spelling of no label": (["--spellings", "maybe=a"], "spellings: unknown label {maybe}"),
     "a spelling that is none": (["--spellings", "yes"], "spellings: 'yes' is not LABEL=TEXT,TEXT"),
     "an empty spelling": (["--spellings", "yes="], "spellings: label 'yes': '' is empty"),
+    "a spelling that is not text": (["--spellings", "yes=a\udcff"], "spellings: label 'yes': 'a\\udcff' is not text that can be encoded"),
     "a control token as a spelling": (["--spellings", "yes=<|end|>"], "spellings: label 'yes': '<|end|>' is a control token"),
     "two labels spelled alike": (["--spellings", "yes=x", "no=x"], "spellings: two labels have the same tokens"),
     "4 bits without adapters": (["--four_bit", "--lora_rank", "0"], "four_bit: "),
