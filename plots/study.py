@@ -33,6 +33,10 @@ def measure(rows: list[dict]) -> str:
     return "kl_truth" if any(r["metric"] == "kl_truth" for r in rows) else "kl"
 
 
+def title_of(votes: float | None) -> str:
+    return "all votes" if votes in (None, "") else f"{votes:g} vote{'s' if votes > 1 else ''} an item"
+
+
 def is_reference(row: dict) -> bool:
     return row["method"] == "marginal" or row["method"].startswith("noise floor")
 
@@ -95,7 +99,7 @@ def draw_methods(rows: list[dict]) -> plt.Figure:
             ax.axvline(here[first]["value"], color=NEUTRAL, linewidth=0.8, linestyle=":")
         ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis() if column == 0 else None
-        ax.set(xlabel=NAMES[metric], title="all votes" if n in (None, "") else f"{n:g} vote{'s' if n > 1 else ''} an item")
+        ax.set(xlabel=NAMES[metric], title=title_of(n))
         ax = axes[1, column]
         for name in lines:
             points = [r for r in summary(rows, metric=metric, method=name) if r.get("entropy") and r.get("votes") == n]
@@ -192,7 +196,7 @@ def draw_length(rows: list[dict]) -> plt.Figure:
             ax.errorbar([len(lengths) + shift] * len(best), [r["value"] for r in best], yerr=bars(best), **hollow)
         ax.axvline(len(lengths) - 0.5, color=NEUTRAL, linewidth=0.6)
         ax.set_xticks(range(len(lengths) + 1), [*(f"{e:g}" for e in lengths), "chosen"])
-        ax.set(xlabel="epochs", title="all votes" if n in (None, "") else f"{n:g} vote{'s' if n > 1 else ''} an item", ylim=(0, None))
+        ax.set(xlabel="epochs", title=title_of(n), ylim=(0, None))
     axes[0, 0].set_ylabel(NAMES[metric])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

@@ -35,7 +35,6 @@ import gc
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
 import shutil
@@ -115,25 +114,20 @@ def _is_quantized(base: str) -> bool:
         return False
 
 
-def _room() -> tuple[float, float]:
-    """Main memory and, beside it, the memory of the card, in bytes; 0 where there is none or it cannot be told."""
-    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    try:
-        import psutil
-    except ImportError:
-        return math.inf, card
-    return psutil.virtual_memory().total, card
+def _room() -> tuple[int, int]:
+    """Main memory and, beside it, the memory of the card, in bytes; 0 where there is no card."""
+    import psutil
+
+    return psutil.virtual_memory().total, torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 
 
 def _check_memory(export: str, base: str, adapters: bool) -> None:
     """Raises InputError where not even the weights of the merged model would fit: the system would kill the process after the training."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
-            weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False)).num_parameters()
-    except Exception:  # load_judge() says what is wrong with it
+        outline = distjudge._load_model(base, False, "cpu", 0, True, "transformers", "an outline", 0, weights=False)
+    except InputError:  # load_judge() says it
         return
+    weights = outline.num_parameters()
     main, card = _room()
     needs, beside = weights * (2 if card and adapters else 4), 0.6 * weights  # the judge stays on the card, in 4 bits at the least
     if needs > max(main, card - beside):

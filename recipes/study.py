@@ -626,7 +626,7 @@ def compare_methods(shop: Workshop, methods: list[str]) -> None:
 
 def difference_lines(table: Table, first: str, by_votes: bool) -> list[str]:
     rows = [r for r in table.rows if r["seed"] == "all" and not r.get("entropy") and r.get("difference") is not None]
-    metric = "kl_truth" if any(r["metric"] == "kl_truth" for r in rows) else "kl"
+    metric = figures.measure(rows)
     lines = [
         f"{METRICS[metric]}, difference from {first} (nats; negative is better):",
         "",
@@ -724,28 +724,30 @@ def budget(shop: Workshop, methods: list[str]) -> None:
 
 def length(shop: Workshop, methods: list[str]) -> None:
     config, table, votes = shop.config, Table(shop), shop.config.votes or (0,)
-    for seed in seeds(config):
+    found = {n: {epochs: {method: [] for method in methods} for epochs in config.lengths} for n in votes}
+    for seed in seeds(config):  # in this order, so that stopping early leaves whole seeds
         for n in votes:
-            for epochs in config.lengths:
-                for method in methods:
-                    shop.load(Cell(method, seed, n, config.train_items, epochs=epochs))
-    shop.missing = 0
+            cells = {
+                (epochs, method): shop.load(Cell(method, seed, n, config.train_items, epochs=epochs))
+                for epochs in config.lengths
+                for method in methods
+            }
+            if all(cells.values()):  # a seed counts when all lengths and methods have it
+                for (epochs, method), cell in cells.items():
+                    found[n][epochs][method].append(cell["predicted"])
     half = {item.id for item in distjudge.split_items(shop.test, 0.5, config.seed)[0]}  # by group
     here = torch.tensor([item.id in half for item in shop.test])
     picked: dict[tuple[int, str], list[float]] = {}
     for n in votes:
         at = {"votes": n} if n else {}
-        found = {epochs: predictions(shop, methods, votes=n, items=config.train_items, epochs=epochs) for epochs in config.lengths}
-        for epochs, qs in found.items():
+        for epochs, qs in found[n].items():
             table.compare(qs, epochs=epochs, **at)
-        whole = min(len(qs[method]) for qs in found.values() for method in methods)  # seeds that every length has
         chosen: dict[str, list[torch.Tensor]] = {method: [] for method in methods}
         for method in methods:
-            for seed in range(whole):
-                qs = torch.stack([found[epochs][method][seed] for epochs in config.lengths])
-                scores = torch.stack([distjudge.item_scores(q, shop.test, config.ordered)["kl"] for q in qs])
+            for runs in zip(*(found[n][epochs][method] for epochs in config.lengths), strict=True):  # a seed each
+                scores = torch.stack([distjudge.item_scores(q, shop.test, config.ordered)["kl"] for q in runs])
                 best = [int(scores[:, part].mean(1).argmin()) for part in (~here, here)]  # for the one half the other decides
-                chosen[method].append(torch.where(here[:, None], qs[best[0]], qs[best[1]]))
+                chosen[method].append(torch.where(here[:, None], runs[best[0]], runs[best[1]]))
                 picked.setdefault((n, method), []).extend(config.lengths[k] for k in best)
         table.compare(chosen | table.references(shop.items(Cell(methods[0], config.seed, n, config.train_items)), **at), **at)
     table.write(length_lines(table, methods, picked), figures.draw_length)
@@ -753,7 +755,7 @@ def length(shop: Workshop, methods: list[str]) -> None:
 
 def length_lines(table: Table, methods: list[str], picked: dict[tuple[int, str], list[float]]) -> list[str]:
     rows = [r for r in table.rows if r["seed"] == "all"]
-    metric, lengths = "kl_truth" if any(r["metric"] == "kl_truth" for r in rows) else "kl", table.shop.config.lengths
+    metric, lengths = figures.measure(rows), table.shop.config.lengths
     rows = [r for r in rows if r["metric"] == metric and not (metric == "kl_truth" and r["method"].startswith("noise"))]
     lines = [
         f"{METRICS[metric]}, nats, by epochs; *chosen*: for one half of the test items the epochs at which the same judge is nearest to "

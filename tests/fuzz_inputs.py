@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing (atheris) of what reads users' data: any input is used or refused with InputError, never anything else.
 
-    pip install atheris
+    pip install atheris                                                        # beside tests/requirements.txt
     python tests/fuzz_inputs.py items corpus/items -max_total_time=900        # load_items, from a file of bytes
     python tests/fuzz_inputs.py own corpus/own -max_total_time=900            # data/prepare.py own, from a table of bytes
     python tests/fuzz_inputs.py packs corpus/packs -max_total_time=900        # the pack builder, from any token lists
@@ -23,6 +23,8 @@ with atheris.instrument_imports(include=["distjudge", "prepare", "sources"]):
 
     import distjudge
 
+import test_fuzz
+
 FOLDER = Path(tempfile.mkdtemp())
 ROW = b'{"id": "a", "prompt": "x", "counts": {"1": 1, "2": 0}}\n{"prompt": "y", "annotations": [1, "2"], "truth": {"1": 1}, "group": "g", "split": "test"}\n'
 SEEDS = {"items": [ROW, b"\xef\xbb\xbf" + ROW, b'{"prompt": "z", "distribution": {"a": 0.5, "b": 0.5}, "votes": 2, "swap": {"prompt": "w", "labels": {"a": "b", "b": "a"}}}'],
@@ -30,27 +32,17 @@ SEEDS = {"items": [ROW, b"\xef\xbb\xbf" + ROW, b'{"prompt": "z", "distribution":
          "packs": [b"\x10\x01\x02\x03\xff\x01\x02\x04\xff\x05", bytes(range(40))]}
 
 
-def check_lines(error):
-    for line in str(error).split("\n"):
-        assert line.strip() and len(line) < 3000, line
-        assert not any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0x202A <= ord(c) <= 0x202E for c in line), line
-
-
 def items(data):
     path = FOLDER / "x.jsonl"
     path.write_bytes(data)
-    try:
-        found = distjudge.load_items(path)
-    except distjudge.InputError as error:
-        return check_lines(error)
-    names = distjudge.labels_of(found)
-    assert len(names) >= 2 and len({item.id for item in found}) == len(found) and distjudge.counts_of(found).isfinite().all()
-    assert all(item.prompt.strip() and item.votes > 0 and abs(sum(item.distribution) - 1) < 1e-9 for item in found)
+    found = test_fuzz.used_or_refused(path)
+    if found is None:
+        return
     try:
         train, test = distjudge.split_items(found)
         assert sorted(item.id for item in [*train, *test]) == sorted(item.id for item in found)
     except distjudge.InputError as error:
-        check_lines(error)
+        test_fuzz.check_lines(error)
 
 
 def own(data):
@@ -69,7 +61,7 @@ def own(data):
             prepare.main(config)
     except distjudge.InputError as error:
         assert not list(out.glob("*")), "half written"
-        return check_lines(error)
+        return test_fuzz.check_lines(error, 3000)  # it may list the columns
     found = distjudge.load_items(out / "items.jsonl")
     assert found and distjudge.labels_of(found)
 

@@ -31,13 +31,16 @@ rows = st.lists(st.one_of(st.fixed_dictionaries({}, optional=likely),
                                                 optional={k: v for k, v in likely.items() if k not in ('prompt', 'counts')}), anything), max_size=5)
 
 
+def check_lines(error, longest=2000):
+    lines = str(error).split("\n")
+    assert lines and all(line.strip() and len(line) < longest and not CONTROL.search(line) for line in lines), lines
+
+
 def used_or_refused(*sources, **options):
     try:
         items = load_items(*sources, **options)
     except InputError as error:
-        lines = str(error).split("\n")
-        assert lines and all(line.strip() and len(line) < 2000 and not CONTROL.search(line) for line in lines), lines
-        return None
+        return check_lines(error)
     names = distjudge.labels_of(items)
     assert len(names) >= 2 and len({item.id for item in items}) == len(items)
     for item in items:
