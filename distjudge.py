@@ -1259,15 +1259,19 @@ class Judge:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def _score(self, encoded: list[list[int]], tick: Callable[[int], Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        logq, mass = torch.empty(len(encoded), len(self.labels)), torch.empty(len(encoded))
+    def _score(self, encoded: list[list[int]], tick: Callable[[int], Any] = lambda _: None, plain: bool = False,
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See score(). plain: as in training, without top_k and label mass (it is 1 for all)."""
+        logq, mass = torch.empty(len(encoded), len(self.labels)), torch.ones(len(encoded))
         todo = self.plan(encoded)[::-1]
         while todo:
             members = todo.pop()
             batch, fits = self.batch([encoded[i] for i in members]), True
             try:
-                q, m = label_logprobs(self.model, batch, self.tokens, with_mass=True, top_k=self.top_k)
-                logq[members], mass[members] = q.float().cpu(), m.exp().float().cpu()  # type: ignore[union-attr]
+                q, m = label_logprobs(self.model, batch, self.tokens, with_mass=not plain, top_k=0 if plain else self.top_k)
+                logq[members] = q.float().cpu()
+                if m is not None:
+                    mass[members] = m.exp().float().cpu()
             except torch.OutOfMemoryError:
                 fits = False
             if not fits:
@@ -2159,6 +2163,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # settings of the method by name; on a c
               "prior": "none", "loss": "kl"},
     "single": {"alpha": 0.0, "eps": 0.0, "prior": "none", "loss": "kl"},
     "kl": {"alpha": 1.0, "eps": 0.0, "prior": "none", "loss": "kl"},
+    "teacher": {"alpha": 1.0, "eps": 0.0, "prior": "teacher", "schedule": "constant", "loss": "kl"},
     "few": {"alpha": 1.0, "eps": 0.25, "radius": "fixed", "adversary": "pgd", "ball": "l2", "prior": "model", "average": 0.3, "loss": "kl"},
 }
 
@@ -2167,7 +2172,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # settings of the method by name; on a c
 class Config:
     """Settings of a run. The defaults of the method are the paper's."""
 
-    preset: Literal["", "paper", "single", "kl", "few"] = ""
+    preset: Literal["", "paper", "single", "kl", "teacher", "few"] = ""
     """The method's settings by name, see PRESETS; flags given beside it win. (In Python: Config(**PRESETS["kl"], ...).)"""
     train: tuple[str, ...] = ()
     """Training items: one or more .jsonl or .jsonl.gz files."""
@@ -2216,13 +2221,15 @@ class Config:
     """Steps of the adversary."""
     step_size: float = 0.05
     """Step size of the adversary."""
-    prior: Literal["none", "marginal", "group", "model", "crossfit"] = "none"
+    prior: Literal["none", "marginal", "group", "model", "teacher", "crossfit"] = "none"
     """Shrink each item's votes toward: the training marginal, its group's mean, the judge's own earlier predictions for the item
-    (their running mean, see remember), or the prediction of a judge trained on the other half of the items (twice the training).
-    The adversary then starts from there, with the posterior's radius if radius is "annotators"; for "model" it moves the votes, and
-    the predictions are added after that."""
+    (their running mean, see remember), the prediction of a teacher, which is a running mean of the judge's weights and gives the
+    answers in the end (see running_rate; a third more computing), or the prediction of a judge trained on the other half of the items
+    (twice the training). The adversary then starts from there, with the posterior's radius if radius is "annotators"; for "model" and
+    "teacher" it moves the votes, and the predictions are added after that."""
     concentration: float = 0.0
-    """How many votes the prior is worth; 0 is 1 for "model", and else fits it to the training votes, or takes 2 where no item has two."""
+    """How many votes the prior is worth; 0 is 1 for "model", 5 for "teacher", and else fits it to the training votes, or takes 2 where no
+    item has two."""
     loss: Literal["kl", "rps", "mixed"] = "kl"
     """Distance to the (worst) distribution: KL, for ordered labels the ranked probability score, or a mixture of both."""
     rps_weight: float = 0.5
@@ -2292,12 +2299,14 @@ class Config:
         for name in ("alpha", "rps_weight", "average", "min_mass"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: must be between 0 and 1, not {getattr(self, name)}")
+        if self.prior == "teacher" and self.average:
+            raise InputError("average: with --prior teacher the teacher's weights give the answers; they are a mean already")
         if self.ball != "l2" and self.adversary == "pgd" and self.eps:
             raise InputError(f"ball: the {self.ball} ball needs --adversary exact")
         if self.ball != "l2" and self.radius == "annotators":
             raise InputError(f"radius: the annotators' radius is a distance in l2, ball is {self.ball}")
         choices = {"radius": ("fixed", "annotators"), "adversary": ("pgd", "exact"), "ball": tuple(_EXTREMES),
-                   "loss": ("kl", "rps", "mixed"), "prior": ("none", "marginal", "group", "model", "crossfit"),
+                   "loss": ("kl", "rps", "mixed"), "prior": ("none", "marginal", "group", "model", "teacher", "crossfit"),
                    "export": ("none", "merged", "gguf", "gguf-unchecked")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -2333,15 +2342,16 @@ class FourBitConfig(Config):
     """Items an optimizer step, times grad_accum. How many go through the model at once is pack_tokens' affair."""
 
 
+TEACHER_POWER = 10  # the teacher spans the last tenth of all steps
 SINGLE_VOTE_CONCENTRATION = 2.0  # a prior's weight in votes where no item has two votes and the data say nothing of it
-MODEL_CONCENTRATION = 1.0  # of the judge's own earlier predictions
+OWN_CONCENTRATION = {"model": 1.0, "teacher": 5.0}  # of the judge's own predictions, which come with the steps
 
 
 def prior_votes(items: Sequence[Item], config: Config, means: torch.Tensor | None = None) -> torch.Tensor:
     """The pseudo-votes k m that config.prior adds to each training item, (N, C) float64; zeros for prior "none".
 
     m is the training marginal, for "group" the group's votes shrunk toward that in the same way (a group is then one panel), or
-    `means` (N, C) where given ("crossfit"). For "model" only k counts: train() puts the judge's earlier predictions in m's place.
+    `means` (N, C) where given ("crossfit"). For "model" and "teacher" only k counts: train() puts predictions in m's place.
     k is config.concentration or, if that is 0, fitted (see fit_concentration) and printed.
     """
     counts = counts_of(items)
@@ -2357,8 +2367,8 @@ def prior_votes(items: Sequence[Item], config: Config, means: torch.Tensor | Non
         means = shrink_votes(pooled, (SINGLE_VOTE_CONCENTRATION if spread is None else spread) * marginal[:1])[at]
     means = (marginal if means is None else means).clamp_min(1e-9)
     k, how = config.concentration, "given"
-    if not k and config.prior == "model":
-        k, how = MODEL_CONCENTRATION, "the default"
+    if not k and config.prior in OWN_CONCENTRATION:
+        k, how = OWN_CONCENTRATION[config.prior], "the default"
     if not k:
         k, how = fit_concentration(counts, means), "fitted"
         if k is None:
@@ -2375,6 +2385,16 @@ def remember(memory: torch.Tensor, rows: Sequence[int], q: torch.Tensor, keep: f
     alike have been learnt together. Source: temporal ensembling, Laine and Aila 2017; as a prior worth k votes it is ours.
     """
     memory[rows] = keep * memory[rows] + (1 - keep) * torch.cat([q, torch.ones_like(q[:, :1])], 1)
+
+
+def running_rate(steps: int, power: int) -> float:
+    """How much of the newest weights a running mean takes in that holds those of so many steps: mean += rate * (new - mean).
+
+    power 1 is the plain mean. A larger one weighs step t of T by about (t / T)^(power - 1), so that the mean spans the last
+    1 / power of all steps, however many these are. Source: mean teachers, Tarvainen and Valpola 2017; weights that are a power of t,
+    Karras et al. 2024.
+    """
+    return power / (power + steps)
 
 
 def crossfit_means(judge: Judge, items: Sequence[Item], config: Config) -> torch.Tensor:
@@ -2452,9 +2472,10 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         ids += [items[i].id for i in pairs]
         turned = torch.tensor([items[i].swap.labels for i in pairs])  # type: ignore[union-attr]
         counts, prior = (torch.cat([x, x[pairs].gather(1, turned)]) for x in (counts, prior))
-    if config.prior == "model" and config.epochs <= 1:
-        log.warning("prior: the model's earlier predictions count from the second epoch on; epochs is %g: there is none", config.epochs)
-    memory = torch.zeros(len(encoded) if config.prior == "model" else 0, counts.shape[1] + 1, device=judge.device)
+    own = config.prior in OWN_CONCENTRATION
+    if own and config.epochs <= 1:
+        log.warning("prior: the judge's own predictions count from the second epoch on; epochs is %g: there is none", config.epochs)
+    memory = torch.zeros(len(encoded) if own else 0, counts.shape[1] + 1, device=judge.device)
     before = judge.packs, judge.pack_tokens
     judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
 
@@ -2489,6 +2510,10 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             chosen = step[rank * len(step) // processes : (rank + 1) * len(step) // processes]
             counts_here = float(len(chosen) > 0)  # a process without a share must exchange gradients all the same, of zero
             chosen = chosen or step[:1]
+            if config.prior == "teacher" and order.epoch:
+                with average.in_place():
+                    said = judge._score([encoded[i] for i in chosen], plain=True)[0].exp()
+                memory[chosen] = torch.cat([said, torch.ones(len(chosen), 1)], 1).to(memory)
             while True:
                 passes, self.said = judge.plan([encoded[i] for i in chosen]), []
                 total = torch.zeros((), device=self.args.device)
@@ -2496,7 +2521,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 for n, members in enumerate(passes):
                     rows = self.rows = [chosen[k] for k in members]
                     batch = judge.batch([encoded[i] for i in rows]) | {"votes": counts[rows], "prior": prior[rows], "weight": counts_here}
-                    batch |= {"memory": memory[rows]} if config.prior == "model" else {}
+                    batch |= {"memory": memory[rows]} if own else {}
                     tokens = batch["input_ids"].numel()
                     try:  # processes exchange their gradients with the last pass only
                         with self.accelerator.no_sync(model) if n < len(passes) - 1 else contextlib.nullcontext():
@@ -2526,19 +2551,19 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 bad = [self.rows[k] for k in (~torch.isfinite(logq)).any(1).nonzero()[:, 0].tolist()]
                 raise self.diverged(f"the loss is not finite at step {self.state.global_step + 1}, for", bad)
             votes, pseudo = inputs["votes"], inputs["prior"]
-            if config.prior == "model":  # none in the first epoch, before which nothing was predicted
+            if own:  # none in the first epoch, before which nothing was predicted
                 self.said.append((self.rows, logq.detach().exp()))
                 past = inputs["memory"]
                 pseudo = pseudo.sum(-1, keepdim=True) * past[:, :-1] / past[:, -1:].clamp_min(1e-9)
             p, eps = votes / votes.sum(-1, keepdim=True), torch.full_like(votes[:, 0], config.eps)
-            centre = p if config.prior == "model" else shrink_votes(votes, pseudo)
+            centre = p if own else shrink_votes(votes, pseudo)
             if config.radius == "annotators":
-                eps = annotator_radius(votes, config.eps, None if config.prior in ("none", "model") else pseudo).to(eps.dtype)
+                eps = annotator_radius(votes, config.eps, None if own or config.prior == "none" else pseudo).to(eps.dtype)
             if config.adversary == "exact" and config.eps:
                 worst = worst_case_exact(centre, logq, eps, config.ball)
             else:
                 worst = worst_case(centre, logq, eps, config.steps, config.step_size)
-            if config.prior == "model":  # the votes are moved, and what was predicted of them is added then
+            if own:  # the votes are moved, and what was predicted of them is added then
                 worst = shrink_votes(votes.sum(-1, keepdim=True) * worst, pseudo)
             loss = inputs["weight"] * hybrid_loss(logq, p, config.alpha, worst, rps, scale).sum()
             return loss / num_items_in_batch * self.accelerator.num_processes  # processes average their gradients
@@ -2587,7 +2612,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 _set_random_states(found["random"])
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            q, mass, orders = judge_items(judge, eval_items)
+            with average.in_place() if config.prior == "teacher" else contextlib.nullcontext():
+                q, mass, orders = judge_items(judge, eval_items)
             scores = evaluate(q, eval_items, train_items=items, label_mass=mass, ordered=config.ordered, floor_draws=0) | orders
             metrics = {f"eval_{name}": value for name, value in scores.items() if value is not None}
             self.log(metrics)
@@ -2622,26 +2648,41 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                     file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
     class Average(transformers.TrainerCallback):
-        """The running mean of the trained weights over the last steps, float32, in the model's place when training ends."""
+        """A running mean of the trained weights, float32, over the last steps or as a teacher; in their place when training ends."""
 
         number, means = 0, ()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not config.average or state.global_step <= (1 - config.average) * state.max_steps:
+            share = 1.0 if config.prior == "teacher" else config.average
+            if not share or state.global_step <= (1 - share) * state.max_steps:
                 return
-            self.number += 1
             weights = [w.detach() for w in judge.model.parameters() if w.requires_grad]
             self.means = self.means or [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+            rate = running_rate(self.number, TEACHER_POWER if config.prior == "teacher" else 1)
             for mean, weight in zip(self.means, weights, strict=True):
-                mean += (weight.float() - mean) / self.number
+                mean += rate * (weight.float() - mean)
+            self.number += 1
+
+        @torch.no_grad()
+        def put(self, values: Sequence[torch.Tensor]) -> None:
+            for weight, value in zip((w for w in judge.model.parameters() if w.requires_grad), values, strict=True):
+                weight.copy_(value)
+
+        @contextlib.contextmanager
+        def in_place(self) -> Iterator[None]:
+            """The mean in the weights' place while this is open, without dropout."""
+            held, was_training = [w.detach().clone() for w in judge.model.parameters() if w.requires_grad], judge.model.training
+            self.put(self.means or held)
+            judge.model.eval()
+            try:
+                yield
+            finally:
+                self.put(held)
+                judge.model.train(was_training)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step < state.max_steps:  # stopped by a signal
-                return
-            weights = [w for w in judge.model.parameters() if w.requires_grad]
-            with torch.no_grad():
-                for mean, weight in zip(self.means or weights, weights, strict=True):
-                    weight.copy_(mean)
+            if self.means and state.global_step == state.max_steps:  # else stopped by a signal
+                self.put(self.means)
 
     class Progress(transformers.ProgressCallback):
         """The usual bar, with the loss in it and not a line under it."""
@@ -3269,7 +3310,7 @@ def estimate_memory(judge: Judge, config: Config, batch: dict[str, torch.Tensor]
     For decoders of Llama's kind. With b bytes a number computed with (2 in 16 bits, 4 in float32) and L tokens in the pass:
       weights      4-bit matrices n/2 and, quantized twice, a byte for 64 weights and a float32 for 256 of those; all others, embeddings
                    and the output layer among them, as they are held
-      training     trained weights, their gradients and AdamW's two moments, in float32 or, the moments, 8 bits; --average's mean;
+      training     trained weights, their gradients and AdamW's two moments, in float32 or, the moments, 8 bits; a mean of the weights;
                    where all weights are trained in 16 bits, autocast's copies of the matrices
       activations  what layers keep for the backward pass, all of them or, recomputed, one beside every layer's input: b L (inputs of
                    the matrices, once for each where adapters cast them to 16 bits, + 3 widths of the MLP + queries and outputs of
@@ -3288,7 +3329,8 @@ def estimate_memory(judge: Judge, config: Config, batch: dict[str, torch.Tensor]
     weights = sum(sizes[id(p)] * (0.5 + 1 / 64 + 4 / 64 / 256 if id(p) in packed else p.element_size())
                   for p in model.parameters() if not p.requires_grad)
     moments = 2 if "8bit" in optimizer_for(judge, config) else 8
-    training = sum(p.numel() for p in model.parameters() if p.requires_grad) * (8 + moments + 4 * bool(config.average))
+    mean = 4 * bool(config.average or config.prior == "teacher")
+    training = sum(p.numel() for p in model.parameters() if p.requires_grad) * (8 + moments + mean)
     training += 2 * sum(sizes[id(m.weight)] for m in own) * (half and not adapters)
     hidden, layers, heads = shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads
     mlp, kv_heads = getattr(shape, "intermediate_size", None) or 4 * hidden, getattr(shape, "num_key_value_heads", None) or heads
@@ -3346,6 +3388,7 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
     if needed > there:
         log.warning("the estimate of memory is more than there is: try a lower --pack_tokens, --gradient_checkpointing or --four_bit")
     turns = (2 if adapters else 3) + config.gradient_checkpointing  # forward, backward to activations, to weights, forward again
+    turns += (config.prior == "teacher") * max(0.0, 1 - 1 / config.epochs)  # the teacher's forward, from the second epoch on
     flop = 2.0 * turns * computed * config.epochs * (1 + (config.prior == "crossfit")) * sum(
         m.in_features * m.out_features for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
     head, *labels = judge.tokens.describe(judge.tokenizer).removeprefix("labels are ").split("\n  ")

@@ -76,6 +76,8 @@ METHODS: dict[
     "EB model, constant rate, averaged": {"alpha": 1.0, "eps": 0.0, "prior": "model", "average": 0.5, "schedule": "constant"},
     "EB model + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "model"},
     "ours": distjudge.PRESETS["few"],
+    "teacher": distjudge.PRESETS["teacher"],
+    "teacher + adversary": distjudge.PRESETS["teacher"] | PAPER | {"alpha": 1.0},
     "EB cross-fitted": {"alpha": 1.0, "eps": 0.0, "prior": "crossfit"},
     "EB + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators"},
     "EB + exact adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators", "adversary": "exact"},

@@ -213,7 +213,8 @@ def test_weights_are_what_bitsandbytes_holds(tmp_path, tiny_tokenizer):
     assert estimate["weights"] == pytest.approx(held, rel=1e-4)
     trained = sum(p.numel() for p in judge.model.parameters() if p.requires_grad)
     assert estimate["training"] == 16 * trained  # on a CPU: weights, gradients and both moments in float32
-    assert estimate_memory(judge, Config(optimizer="adamw_8bit", average=0.2), judge.batch(judge.encode(["Is it?"])))["training"] == 14 * trained
+    for mean in ({"average": 0.2}, {"prior": "teacher"}):
+        assert estimate_memory(judge, Config(optimizer="adamw_8bit", **mean), judge.batch(judge.encode(["Is it?"])))["training"] == 14 * trained
 
 
 # --- label mass -------------------------------------------------------------------------------------------------------------

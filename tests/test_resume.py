@@ -65,8 +65,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(go, tmp_path):
         assert losses(f"s{stop}") == losses("whole")
 
 
-def test_with_checkpoints_now_and_then_and_packs_in_random_order(go, tmp_path):
-    settings = {"save_every": 3, "shuffle": "packs", "warmup": 0.3, "schedule": "cosine", "log_every": 2, "average": 0.6, "prior": "model"}
+@pytest.mark.parametrize("means", [{"average": 0.6, "prior": "model"}, {"prior": "teacher"}])
+def test_with_checkpoints_now_and_then_and_packs_in_random_order(go, tmp_path, means):
+    settings = {"save_every": 3, "shuffle": "packs", "warmup": 0.3, "schedule": "cosine", "log_every": 2, **means}
     whole, _ = go("whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         go("stopped", 8, **settings)

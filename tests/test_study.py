@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,54 @@ def test_the_models_own_earlier_predictions_are_worth_k_votes(tiny_model, tmp_pa
     assert [len(p) for p in past.values()] == [3] * 11 and moved > 0.1
 
 
+def test_a_running_mean_spans_the_same_share_of_any_number_of_steps():
+    for steps in (100, 1000):
+        mean = {1: torch.zeros(steps), 10: torch.zeros(steps)}  # of unit vectors: how much of each step's weights is in the mean
+        for power, weights in mean.items():
+            for t in range(steps):
+                weights += distjudge.running_rate(t, power) * (torch.eye(steps)[t] - weights)
+        assert torch.allclose(mean[1], torch.full((steps,), 1 / steps), atol=1e-6)
+        assert mean[10].sum() == pytest.approx(1, abs=1e-5) and mean[10][int(0.8 * steps) :].sum() == pytest.approx(1 - 0.8**10, abs=0.04)
+
+
+def test_a_teacher_is_the_mean_of_the_weights_and_worth_k_votes(tiny_model, tmp_path, monkeypatch):
+    """Every target is the votes and what the mean of all weights before predicts, computed here by another judge and in closed form."""
+    import transformers
+
+    items = distjudge.load_items([{"prompt": f"Item {n} of some", "counts": {"a": n, "b": 9 - n}} for n in range(9)])
+    judge, other = (distjudge.load_judge(str(tiny_model), ["a", "b"], lora_rank=2) for _ in range(2))
+    of = lambda j: [w for w in j.model.parameters() if w.requires_grad]  # noqa: E731
+    seen, calls, plain = [], [], distjudge.hybrid_loss
+
+    def mean(n):  # of the first n weights: step t counts 10 / (10 + t), times u / (10 + u) for every later step u
+        share = [10 / (10 + t) * math.prod(u / (10 + u) for u in range(t + 1, n)) for t in range(n)]
+        return [sum(s * w for s, w in zip(share, step, strict=True)) for step in zip(*seen[:n], strict=True)]
+
+    class Keep(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append([w.detach().clone() for w in of(judge)])
+
+    monkeypatch.setattr(distjudge, "hybrid_loss", lambda logq, p, alpha, worst, *more: calls.append((len(seen), p, worst)) or plain(logq, p, alpha, worst, *more))
+    distjudge.train(judge, items, Config(out=str(tmp_path), epochs=4.0, learning_rate=0.05, batch_size=4, pack_tokens=30, **distjudge.PRESETS["teacher"]),
+                    callbacks=[Keep()])
+    assert len(seen) == 12 and {n for n, *_ in calls} == set(range(12)) and len(calls) > 12
+    moved = 0.0
+    for n, p, target in calls:
+        if n < 3:  # the first epoch
+            assert torch.equal(target, p)
+            continue
+        with torch.no_grad():
+            for weight, value in zip(of(other), mean(n), strict=True):
+                weight.copy_(value)
+        for votes, t in zip(p, target, strict=True):
+            q = torch.as_tensor(other.predict([f"Item {round(9 * votes[0].item())} of some"])[0])
+            assert torch.allclose(t, (9 * votes + 5 * q) / 14, atol=1e-5)
+            moved = max(moved, (t - votes).abs().max().item())
+    assert moved > 0.05
+    assert all(torch.allclose(w, m, atol=1e-6) for w, m in zip(of(judge), mean(12), strict=True))  # the teacher gives the answers
+    assert any((w - last).abs().max() > 1e-3 for w, last in zip(of(judge), seen[-1], strict=True))
+
+
 def test_the_mean_of_the_last_weights_takes_their_place(tiny_model, votes, tmp_path):
     import transformers
 
@@ -307,7 +356,8 @@ def test_presets_come_before_flags(monkeypatch):
         monkeypatch.setattr("sys.argv", ["x", *arguments])
         distjudge.cli(seen.append, Config)
     assert [(c.alpha, c.eps) for c in seen] == [(0.9, 0.0), (0.8, 0.25), (0.8, 0.25)] and [c.preset for c in seen] == ["kl", "paper", ""]
-    Config(**distjudge.PRESETS["few"]).check()
+    for preset in distjudge.PRESETS.values():
+        Config(**preset).check()
 
 
 def test_simplex_and_training_curves(tmp_path):
