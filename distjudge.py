@@ -2224,7 +2224,7 @@ class Config:
     prior: Literal["none", "marginal", "group", "model", "teacher", "crossfit"] = "none"
     """Shrink each item's votes toward: the training marginal, its group's mean, the judge's own earlier predictions for the item
     (their running mean, see remember), the prediction of a teacher, which is a running mean of the judge's weights and gives the
-    answers in the end (see running_rate; a third more computing), or the prediction of a judge trained on the other half of the items
+    answers in the end (see running_rate; up to half more computing), or the prediction of a judge trained on the other half of the items
     (twice the training). The adversary then starts from there, with the posterior's radius if radius is "annotators"; for "model" and
     "teacher" it moves the votes, and the predictions are added after that."""
     concentration: float = 0.0
@@ -2253,7 +2253,7 @@ class Config:
     """Order of the items in an epoch: prompts that share 16 tokens or more beyond what all share come in chunks of at most one
     step, so that steps share more ("packs"), or every item by itself ("items"); chunks and items in uniformly random order."""
     warmup: float = 0.03
-    """Linear warm-up: a share of all steps if below 1, else a number of steps."""
+    """Linear warm-up: a share of all steps if below 1, else a number of steps. Schedule "constant" has none."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Learning-rate schedule, by its transformers name."""
     weight_decay: float = 0.0
@@ -2300,7 +2300,7 @@ class Config:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: must be between 0 and 1, not {getattr(self, name)}")
         if self.prior == "teacher" and self.average:
-            raise InputError("average: with --prior teacher the teacher's weights give the answers; they are a mean already")
+            raise InputError("average: with --prior teacher it must be 0: the teacher gives the answers, and is a mean already")
         if self.ball != "l2" and self.adversary == "pgd" and self.eps:
             raise InputError(f"ball: the {self.ball} ball needs --adversary exact")
         if self.ball != "l2" and self.radius == "annotators":
@@ -2500,6 +2500,10 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             return torch.utils.data.DataLoader(self.train_dataset, config.batch_size * config.grad_accum, sampler=order,
                                                collate_fn=self.data_collator)
 
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+            if self.state.global_step < self.state.max_steps:  # of a finished run that is resumed nothing is left of its last epoch
+                super()._run_epoch(*args, **kwargs)
+
         def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
             batches = [b for _, b in zip(range(num_batches), epoch_iterator, strict=False)]
             return batches, torch.tensor(sum(len(b["chosen"]) for b in batches), device=device)
@@ -2511,8 +2515,11 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             counts_here = float(len(chosen) > 0)  # a process without a share must exchange gradients all the same, of zero
             chosen = chosen or step[:1]
             if config.prior == "teacher" and order.epoch:
-                with average.in_place():
-                    said = judge._score([encoded[i] for i in chosen], plain=True)[0].exp()
+                try:
+                    with average.in_place():
+                        said = judge._score([encoded[i] for i in chosen], plain=True)[0].exp()
+                except FloatingPointError:
+                    raise self.diverged(f"the loss is not finite at step {self.state.global_step + 1}, for", chosen) from None
                 memory[chosen] = torch.cat([said, torch.ones(len(chosen), 1)], 1).to(memory)
             while True:
                 passes, self.said = judge.plan([encoded[i] for i in chosen]), []
@@ -2681,7 +2688,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 judge.model.train(was_training)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.means and state.global_step == state.max_steps:  # else stopped by a signal
+            whole = state.global_step >= state.max_steps or config.prior == "teacher"  # a teacher answers at any step
+            if self.means and whole and not (signals and state.global_step < state.max_steps):
                 self.put(self.means)
 
     class Progress(transformers.ProgressCallback):

@@ -280,7 +280,7 @@ CONFIGURATIONS = {  # kind: (arguments, what the line begins with)
     "no items a step": (["--batch_size", "0"], "batch_size: must be 1 or more, not 0"),
     "a warm-up below zero": (["--warmup", "-1"], "warmup: must be 0 or more, not -1"),
     "averaging more than all steps": (["--average", "1.5"], "average: must be between 0 and 1, not 1.5"),
-    "averaging a teacher's mean": (["--preset", "teacher", "--average", "0.3"], "average: with --prior teacher the teacher's weights give"),
+    "averaging a teacher's mean": (["--preset", "teacher", "--average", "0.3"], "average: with --prior teacher it must be 0"),
     "a ball the paper's adversary does not know": (["--ball", "kl"], "ball: the kl ball needs --adversary exact"),
     "a radius in another distance": (["--ball", "tv", "--adversary", "exact", "--radius", "annotators"], "radius: the annotators' radius"),
     "tokens a pass below zero": (["--pack_tokens", "-5"], "pack_tokens: must be 0 or more, not -5"),

@@ -79,8 +79,11 @@ def test_with_checkpoints_now_and_then_and_packs_in_random_order(go, tmp_path, m
     assert logs[0][:-1] == logs[1][:-1]
 
 
-def test_resuming_a_finished_run_changes_nothing(go):
-    assert torch.equal(go("run")[0], go("run", resume=True)[0])
+@pytest.mark.parametrize("settings", [{}, distjudge.PRESETS["teacher"], {"average": 0.5, "schedule": "constant"}])
+def test_resuming_a_finished_run_changes_nothing(go, tmp_path, settings):
+    once = go("run", **settings)[0]
+    before = steps(tmp_path / "run")
+    assert torch.equal(once, go("run", resume=True, **settings)[0]) and steps(tmp_path / "run") == before
 
 
 def test_a_new_run_does_not_see_the_checkpoints_of_the_last(go, tmp_path):
@@ -214,6 +217,17 @@ def test_a_diverging_run_names_step_items_and_checkpoint(go, tmp_path, tiny_mode
                     next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"not finite at step 7, for items i\d+, .*; last good checkpoint: .*step-000000005"):
         go("run", callbacks=[Poison()])
+
+
+def test_a_teacher_that_diverges_names_them_too(go):
+    import transformers
+
+    class Poison(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 6:
+                next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"not finite at step 8, for items i\d+, .*; last good checkpoint: .*step-000000006"):
+        go("run", callbacks=[Poison()], save_every=3, max_grad_norm=0.0, **distjudge.PRESETS["teacher"])
 
 
 # --- the same with real processes --------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def test_a_running_mean_spans_the_same_share_of_any_number_of_steps():
             for t in range(steps):
                 weights += distjudge.running_rate(t, power) * (torch.eye(steps)[t] - weights)
         assert torch.allclose(mean[1], torch.full((steps,), 1 / steps), atol=1e-6)
-        assert mean[10].sum() == pytest.approx(1, abs=1e-5) and mean[10][int(0.8 * steps) :].sum() == pytest.approx(1 - 0.8**10, abs=0.04)
+        assert mean[10].sum() == pytest.approx(1, abs=1e-5) and mean[10][int(0.8 * steps) :].sum() == pytest.approx(1 - 0.8**10, abs=0.3 / steps**0.5)
 
 
 def test_a_teacher_is_the_mean_of_the_weights_and_worth_k_votes(tiny_model, tmp_path, monkeypatch):
@@ -311,9 +311,12 @@ def test_a_teacher_is_the_mean_of_the_weights_and_worth_k_votes(tiny_model, tmp_
         def on_step_end(self, *args, **kwargs):
             seen.append([w.detach().clone() for w in of(judge)])
 
+        def on_pre_optimizer_step(self, *args, **kwargs):  # the teacher has gone from the weights' place before they are changed
+            assert not seen or all(torch.equal(w, old) for w, old in zip(of(judge), seen[-1], strict=True))
+
     monkeypatch.setattr(distjudge, "hybrid_loss", lambda logq, p, alpha, worst, *more: calls.append((len(seen), p, worst)) or plain(logq, p, alpha, worst, *more))
-    distjudge.train(judge, items, Config(out=str(tmp_path), epochs=4.0, learning_rate=0.05, batch_size=4, pack_tokens=30, **distjudge.PRESETS["teacher"]),
-                    callbacks=[Keep()])
+    log = distjudge.train(judge, items, Config(out=str(tmp_path), epochs=4.0, learning_rate=0.05, batch_size=4, pack_tokens=30, eval_every=6.0,
+                                               **distjudge.PRESETS["teacher"]), items, callbacks=[Keep()])
     assert len(seen) == 12 and {n for n, *_ in calls} == set(range(12)) and len(calls) > 12
     moved = 0.0
     for n, p, target in calls:
@@ -330,6 +333,8 @@ def test_a_teacher_is_the_mean_of_the_weights_and_worth_k_votes(tiny_model, tmp_
     assert moved > 0.05
     assert all(torch.allclose(w, m, atol=1e-6) for w, m in zip(of(judge), mean(12), strict=True))  # the teacher gives the answers
     assert any((w - last).abs().max() > 1e-3 for w, last in zip(of(judge), seen[-1], strict=True))
+    evaluated = [line["eval_kl"] for line in log if "eval_kl" in line]
+    assert len(evaluated) == 2 and evaluated[1] == pytest.approx(distjudge.evaluate(judge.predict([i.prompt for i in items]), items)["kl"], abs=1e-6)
 
 
 def test_the_mean_of_the_last_weights_takes_their_place(tiny_model, votes, tmp_path):
