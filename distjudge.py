@@ -2473,8 +2473,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         turned = torch.tensor([items[i].swap.labels for i in pairs])  # type: ignore[union-attr]
         counts, prior = (torch.cat([x, x[pairs].gather(1, turned)]) for x in (counts, prior))
     own = config.prior in OWN_CONCENTRATION
-    if own and config.epochs <= 1:
-        log.warning("prior: the judge's own predictions count from the second epoch on; epochs is %g: there is none", config.epochs)
+    if config.prior == "model" and config.epochs <= 1:
+        log.warning("prior: the model's earlier predictions count from the second epoch on; epochs is %g: there is none", config.epochs)
     memory = torch.zeros(len(encoded) if own else 0, counts.shape[1] + 1, device=judge.device)
     before = judge.packs, judge.pack_tokens
     judge.packs, judge.pack_tokens = judge.packs and config.packs, config.pack_tokens or judge.pack_tokens
@@ -2514,7 +2514,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             chosen = step[rank * len(step) // processes : (rank + 1) * len(step) // processes]
             counts_here = float(len(chosen) > 0)  # a process without a share must exchange gradients all the same, of zero
             chosen = chosen or step[:1]
-            if config.prior == "teacher" and order.epoch:
+            if config.prior == "teacher" and average.means:
                 try:
                     with average.in_place():
                         said = judge._score([encoded[i] for i in chosen], plain=True)[0].exp()
@@ -2558,7 +2558,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 bad = [self.rows[k] for k in (~torch.isfinite(logq)).any(1).nonzero()[:, 0].tolist()]
                 raise self.diverged(f"the loss is not finite at step {self.state.global_step + 1}, for", bad)
             votes, pseudo = inputs["votes"], inputs["prior"]
-            if own:  # none in the first epoch, before which nothing was predicted
+            if own:  # none before the first epoch, or the teacher's first step
                 self.said.append((self.rows, logq.detach().exp()))
                 past = inputs["memory"]
                 pseudo = pseudo.sum(-1, keepdim=True) * past[:, :-1] / past[:, -1:].clamp_min(1e-9)
@@ -3396,7 +3396,7 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
     if needed > there:
         log.warning("the estimate of memory is more than there is: try a lower --pack_tokens, --gradient_checkpointing or --four_bit")
     turns = (2 if adapters else 3) + config.gradient_checkpointing  # forward, backward to activations, to weights, forward again
-    turns += (config.prior == "teacher") * max(0.0, 1 - 1 / config.epochs)  # the teacher's forward, from the second epoch on
+    turns += config.prior == "teacher"  # its forward
     flop = 2.0 * turns * computed * config.epochs * (1 + (config.prior == "crossfit")) * sum(
         m.in_features * m.out_features for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
     head, *labels = judge.tokens.describe(judge.tokenizer).removeprefix("labels are ").split("\n  ")
