@@ -144,3 +144,12 @@ def test_the_command_line_runs_a_stage_in_a_process_of_its_own(tmp_path):
     found = json.loads((tmp_path / "gpu" / "report.json").read_text())
     assert found["stages"]["model_small"]["result"]["parameters"] > 1000 and found["hardware"]["torch"]
     assert not (tmp_path / "gpu" / "models").exists() and "it measures nothing" in (tmp_path / "gpu" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_gpu_tests_themselves_run_on_a_cpu(tmp_path):
+    """All but those of CUDA's memory, of compiled flex_attention and of Unsloth, so that a GPU's minutes go into what only it can tell."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not memory and not flex", "-p", "no:cacheprovider", str(ROOT / "tests" / "gpu")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"DISTJUDGE_REHEARSE": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 15

@@ -8,7 +8,8 @@ import torch
 import distjudge
 from distjudge import Config, load_judge, train
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+REHEARSED = bool(os.environ.get("DISTJUDGE_REHEARSE"))  # run on a CPU, so that the tests are known to run: see tests/test_gpu_report.py
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not (torch.cuda.is_available() or REHEARSED), reason="needs CUDA")]
 TEXTS = ["Rate this. Soup: good. Service: bad.", "Rate this. Soup: good. Service: fine.", "Rate this. Soup: bad.", "Rate that.", "word " * 150]
 
 
@@ -146,7 +147,7 @@ folder = Path({folder!r})
 rows = [{{"id": i, "prompt": f"Rate {{i}}: " + ("good " if i % 2 else "bad ") * 20, "counts": {{"1": 3 * (i % 2), "2": 1, "3": 3 - 3 * (i % 2)}}}} for i in range(64)]
 (folder / "votes.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 distjudge.run(distjudge.Config(train=(str(folder / "votes.jsonl"),), out=str(folder / "run"), model={model!r}, four_bit=True, backend={backend!r},
-                               learning_rate=5e-3, epochs=6.0, lora_rank=8, export="merged"))
+                               learning_rate=5e-3, epochs=6.0, lora_rank=8, prior={prior!r}, min_mass=0.0, export="merged"))
 log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
 losses = [row["loss"] for row in log if "loss" in row]
 report = json.loads((folder / "run" / "merged" / "export.json").read_text())
@@ -159,15 +160,16 @@ print(report)
 """
 
 
+@pytest.mark.parametrize("prior", ["none", "teacher"])
 @pytest.mark.parametrize("backend", ["transformers", "unsloth"])
-def test_a_4_bit_judge_trains_reloads_and_is_merged_into_16_bits(model, tmp_path, backend):
+def test_a_4_bit_judge_trains_reloads_and_is_merged_into_16_bits(model, tmp_path, backend, prior):
     """The whole of run() under each backend, in a process of its own; the merge is compared by the export itself."""
     import subprocess
     import sys
 
     if backend == "unsloth" and importlib.util.find_spec("unsloth") is None:
         pytest.skip("needs Unsloth")
-    code = TRAINS_IN_4_BITS.format(first="import unsloth" if backend == "unsloth" else "", folder=str(tmp_path), model=str(model), backend=backend)
+    code = TRAINS_IN_4_BITS.format(first="import unsloth" if backend == "unsloth" else "", folder=str(tmp_path), model=str(model), backend=backend, prior=prior)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == 0, done.stderr[-3000:]
 
