@@ -1,6 +1,7 @@
 """Make data/panel.jsonl: short reviews, rated 1 to 5 by five simulated raters each, with the true distribution kept.
 
-    python data/make_panel.py                  # writes data/panel.jsonl again, byte for byte
+    python data/make_panel.py                                                   # writes data/panel.jsonl again, byte for byte
+    python data/make_panel.py --out fresh.jsonl --test 3000 --seed 2            # another panel of the same kind
 
 Everybody reads clear words the same way ("spotless", "rude"). Disputed words split the raters by taste: "spicy" pleases
 some and puts off others. A rater's leaning on an item is 3 + the values of its words, each disputed word counting by that
@@ -87,9 +88,19 @@ def make_panel(train: int, test: int, votes: int, seed: int) -> list[dict]:
     return rows
 
 
+SAMPLE = str(Path(__file__).with_name("panel.jsonl"))
+
+
+def main(out: str = SAMPLE, train: int = 1200, test: int = 300, votes: int = 5, seed: int = 1) -> None:
+    """out: the file to write. train, test: items of each. votes: an item. seed: of everything random."""
+    if min(train, test, votes) < 1:
+        sys.exit("train, test, votes: must be 1 or more")
+    rows = make_panel(train, test, votes, seed)
+    Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"wrote {out}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        sys.exit(__doc__)
-    path = Path(__file__).with_name("panel.jsonl")
-    path.write_text("".join(json.dumps(row) + "\n" for row in make_panel(train=1200, test=300, votes=5, seed=1)), encoding="utf-8")
-    print(f"wrote {path.name}")
+    import tyro
+
+    tyro.cli(main, description=__doc__)

@@ -93,11 +93,12 @@ ROWS = {  # which methods a study compares by default; the first is what the oth
     "sweep": ("distribution",),
     "robustness": ("single-point", "without adversary", "distribution"),
     "budget": ("distribution", "EB marginal"),
-    "length": ("distribution", "ours", "EB model", "EB model, constant rate, averaged", "KL alone", "KL, constant rate, averaged"),
+    "length": ("distribution", "teacher", "ours", "KL alone", "KL, constant rate, averaged"),
     "ood": ("single-point", "untrained", "label smoothing", "temperature", "distribution"),
-    "cost": ("single-point", "without adversary", "distribution", "exact adversary"),
+    "cost": ("single-point", "without adversary", "distribution", "exact adversary", "teacher"),
     "methods": (
         "distribution",
+        "teacher",
         "ours",
         "EB model averaged",
         "EB model",
@@ -752,7 +753,22 @@ def length(shop: Workshop, methods: list[str]) -> None:
                 chosen[method].append(torch.where(here[:, None], runs[best[0]], runs[best[1]]))
                 picked.setdefault((n, method), []).extend(config.lengths[k] for k in best)
         table.compare(chosen | table.references(shop.items(Cell(methods[0], config.seed, n, config.train_items)), **at), **at)
+        if chosen[methods[0]]:
+            against_chosen(table, found[n], methods, chosen[methods[0]], **at)
     table.write(length_lines(table, methods, picked), figures.draw_length)
+
+
+def against_chosen(table: Table, found: dict[float, dict[str, list]], methods: list[str], best: list[torch.Tensor], **at: Any) -> None:
+    """Rows with seed "fixed": each other method, with nothing chosen, against the first method with its length chosen by votes."""
+    test, ordered = table.shop.test, table.shop.config.ordered
+    metric = "kl" if distjudge.truths_of(test) is None else "kl_truth"
+    scores = lambda qs: torch.stack([distjudge.item_scores(q, test, ordered)[metric] for q in qs])  # noqa: E731
+    for epochs, qs in found.items():
+        for method in methods[1:]:
+            gap = bootstrap(scores(qs[method]), scores(best), groups=table.groups, draws=table.draws)
+            row = {"difference": gap["mean"], "difference_low": gap["low"], "difference_high": gap["high"], "p": gap["p"]}
+            mean = float(scores(qs[method]).mean())
+            table.add(method, metric, mean, seed="fixed", epochs=epochs, against=f"{methods[0]}, chosen", **row, **at)
 
 
 def length_lines(table: Table, methods: list[str], picked: dict[tuple[int, str], list[float]]) -> list[str]:
@@ -778,8 +794,23 @@ def length_lines(table: Table, methods: list[str], picked: dict[tuple[int, str],
                 + (f" | {gap['difference']:+.4f} [{gap['difference_low']:+.4f}, {gap['difference_high']:+.4f}], p {gap['p']:.4f} |"
                    if gap.get("difference") is not None else " | – |")
             )
+    fixed = [r for r in table.rows if r["seed"] == "fixed"]
+    lines += [
+        "",
+        f"{METRICS[metric]}, nats: difference of a method *at a length that nobody chose* from *{methods[0]}* at the length chosen for it.",
+        "",
+        f"| votes | method | {' | '.join(f'{epochs:g}' for epochs in lengths)} |",
+        "| --- " * (2 + len(lengths)) + "|",
+    ]
+    for n, method in dict.fromkeys((r.get("votes", 0), r["method"]) for r in fixed):
+        gaps = {r["epochs"]: r for r in fixed if (r.get("votes", 0), r["method"]) == (n, method)}
+        cells = [
+            f"{r['difference']:+.4f}{'*' * (low * high > 0)} [{low:+.4f}, {high:+.4f}]"
+            for r in (gaps[epochs] for epochs in lengths)
+            for low, high in [(r["difference_low"], r["difference_high"])]
+        ]
+        lines.append(f"| {n or 'all'} | {method} | {' | '.join(cells)} |")
     return lines
-
 
 def cost(shop: Workshop, methods: list[str]) -> None:
     """Cells of their own, the methods taking turns, so that a busy minute is shared; the first seed warms up and is not counted."""

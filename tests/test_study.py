@@ -126,12 +126,19 @@ def test_length_is_chosen_for_each_half_by_the_votes_of_the_other(tmp_path):
             [distjudge.kl_divergence(torch.tensor([list(p[i].values()) for i in part], dtype=torch.float64) / total, torch.tensor([q[i] for i in part], dtype=torch.float64))
              .mean().item() for p, total in (([item.counts for item in test], torch.tensor([[test[i].votes] for i in part])), ([item.truth for item in test], 1.0))]
             for part in parts]
+    chosen = {}
     for method in TWO:
         for seed in (0, 1):
             best = [min((1.0, 6.0), key=lambda e: kl[method, seed, e][1 - side][0]) for side in (0, 1)]
             wanted = sum(kl[method, seed, best[side]][side][1] * n for side, n in ((0, len(here)), (1, len(test) - len(here)))) / len(test)
             (row,) = [r for r in find(rows, method=method, seed=str(seed), metric="kl_truth", entropy="") if r["epochs"] is None]
             assert row["value"] == pytest.approx(wanted, abs=1e-4)
+            chosen[method, seed] = wanted
+    for epochs in (1.0, 6.0):  # the second method with nothing chosen, against the first at its best
+        (fixed,) = [r for r in rows if r["seed"] == "fixed" and r["epochs"] == epochs]
+        own = [kl[TWO[1], seed, epochs][side][1] * n / len(test) for seed in (0, 1) for side, n in ((0, len(here)), (1, len(test) - len(here)))]
+        assert fixed["method"] == TWO[1] and fixed["against"] == f"{TWO[0]}, chosen"
+        assert fixed["difference"] == pytest.approx(sum(own) / 2 - (chosen[TWO[0], 0] + chosen[TWO[0], 1]) / 2, abs=1e-4)
     text = (folder / "out" / "length.md").read_text()
     assert "| votes | method | 1 | 6 | chosen | epochs chosen |" in text and text.count(" x)") >= 2
     assert (folder / "out" / "length.png").stat().st_size > 5000
