@@ -1,4 +1,4 @@
-"""Train a judge from nothing on a laptop CPU, three ways, and compare them.
+"""Train a judge from nothing on a laptop CPU, four ways, and compare them.
 
     python recipes/tiny.py                                    # the embedded sample, about a minute on two cores
     python recipes/tiny.py --seeds 3 --out runs/tiny3         # three seeds
@@ -6,7 +6,8 @@
 
 Builds a small Qwen2 model (all weights random, all trained) and a tokenizer from the training prompts, then trains it
 on the same items, for the same number of steps, as a single-point judge (cross-entropy with the majority label), as a
-distributional judge without the adversary, and with the full method. Writes into --out:
+distributional judge without the adversary, with the paper's full method, and with a teacher (--preset teacher of other recipes).
+Writes into --out:
 
     table.json, table.md    a row a method and seed: KL to the votes, KL to the truth where it is known, accuracy
     METHOD-SEED/            a run folder each: judge, predictions, metrics, log
@@ -40,10 +41,11 @@ from plots import figures
 SAMPLE = str(Path(__file__).resolve().parents[1] / "data" / "panel.jsonl")
 TEMPLATE = ("{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|judge|>') + m.content + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}<|judge|>{% endif %}")
-METHODS = {  # what the paper compares: single-point alignment, its own method without and with the adversary
+METHODS = {  # what the paper compares: single-point alignment, its own method without and with the adversary; and ours
     "single_point": {"alpha": 0.0, "eps": 0.0},
     "no_adversary": {"eps": 0.0},
     "full": {},
+    "teacher": distjudge.PRESETS["teacher"] | {"average": 0.0},
 }
 
 

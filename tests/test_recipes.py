@@ -47,13 +47,13 @@ def test_the_truth_of_the_sample_is_what_its_raters_do():
     assert [c / n for c in counts] == pytest.approx(make_panel.true_distribution(words, noise), abs=0.006)
 
 
-def test_tiny_trains_three_ways_and_draws_its_figures(tmp_path):
+def test_tiny_trains_four_ways_and_draws_its_figures(tmp_path):
     lines = (ROOT / "data" / "panel.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "some.jsonl").write_text("".join(lines[:400] + lines[1200:1280]))
     done = command("recipes/tiny.py", "--train", "some.jsonl", "--out", "out", "--epochs", 6, "--hidden", 32, "--layers", 1, "--seeds", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "out" / "table.json").read_text())
-    methods = ["marginal", "untrained", "single_point", "no_adversary", "full", "noise_floor"]
+    methods = ["marginal", "untrained", "single_point", "no_adversary", "full", "teacher", "noise_floor"]
     assert [(row["method"], row["seed"]) for row in table] == [(m, s) for m in methods for s in (0, 1)]
     assert all(set(row) == {"method", "seed", "kl_votes", "kl_truth", "accuracy"} for row in table)
     mean = lambda method, column: sum(row[column] for row in table if row["method"] == method) / 2  # noqa: E731
