@@ -1,6 +1,6 @@
 """Train a judge from nothing on a laptop CPU, four ways, and compare them.
 
-    python recipes/tiny.py                                    # the embedded sample, about a minute on two cores
+    python recipes/tiny.py                                    # the embedded sample, a minute or two on two cores
     python recipes/tiny.py --seeds 3 --out runs/tiny3         # three seeds
     python recipes/tiny.py --train votes.jsonl --test more.jsonl --epochs 8    # your own votes
 
