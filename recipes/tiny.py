@@ -6,8 +6,8 @@
 
 Builds a small Qwen2 model (all weights random, all trained) and a tokenizer from the training prompts, then trains it
 on the same items, for the same number of steps, as a single-point judge (cross-entropy with the majority label), as a
-distributional judge without the adversary, with the paper's full method, and with a teacher (--preset teacher of other recipes).
-Writes into --out:
+distributional judge without the adversary, with the paper's full method, and with a teacher
+(--preset teacher of other recipes; its learning rate is constant and its loss KL, whatever the flags say). Writes into --out:
 
     table.json, table.md    a row a method and seed: KL to the votes, KL to the truth where it is known, accuracy
     METHOD-SEED/            a run folder each: judge, predictions, metrics, log
@@ -165,6 +165,8 @@ def compare(config: TinyConfig, items: list[Item], test: list[Item], out: Path, 
 
 def main(config: TinyConfig) -> None:
     config.check()
+    if config.preset or config.prior != "none":
+        raise distjudge.InputError("preset, prior: each row here has its own; recipes of one backbone take them")
     for name, least in (("seeds", 1), ("layers", 1), ("hidden", 16), ("vocabulary", 300)):
         if getattr(config, name) < least:
             raise distjudge.InputError(f"{name}: must be {least} or more, not {getattr(config, name)}")

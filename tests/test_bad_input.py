@@ -539,6 +539,8 @@ def test_the_list_is_long_enough_and_nothing_stands_in_it_twice():
     (["recipes/tiny.py", "--train", "x.jsonl", "--out", "o"], "error: x.jsonl: is UTF-16 or no text at all; save it as UTF-8\n"),
     (["data/prepare.py", "own", "--raw", "t.csv", "--text", "text", "--label", "v", "--out", "o"], f"error: t.csv: row 4: v: mixed scales: '{'9' * 17}...' among numbers"),
     (["recipes/tiny.py", "--seed", "-1", "--out", "o"], "error: seed: must be between 0 and 4294967295, not -1\n"),
+    (["recipes/tiny.py", "--preset", "kl", "--out", "o"], "error: preset, prior: each row here has its own; recipes of one backbone take them\n"),
+    (["recipes/study.py", "main", "--prior", "teacher", "--out", "o"], "error: preset, prior: each row has its own; --methods names rows\n"),
     (["recipes/tiny.py", "--model", "m", "--out", "o", "--lora_rank", "2"], "error: m: chat template: ends a prompt without '<|judge|>'"),
     (["recipes/judge.py", "--run", "run", "--items", "i.jsonl", "--out", "j.jsonl"], "error: run/tokenizer/chat_template.jinja: has changed"),
 ])
