@@ -2163,7 +2163,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # settings of the method by name; on a c
               "prior": "none", "loss": "kl"},
     "single": {"alpha": 0.0, "eps": 0.0, "prior": "none", "loss": "kl"},
     "kl": {"alpha": 1.0, "eps": 0.0, "prior": "none", "loss": "kl"},
-    "teacher": {"alpha": 1.0, "eps": 0.0, "prior": "teacher", "schedule": "constant", "loss": "kl"},
+    "teacher": {"alpha": 1.0, "eps": 0.0, "prior": "teacher", "schedule": "constant", "average": 0.0, "loss": "kl"},
     "few": {"alpha": 1.0, "eps": 0.25, "radius": "fixed", "adversary": "pgd", "ball": "l2", "prior": "model", "average": 0.3, "loss": "kl"},
 }
 
@@ -2520,7 +2520,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                         said = judge._score([encoded[i] for i in chosen], plain=True)[0].exp()
                 except FloatingPointError:
                     raise self.diverged(f"the loss is not finite at step {self.state.global_step + 1}, for", chosen) from None
-                memory[chosen] = torch.cat([said, torch.ones(len(chosen), 1)], 1).to(memory)
+                remember(memory, chosen, said.to(memory), keep=0.0)
             while True:
                 passes, self.said = judge.plan([encoded[i] for i in chosen]), []
                 total = torch.zeros((), device=self.args.device)
@@ -2558,8 +2558,9 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 bad = [self.rows[k] for k in (~torch.isfinite(logq)).any(1).nonzero()[:, 0].tolist()]
                 raise self.diverged(f"the loss is not finite at step {self.state.global_step + 1}, for", bad)
             votes, pseudo = inputs["votes"], inputs["prior"]
-            if own:  # none before the first epoch, or the teacher's first step
+            if config.prior == "model":
                 self.said.append((self.rows, logq.detach().exp()))
+            if own:  # none in the first epoch, or before the teacher's first step
                 past = inputs["memory"]
                 pseudo = pseudo.sum(-1, keepdim=True) * past[:, :-1] / past[:, -1:].clamp_min(1e-9)
             p, eps = votes / votes.sum(-1, keepdim=True), torch.full_like(votes[:, 0], config.eps)
@@ -2659,26 +2660,28 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
 
         number, means = 0, ()
 
+        def weights(self) -> list[torch.Tensor]:
+            return [w.detach() for w in judge.model.parameters() if w.requires_grad]
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             share = 1.0 if config.prior == "teacher" else config.average
             if not share or state.global_step <= (1 - share) * state.max_steps:
                 return
-            weights = [w.detach() for w in judge.model.parameters() if w.requires_grad]
+            weights = self.weights()
             self.means = self.means or [torch.zeros_like(w, dtype=torch.float32) for w in weights]
             rate = running_rate(self.number, TEACHER_POWER if config.prior == "teacher" else 1)
             for mean, weight in zip(self.means, weights, strict=True):
                 mean += rate * (weight.float() - mean)
             self.number += 1
 
-        @torch.no_grad()
         def put(self, values: Sequence[torch.Tensor]) -> None:
-            for weight, value in zip((w for w in judge.model.parameters() if w.requires_grad), values, strict=True):
+            for weight, value in zip(self.weights(), values, strict=True):
                 weight.copy_(value)
 
         @contextlib.contextmanager
         def in_place(self) -> Iterator[None]:
             """The mean in the weights' place while this is open, without dropout."""
-            held, was_training = [w.detach().clone() for w in judge.model.parameters() if w.requires_grad], judge.model.training
+            held, was_training = [w.clone() for w in self.weights()], judge.model.training
             self.put(self.means or held)
             judge.model.eval()
             try:
@@ -2688,8 +2691,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 judge.model.train(was_training)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            whole = state.global_step >= state.max_steps or config.prior == "teacher"  # a teacher answers at any step
-            if self.means and whole and not (signals and state.global_step < state.max_steps):
+            early = state.global_step < state.max_steps
+            if self.means and not (early and (signals or config.prior != "teacher")):  # a teacher can answer at any step
                 self.put(self.means)
 
     class Progress(transformers.ProgressCallback):

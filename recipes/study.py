@@ -76,8 +76,8 @@ METHODS: dict[
     "EB model, constant rate, averaged": {"alpha": 1.0, "eps": 0.0, "prior": "model", "average": 0.5, "schedule": "constant"},
     "EB model + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "model"},
     "ours": distjudge.PRESETS["few"],  # of before the teacher; the name stands in published tables
-    "teacher": distjudge.PRESETS["teacher"] | {"average": 0.0},
-    "teacher + adversary": distjudge.PRESETS["teacher"] | PAPER | {"alpha": 1.0, "average": 0.0},
+    "teacher": distjudge.PRESETS["teacher"],
+    "teacher + adversary": distjudge.PRESETS["teacher"] | PAPER | {"alpha": 1.0},
     "EB cross-fitted": {"alpha": 1.0, "eps": 0.0, "prior": "crossfit"},
     "EB + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators"},
     "EB + exact adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators", "adversary": "exact"},
@@ -462,15 +462,14 @@ class Table:
                 other, runs = other.expand_as(own), len(own)
             if len(own) == 1 and len(other) > 1:
                 own, runs = own.expand_as(other), len(other)
-            gap = bootstrap(own[:runs], other[:runs], groups=self.groups, draws=self.draws)
-            row |= {
-                "against": first,
-                "difference": gap["mean"],
-                "difference_low": gap["low"],
-                "difference_high": gap["high"],
-                "p": gap["p"],
-            }
+            row |= self.gap(own[:runs], other[:runs], first)
         self.add(method, metric, whole["mean"], **row, **at)
+
+    def gap(self, own: torch.Tensor, other: torch.Tensor, against: str) -> dict[str, Any]:
+        """The columns of a difference between scores (S, N), paired by seed and item."""
+        gap = bootstrap(own, other, groups=self.groups, draws=self.draws)
+        columns = {"difference": gap["mean"], "difference_low": gap["low"], "difference_high": gap["high"], "p": gap["p"]}
+        return {"against": against} | columns
 
     def references(self, train: list[Item], **at: Any) -> dict[str, list[torch.Tensor]]:
         """The rival without a model, and the floor as rows; the marginal's predictions come back for compare()."""
@@ -763,15 +762,14 @@ def against_chosen(table: Table, found: dict[float, dict[str, list]], methods: l
 
     Intervals take that choice as given: the bootstrap does not make it again.
     """
-    test, ordered = table.shop.test, table.shop.config.ordered
-    metric = "kl" if distjudge.truths_of(test) is None else "kl_truth"
-    scores = lambda qs: torch.stack([distjudge.item_scores(q, test, ordered)[metric] for q in qs])  # noqa: E731
+    metric = figures.measure(table.rows)
+    scores = lambda qs: torch.stack([distjudge.item_scores(q, table.shop.test, table.shop.config.ordered)[metric] for q in qs])  # noqa: E731
+    first = scores(best)
     for epochs, qs in found.items():
         for method in methods[1:]:
-            gap = bootstrap(scores(qs[method]), scores(best), groups=table.groups, draws=table.draws)
-            row = {"difference": gap["mean"], "difference_low": gap["low"], "difference_high": gap["high"], "p": gap["p"]}
-            mean = float(scores(qs[method]).mean())
-            table.add(method, metric, mean, seed="fixed", epochs=epochs, against=f"{methods[0]}, chosen", **row, **at)
+            own = scores(qs[method])
+            gap = table.gap(own, first, f"{methods[0]}, chosen")
+            table.add(method, metric, float(own.mean()), seed="fixed", epochs=epochs, **gap, **at)
 
 
 def length_lines(table: Table, methods: list[str], picked: dict[tuple[int, str], list[float]]) -> list[str]:

@@ -45,7 +45,7 @@ METHODS = {  # what the paper compares: single-point alignment, its own method w
     "single_point": {"alpha": 0.0, "eps": 0.0},
     "no_adversary": {"eps": 0.0},
     "full": {},
-    "teacher": distjudge.PRESETS["teacher"] | {"average": 0.0},
+    "teacher": distjudge.PRESETS["teacher"],
 }
 
 
