@@ -217,6 +217,35 @@ def test_weights_are_what_bitsandbytes_holds(tmp_path, tiny_tokenizer):
         assert estimate_memory(judge, Config(optimizer="adamw_8bit", **mean), judge.batch(judge.encode(["Is it?"])))["training"] == 14 * trained
 
 
+def test_gradients_pass_through_4_bit_weights(tmp_path, tiny_tokenizer):
+    """Against differences of the loss. Where a CPU multiplies in bfloat16, bitsandbytes would pack the weights when the judge is first read."""
+    pytest.importorskip("bitsandbytes")
+    model = small_model("llama8b", tmp_path, tiny_tokenizer, hidden_size=64, num_hidden_layers=3)
+    judge = load_judge(model, ["yes", "no"], four_bit=True, lora_rank=4)
+    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in judge.model.modules())
+    trained, draw = [w for w in judge.model.parameters() if w.requires_grad], torch.Generator().manual_seed(0)
+    for weight in trained:
+        weight.data += 0.1 * torch.randn(weight.shape, generator=draw)
+    batch = judge.batch(judge.encode(["Is this fine?", "good soup"]))
+
+    def loss():
+        return distjudge.label_logprobs(judge.model, batch, judge.tokens)[0][:, 0].sum()
+
+    judge.score(["Is this fine?"])
+    judge.model.train()
+    loss().backward()
+    first = [w for name, w in judge.model.named_parameters() if w.requires_grad and "layers.0." in name]
+    slope, step = sum((w.grad * w.grad).sum().item() for w in first), 1e-3
+    moves = [step * w.grad / slope**0.5 for w in first]
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -2):
+            for weight, move in zip(first, moves, strict=True):
+                weight += sign * move
+            ends.append(loss().item())
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope**0.5, rel=0.02)
+
+
 # --- label mass -------------------------------------------------------------------------------------------------------------
 def test_a_model_that_would_say_something_else_is_refused(tiny_model, nli, votes, tmp_path, monkeypatch, capsys, caplog):
     """Random weights put a few thousandths on three labels of 500 tokens."""
@@ -233,14 +262,16 @@ def test_a_model_that_would_say_something_else_is_refused(tiny_model, nli, votes
 
 
 # --- training ---------------------------------------------------------------------------------------------------------------
-def small_model(name, folder, tokenizer):
+def small_model(name, folder, tokenizer, unused=5, **sizes):
+    """Random weights in a recipe's architecture; `unused` rows of its vocabulary have no token, as in real models."""
     import transformers
 
     _, architecture, dimensions, _, _ = BACKBONES[name]
-    more = {key: dimensions[key] for key in ("tie_word_embeddings", "sliding_window") if key in dimensions} | {"vocab_size": len(tokenizer) + 5}
-    shape = SMALL | more | ({"head_dim": 16} if architecture in ("Qwen3", "Gemma3") else {})
+    more = {key: dimensions[key] for key in ("tie_word_embeddings", "sliding_window") if key in dimensions} | {"vocab_size": len(tokenizer) + unused}
+    shape = SMALL | sizes | more | ({"head_dim": 16} if architecture in ("Qwen3", "Gemma3") else {})
     if architecture == "Gemma3":
-        shape = {"text_config": shape | {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}, "mm_tokens_per_image": 4,
+        layers = {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
+        shape = {"text_config": layers | shape | {"sliding_window": 64}, "mm_tokens_per_image": 4,
                  "vision_config": dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)}
     torch.manual_seed(0)
     model = getattr(transformers, "Gemma3ForConditionalGeneration" if architecture == "Gemma3" else f"{architecture}ForCausalLM")
