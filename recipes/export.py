@@ -5,6 +5,7 @@
     python recipes/api.py --items test.jsonl --base_url http://localhost:8000/v1 --model judge --render runs/first/merged
 
     python recipes/export.py --run runs/first --export gguf               # runs/first/gguf/*.gguf, for llama.cpp and Ollama
+    python recipes/export.py --run runs/first --export gguf --llama_cpp llama.cpp       # the same without Unsloth, on a CPU too
     python recipes/export.py --run runs/first --push_to_hub me/judge      # the run folder; a new repository is private
 
 Commands that end in distjudge.run() do the same with flags of these names, --export and --push_to_hub, and look before training
@@ -14,8 +15,10 @@ merged           the adapters added to the base's own 16-bit weights (float32 wh
                  llama.cpp's convert_hf_to_gguf.py read them. A judge trained on 4-bit weights is merged into the unquantized base, never
                  into the rounded weights. A run whose weights were all trained is written in the same form.
 gguf             through Unsloth's save_pretrained_gguf, which needs CUDA; llama.cpp is built before training where it is missing.
-                 Compared through llama-cpp-python, without which it is refused.
-gguf-unchecked   the same, not compared with anything: measure it with recipes/api.py before you trust it.
+                 With --llama_cpp, a clone of llama.cpp (not built), merged as above and written by its convert_hf_to_gguf.py, which
+                 needs the packages gguf and sentencepiece. Compared through llama-cpp-python, without which it is refused; prompts that
+                 the file's own tokenizer reads otherwise than the judge are a warning: send it token ids.
+gguf-unchecked   the same, but the file is not compared with anything: measure it with recipes/api.py before you trust it.
 
 What is compared. Label probabilities of the first --compare test items (of three prompts of ours in a folder without predictions.jsonl),
 read back from the files written; a folder that fails is deleted, and the command ends in one line and exit code 1:
@@ -27,14 +30,16 @@ read back from the files written; a folder that fails is deleted, and the comman
     gguf, of the judge itself                 0.05; of a judge on 4-bit weights 0.1 as above
 
 and export.json says how large it was, beside what training changed: a merge that lost the adapter would be off by that. The bounds in
-16 and 4 bits are chosen, not measured: no GPU has run this yet.
+16 and 4 bits are chosen, not measured on a large model: no GPU has run this yet.
 """
 import contextlib
 import dataclasses
 import gc
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -53,6 +58,9 @@ from distjudge import ExportError, InputError, Judge, load_judge, write_json
 
 PROBES = ["Is this fine?", "Rate the answer. It was good, and the service was bad.", "One more: 12345."]
 EXACT, ROUNDED, OTHER_BASE = 1e-4, 0.05, 0.1
+CONVERTER, CONVERTED = "convert_hf_to_gguf.py", ("f32", "f16", "bf16", "q8_0")
+QUANTIZED = ("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m",
+             "q3_k_s", "iq3_m", "iq3_s", "q2_k")  # by llama-cpp-python; the others need importances measured on a text
 PRIVATE = ["checkpoints/*", "fold-*/*", "*.part", "*.part/*", "adapter/README.md",  # of this machine only
            "predictions.jsonl", "plots/bars.*"]  # test items
 
@@ -69,6 +77,8 @@ class ExportConfig:
     """merged: precision of the weights. As stored: the base's own."""
     quantization: str = "q8_0"
     """gguf: how llama.cpp stores the weights (f16, q8_0, q4_k_m, ...)."""
+    llama_cpp: str = ""
+    """gguf: a clone of llama.cpp, whose converter is used in place of Unsloth."""
     compare: int = 32
     """How many items to compare."""
     device: str = ""
@@ -78,7 +88,8 @@ class ExportConfig:
 
 
 # --- before training: what could not be done after it --------------------------------------------------------------------
-def check(export: str, push: str, model: str, adapters: bool, backend: str = "auto", quantization: str = "q8_0") -> None:
+def check(export: str, push: str, model: str, adapters: bool, backend: str = "auto", quantization: str = "q8_0",
+          llama_cpp: str = "") -> None:
     """Raises InputError for an export or an upload of a judge of this model that cannot work; builds llama.cpp for GGUF if need be.
 
     model: folder, hub id or saved judge; adapters: whether LoRA adapters are trained, not the weights.
@@ -88,7 +99,7 @@ def check(export: str, push: str, model: str, adapters: bool, backend: str = "au
     if export != "none":
         use, why = distjudge.choose_backend(backend, trained=not adapters)  # first: Unsloth wants to be imported before transformers
         if export.startswith("gguf"):
-            _check_gguf(export, use, why, quantization)
+            _check_gguf(export, use, why, quantization, llama_cpp)
         if adapters and _is_quantized(base_of(model)):
             raise InputError(f"export: {base_of(model)} holds quantized weights, and adapters are merged into 16-bit ones: train on a "
                              "repository with those (--four_bit rounds them while loading)")
@@ -137,13 +148,16 @@ def _check_memory(export: str, base: str, adapters: bool) -> None:
                          "on a larger machine")
 
 
-def _check_gguf(export: str, use: str, why: str, quantization: str) -> None:
-    if use != "unsloth":
-        raise InputError(f"export: gguf goes through Unsloth, which cannot be used ({why}): --export merged, and then llama.cpp's "
-                         "convert_hf_to_gguf.py makes the same of that folder")
-    if export == "gguf" and importlib.util.find_spec("llama_cpp") is None:
+def _check_gguf(export: str, use: str, why: str, quantization: str, llama_cpp: str) -> None:
+    if use != "unsloth" and not llama_cpp:
+        raise InputError(f"export: gguf goes through Unsloth, which cannot be used ({why}): give recipes/export.py the trained run and "
+                         "--llama_cpp, a clone of llama.cpp")
+    installed = importlib.util.find_spec("llama_cpp") is not None
+    if export == "gguf" and not installed:
         raise InputError("export: gguf is compared with the judge through llama-cpp-python, which is not installed: pip install "
                          "llama-cpp-python, or --export gguf-unchecked and compare it yourself")
+    if llama_cpp:
+        return _check_converter(Path(llama_cpp) / CONVERTER, quantization, installed)
     from unsloth.save import ALLOWED_QUANTS
     from unsloth_zoo.llama_cpp import check_llama_cpp, install_llama_cpp
 
@@ -157,6 +171,26 @@ def _check_gguf(export: str, use: str, why: str, quantization: str) -> None:
             install_llama_cpp(gpu_support=False)
         except Exception as error:
             raise InputError(f"export: gguf needs llama.cpp, which could not be built: {distjudge._first_line(error)}") from None
+
+
+def _check_converter(script: Path, quantization: str, installed: bool) -> None:
+    if not script.is_file():
+        raise InputError(f"llama_cpp: {script} is not there: git clone https://github.com/ggml-org/llama.cpp, and give that folder")
+    if importlib.util.find_spec("sentencepiece") is None:  # imported for every kind of tokenizer, but only then
+        raise InputError(f"llama_cpp: {CONVERTER} needs sentencepiece, which is not installed: pip install gguf sentencepiece")
+    _converted(script, "--help", error=InputError)
+    if quantization not in CONVERTED + QUANTIZED * installed:
+        without = "" if installed else "without llama-cpp-python "
+        raise InputError(f"quantization: must be {without}one of {', '.join(CONVERTED + QUANTIZED * installed)}, not {quantization}")
+
+
+def _converted(script: Path, *arguments: str, error: type[Exception] = ExportError) -> None:
+    """Runs llama.cpp's converter; raises the error with the last line it wrote if it fails."""
+    done = subprocess.run([sys.executable, str(script), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        why = said[-1] if said and done.returncode > 0 else f"exit code {done.returncode}"
+        raise error(f"llama_cpp: {script.name} failed: {distjudge._short(why, 300)}")
 
 
 def _check_push(name: str) -> None:
@@ -186,7 +220,7 @@ def _check_push(name: str) -> None:
 
 # --- after it ---------------------------------------------------------------------------------------------------------------
 def finish(judge: Judge | None, folder: Path, export: str = "none", push: str = "", *, trained: bool = False, out: Path | None = None,
-           dtype: str = "as stored", quantization: str = "q8_0", compare: int = 32) -> None:
+           dtype: str = "as stored", quantization: str = "q8_0", compare: int = 32, llama_cpp: str = "") -> None:
     """Exports the judge saved in a run folder, writes the folder's card, and uploads it.
 
     trained: the judge is new, and merged/ and gguf/ of the one that was in the folder before go. Raises ExportError, leaving no
@@ -202,7 +236,7 @@ def finish(judge: Judge | None, folder: Path, export: str = "none", push: str = 
         elif export == "merged":
             export_merged(judge, folder, out or folder / "merged", dtype, compare)
         elif export != "none":
-            export_gguf(judge, folder, out or folder / "gguf", quantization, compare, export == "gguf")
+            export_gguf(judge, folder, out or folder / "gguf", quantization, compare, export == "gguf", llama_cpp)
     except (InputError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
         if trained:  # the judge is saved, and its user should know that
             raise ExportError(f"export: {distjudge._first_line(error)}; the judge itself is saved in {folder}") from error
@@ -273,8 +307,13 @@ def _within(what: str, found: torch.Tensor, reference: torch.Tensor, bound: floa
 
 def export_merged(judge: Judge, folder: Path, out: Path, dtype: str = "as stored", compare: int = 32) -> None:
     """Writes the judge saved in `folder` as a plain model folder, reads it back and compares; see above for the bounds."""
-    prompts, four_bit = _prompts(folder, judge, compare), bool(getattr(judge.model, "is_loaded_in_4bit", False))
-    own, tuning = _own(judge, prompts)
+    prompts = _prompts(folder, judge, compare)
+    _say(out, _merge(judge, folder, out, dtype, prompts, *_own(judge, prompts)))
+
+
+def _merge(judge: Judge, folder: Path, out: Path, dtype: str, prompts: Sequence[str], own: torch.Tensor,
+           tuning: float | None) -> dict[str, Any]:
+    four_bit = bool(getattr(judge.model, "is_loaded_in_4bit", False))
     adapter = hasattr(judge.model, "peft_config")
     stored = _stored_type(judge.base) if dtype == "as stored" else getattr(torch, dtype)
     runs_in, device = judge.model.get_input_embeddings().weight.dtype, judge.device
@@ -315,8 +354,9 @@ def export_merged(judge: Judge, folder: Path, out: Path, dtype: str = "as stored
         to_judge = _within(f"{out}: the merged model differs from the judge {about}", found, own, *allowed)
         report = {"form": "merged", "dtype": str(stored).removeprefix("torch."), "compared_items": len(prompts),
                   "changed_by_training": tuning, "difference_to_base_with_adapter": to_base, "bound": bound}
-        _report(part, folder, report | _to_judge(to_judge, four_bit, bound))
-    _say(out, report | _to_judge(to_judge, four_bit, bound))
+        report |= _to_judge(to_judge, four_bit, bound)
+        _report(part, folder, report)
+    return report
 
 
 def _to_judge(off: float | None, four_bit: bool, bound: float) -> dict[str, Any]:
@@ -333,46 +373,120 @@ def _stored_type(base: str) -> torch.dtype:
     return getattr(torch, found) if isinstance(found, str) else found
 
 
-def export_gguf(judge: Judge, folder: Path, out: Path, quantization: str = "q8_0", compare: int = 32, checked: bool = True) -> None:
-    """Writes one .gguf file through Unsloth, which merges into 16-bit weights first, and compares it; see above for the bounds."""
-    from unsloth.save import patch_saving_functions  # an adapter loaded by PEFT has only its base's methods
-
+def export_gguf(judge: Judge, folder: Path, out: Path, quantization: str = "q8_0", compare: int = 32, checked: bool = True,
+                llama_cpp: str = "") -> None:
+    """Writes one .gguf file, through Unsloth or a clone of llama.cpp, of 16-bit weights merged first, and compares it; see above."""
     prompts, four_bit = _prompts(folder, judge, compare), bool(getattr(judge.model, "is_loaded_in_4bit", False))
     own, tuning = _own(judge, prompts)
     with _whole_or_gone(out) as part:
-        try:
-            made = patch_saving_functions(judge.model).save_pretrained_gguf(
-                str(part / "weights"), tokenizer=judge.tokenizer, quantization_method=quantization)
-            files = [Path(file) for file in made["gguf_files"]]
-        except Exception as error:  # llama.cpp, the disk, the network
-            raise ExportError(f"{out}: Unsloth could not write the GGUF file: {distjudge._first_line(error)}") from error
-        if not files or not all(file.is_file() for file in files):
-            raise ExportError(f"{out}: Unsloth says it wrote {', '.join(map(str, files)) or 'nothing'}, which is not there")
-        for file in files:
-            shutil.move(file, part / file.name)
-        for path in (part / "weights", part / "weights_gguf"):
-            shutil.rmtree(path, ignore_errors=True)
+        if llama_cpp:
+            file = _gguf_by_llama_cpp(judge, folder, part, quantization, prompts, own, tuning, Path(llama_cpp) / CONVERTER)
+        else:
+            file = _gguf_by_unsloth(judge, part, quantization)
+        report = {"form": "gguf", "written_by": CONVERTER if llama_cpp else "Unsloth", "quantization": quantization,
+                  "compared_items": len(prompts) if checked else 0, "changed_by_training": tuning}
         off = None
         if checked:
-            found = gguf_logprobs(part / files[0].name, judge, prompts).exp()
-            off = _within(f"{out}: the GGUF file differs from the judge", found, own, *((OTHER_BASE, True) if four_bit else (ROUNDED,)))
-        report = {"form": "gguf", "quantization": quantization, "compared_items": len(prompts) if checked else 0,
-                  "changed_by_training": tuning} | _to_judge(off, four_bit, ROUNDED)
+            found, same = gguf_logprobs(file, judge, prompts)
+            allowed = (OTHER_BASE, True) if four_bit else (ROUNDED,)
+            off = _within(f"{out}: the GGUF file differs from the judge", found.exp(), own, *allowed)
+            report["prompts_tokenized_alike"] = same
+            if same < len(prompts):
+                distjudge.log.warning("%s: llama.cpp tokenizes %d of %d prompts otherwise than the judge does: send it token ids", out,
+                                      len(prompts) - same, len(prompts))
+        report |= _to_judge(off, four_bit, ROUNDED)
         _report(part, folder, report)
     _say(out, report)
     if not checked:
         distjudge.log.warning("%s: not compared with the judge (gguf-unchecked)", out)
 
 
-def gguf_logprobs(path: Path, judge: Judge, prompts: Sequence[str]) -> torch.Tensor:
-    """Label log-probabilities (N, C) of a GGUF file, by llama-cpp-python, from the token ids that the judge itself reads."""
+def _gguf_by_unsloth(judge: Judge, part: Path, quantization: str) -> Path:
+    from unsloth.save import patch_saving_functions  # an adapter loaded by PEFT has only its base's methods
+
+    try:
+        made = patch_saving_functions(judge.model).save_pretrained_gguf(
+            str(part / "weights"), tokenizer=judge.tokenizer, quantization_method=quantization)
+        files = [Path(file) for file in made["gguf_files"]]
+    except Exception as error:  # llama.cpp, the disk, the network
+        raise ExportError(f"gguf: Unsloth could not write the file: {distjudge._first_line(error)}") from error
+    if not files or not all(file.is_file() for file in files):
+        raise ExportError(f"gguf: Unsloth says it wrote {', '.join(map(str, files)) or 'nothing'}, which is not there")
+    for file in files:
+        shutil.move(file, part / file.name)
+    for path in (part / "weights", part / "weights_gguf"):
+        shutil.rmtree(path, ignore_errors=True)
+    return part / files[0].name
+
+
+def _gguf_by_llama_cpp(judge: Judge, folder: Path, part: Path, quantization: str, prompts: Sequence[str], own: torch.Tensor,
+                       tuning: float | None, script: Path) -> Path:
+    merged, file = part / "weights", part / f"model.{quantization.upper()}.gguf"
+    beside = {name: _file_of_base(judge.base, name) for name in ("tokenizer.model", "tokenizer_config.json")}
+    stored = _merge(judge, folder, merged, "as stored", prompts, own, tuning)["dtype"]
+    gc.collect()  # before another process takes as much
+    # the converter goes by what transformers 5 no longer writes: which tokens are control tokens, SentencePiece's file, Phi-4's class
+    added = {id: {name: getattr(token, name) for name in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
+             for id, token in judge.tokenizer.added_tokens_decoder.items()}
+    config = _read(merged / "tokenizer_config.json") | {"added_tokens_decoder": added}
+    if beside["tokenizer_config.json"] and _read(beside["tokenizer_config.json"]).get("tokenizer_class") == "GPT2Tokenizer":
+        config["tokenizer_class"] = "GPT2Tokenizer"
+    write_json(merged / "tokenizer_config.json", config)
+    if beside["tokenizer.model"]:
+        shutil.copy(beside["tokenizer.model"], merged)
+    first = quantization if quantization in CONVERTED else {"float16": "f16", "bfloat16": "bf16"}.get(stored, "f32")
+    source = file if first == quantization else part / "unquantized.gguf"
+    _converted(script, str(merged), "--outfile", str(source), "--outtype", first)
+    shutil.rmtree(merged)
+    if source != file:
+        import llama_cpp
+
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else a line for every tensor
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
+        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options)
+        source.unlink()
+        if failed:
+            raise ExportError(f"gguf: llama.cpp could not quantize the file to {quantization} (exit code {failed})")
+    return file
+
+
+def _file_of_base(base: str, name: str) -> Path | None:
+    """A file of the base model's folder or repository; None where it has none. ExportError if that cannot be known."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    if Path(base).is_dir():
+        return Path(base, name) if Path(base, name).is_file() else None
+    found = try_to_load_from_cache(base, name)  # a path, a mark that the repository has no such file, or None
+    if found is None:
+        try:
+            found = hf_hub_download(base, name)
+        except RemoteEntryNotFoundError:
+            return None
+        except Exception as error:  # offline mode, no network, no access
+            raise ExportError(f"gguf: whether {base} has a file {name}, which llama.cpp would need, cannot be known: "
+                              f"{distjudge._first_line(error)}") from error
+    return Path(found) if isinstance(found, str) else None
+
+
+def gguf_logprobs(path: Path, judge: Judge, prompts: Sequence[str]) -> tuple[torch.Tensor, int]:
+    """Label log-probabilities (N, C) of a GGUF file, by llama-cpp-python, from the token ids that the judge itself reads; and how
+    many of the N rendered prompts the tokenizer in the file turns into the same ids."""
     from llama_cpp import Llama
 
-    encoded, tokens = judge.encode(prompts), judge.tokens
+    encoded, tokens, frame = judge.encode(prompts), judge.tokens, judge.encoder.frame
     longest = max(map(len, encoded)) + max(len(ids) for _, ids in tokens.sequences)
-    llama = Llama(model_path=str(path), n_ctx=longest, logits_all=True, verbose=False)
-    rows = []
-    for ids in encoded:
+    try:
+        llama = Llama(model_path=str(path), n_ctx=longest, logits_all=True, verbose=False)
+    except ValueError as error:  # it says no more than that
+        version = importlib.metadata.version("llama-cpp-python")
+        raise ExportError(f"gguf: llama-cpp-python {version} cannot read the file that was made: its llama.cpp may be older than the "
+                          "converter, or memory is short") from error
+    rows, same = [], 0
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        rendered = frame["before"] + (prompt.strip() if frame["trim"] else prompt) + frame["after"]
+        same += llama.tokenize(rendered.encode(), add_bos=not judge.tokenizer.chat_template, special=True) == ids
         scores = []
         for n, (_, sequence) in enumerate(tokens.sequences):
             if n == 0 or tokens.whole:  # else all are read at the same place
@@ -382,7 +496,7 @@ def gguf_logprobs(path: Path, judge: Judge, prompts: Sequence[str]) -> torch.Ten
             scores.append(sum(logq[k, token] for k, token in enumerate(sequence)))
         owner, each = torch.tensor(tokens.owner), torch.stack(scores)
         rows.append(torch.stack([each[owner == c].logsumexp(0) for c in range(len(judge.labels))]))
-    return torch.stack(rows).log_softmax(1).float()
+    return torch.stack(rows).log_softmax(1).float(), same
 
 
 def _report(part: Path, folder: Path, about: dict[str, Any]) -> None:
@@ -558,16 +672,19 @@ def main(config: ExportConfig) -> None:
     out = Path(config.out) if config.out else folder / config.export.removesuffix("-unchecked")
     if config.export != "none" and out.exists():
         raise InputError(f"{out}: exists already")
+    if config.llama_cpp and not config.export.startswith("gguf"):
+        raise InputError(f"llama_cpp: is for --export gguf, not {config.export}")
     if config.compare < 1:
         raise InputError(f"compare: must be 1 or more, not {config.compare}")
     adapters = (folder / "adapter").is_dir()
-    backend = "unsloth" if config.export.startswith("gguf") else "transformers"
+    backend = "unsloth" if config.export.startswith("gguf") and not config.llama_cpp else "transformers"
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("device: there is no CUDA device")
-    check(config.export, config.push_to_hub, config.run, adapters, "auto" if backend == "unsloth" else backend, config.quantization)
+    check(config.export, config.push_to_hub, config.run, adapters, "auto" if backend == "unsloth" else backend, config.quantization,
+          config.llama_cpp)
     judge: Any = load_judge(config.run, device=config.device or None, backend=backend) if config.export != "none" else None
     finish(judge, folder, config.export, config.push_to_hub, out=out, dtype=config.dtype, quantization=config.quantization,
-           compare=config.compare)
+           compare=config.compare, llama_cpp=config.llama_cpp)
     print(f"wrote {folder / 'README.md'}")
 
 

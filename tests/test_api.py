@@ -1,5 +1,6 @@
-"""recipes/api.py against a small HTTP server that answers as told, faults included; and (slow) against a real vLLM server."""
+"""recipes/api.py against a small HTTP server that answers as told, faults included; and (slow) against real servers, vLLM and llama.cpp."""
 import collections
+import contextlib
 import email.utils
 import http.server
 import json
@@ -308,13 +309,10 @@ def test_items_of_one_split_against_the_other_ones_marginal(measure, fake):
     assert metrics["kl_marginal"] == pytest.approx(distjudge.evaluate([[1, 0, 0]], test, train_items=train, floor_draws=0)["kl_marginal"])
 
 
-# --- a real server -----------------------------------------------------------------------------------------------------------
+# --- real servers ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def served(tokenizers_dir, tmp_path_factory):
-    """A judge trained with LoRA on a small Qwen2 with Qwen's tokenizer, its merged model, and that model under vLLM: (run folder, merged folder, URL)."""
-    venv = os.environ.get("DISTJUDGE_VLLM")
-    if not venv:
-        pytest.skip("needs a virtual environment with vLLM: tests/vllm_cpu.sh DIR, then DISTJUDGE_VLLM=DIR")
+def trained(tokenizers_dir, tmp_path_factory):
+    """The run folder of a judge trained with LoRA on a small Qwen2 with Qwen's tokenizer."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     folder = tmp_path_factory.mktemp("served")
@@ -334,27 +332,50 @@ def served(tokenizers_dir, tmp_path_factory):
     distjudge.train(judge, distjudge.load_items(items(12)), distjudge.Config(out=str(folder / "run"), epochs=6, learning_rate=1e-2))
     assert abs(judge.predict(["Rate soup 1"]) - before).max() > 0.02  # the adapters do something
     distjudge.save_judge(judge, folder / "run")
-    merged = subprocess.run([sys.executable, ROOT / "recipes" / "export.py", "--run", folder / "run", "--export", "merged", "--out", folder / "merged"], capture_output=True, text=True)
-    assert merged.returncode == 0, merged.stderr
+    return folder / "run"
+
+
+def exported(run, form, *arguments):
+    done = subprocess.run([sys.executable, ROOT / "recipes" / "export.py", "--run", run, "--export", form, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return run / form
+
+
+@contextlib.contextmanager
+def serving(command, ready, folder, **environment):
+    """The URL of a server that listens on the port put behind its command, once `ready` answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = open(folder / "vllm.log", "w")
-    server = subprocess.Popen([f"{venv}/bin/vllm", "serve", folder / "merged", "--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port), "--dtype",
-                               "float32", "--enforce-eager", "--max-logprobs", "20", "--max-model-len", "512"], stdout=log, stderr=log, start_new_session=True,
-                              env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"})
+    path = folder / "server.log"
+    with open(path, "w") as log:
+        server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log, start_new_session=True,
+                                  env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment)
     try:
         for _ in range(600):
-            assert server.poll() is None, (folder / "vllm.log").read_text()[-3000:]
+            assert server.poll() is None, path.read_text()[-3000:]
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=5).close()
                 break
             except OSError:
                 time.sleep(1)
-        yield folder / "run", folder / "merged", f"http://127.0.0.1:{port}/v1"
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def served(trained, tmp_path_factory):
+    """The judge, its merged model, and that model under vLLM: (run folder, merged folder, URL)."""
+    venv = os.environ.get("DISTJUDGE_VLLM")
+    if not venv:
+        pytest.skip("needs a virtual environment with vLLM: tests/vllm_cpu.sh DIR, then DISTJUDGE_VLLM=DIR")
+    merged = exported(trained, "merged")
+    command = [f"{venv}/bin/vllm", "serve", merged, "--served-model-name", "judge", "--dtype", "float32", "--enforce-eager", "--max-logprobs", "20",
+               "--max-model-len", "512"]
+    with serving(command, "/health", tmp_path_factory.mktemp("vllm"), VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", VLLM_CPU_KVCACHE_SPACE="1") as url:
+        yield trained, merged, url
 
 
 def judged(folder, url, tmp_path, rows, *arguments):
@@ -402,3 +423,20 @@ def test_samples_of_vllm_follow_the_probabilities(served, tmp_path):
     expected = distjudge.load_judge(merged, ["1", "2", "3"]).predict([row["prompt"] for row in rows])
     q, _ = judged(merged, url, tmp_path, rows, "--samples", "400", "--max_tokens", "1", "--low_mass", "keep")
     assert abs(q - expected).max() < 0.12  # of some 200 samples that are labels, a share of one half has standard error 0.035
+
+
+@pytest.mark.slow
+def test_chat_answers_of_llama_cpp_are_our_judges(trained, tmp_path):
+    """A GGUF file under llama-cpp-python's server, rendered by it with the template in the file, read from the top 20 tokens."""
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("starlette_context", reason="needs pip install llama-cpp-python[server]")
+    if not (clone := os.environ.get("DISTJUDGE_LLAMA_CPP")):
+        pytest.skip("needs DISTJUDGE_LLAMA_CPP, a clone of llama.cpp")
+    file = exported(trained, "gguf", "--llama_cpp", clone, "--quantization", "f32") / "model.F32.gguf"
+    rows = items(20)
+    logq, mass = distjudge.load_judge(trained).score([row["prompt"] for row in rows])
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", file, "--model_alias", "judge", "--n_ctx", "512", "--logits_all", "true"]
+    with serving(command, "/v1/models", tmp_path) as url:
+        q, captured = judged(trained, url, tmp_path, rows, "--match", "whole", "--min_mass", "0.2")
+    print(f"off by {(q.log() - logq).abs().max():.2g} nats, label mass by {(captured.log() - mass.log()).abs().max():.2g}")
+    assert (q.log() - logq).abs().max() < 2e-3 and (captured.log() - mass.log()).abs().max() < 5e-3  # its sums are not float32's throughout

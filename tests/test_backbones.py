@@ -8,6 +8,7 @@ for them, with their own templates, so that their counts of tokens are not those
 import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -299,6 +300,72 @@ def test_every_recipe_trains(name, nli, tmp_path, tiny_tokenizer, monkeypatch, c
     assert again.tolist() == [pytest.approx(list(row["predicted"].values()), abs=1e-5) for row in rows]
     adapted = {key for key, weight in judge.model.named_parameters() if weight.requires_grad}
     assert adapted and not any("vision" in key for key in adapted)
+
+
+# --- llama.cpp itself, where there is one: git clone it, pip install llama-cpp-python gguf sentencepiece, DISTJUDGE_LLAMA_CPP=the clone ---
+def save_sentencepiece(tokenizer, folder):
+    """tokenizer.model, which Mistral's repository has beside tokenizer.json: the same vocabulary, merged in the same order."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = model.trainer_spec.BPE, True
+    model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces = True, False
+    ranks = {"".join(pair): -rank for rank, pair in reversed([*enumerate(json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"])])}
+    for k, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        kind = "UNKNOWN" if piece == "<unk>" else "CONTROL" if k in tokenizer.added_tokens_decoder else "BYTE" if piece.startswith("<0x") else "NORMAL"
+        model.pieces.add(piece=piece, score=ranks.get(piece, -1e6), type=getattr(model.SentencePiece, kind))
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "quantization"), [*((name, kind) for name in BACKBONES for kind in ("f16", "q8_0")), ("qwen7b", "q4_k_m")])
+def test_a_gguf_file_judges_as_the_judge_does(name, quantization, tokenizers_dir, tmp_path, monkeypatch, capsys):
+    """A LoRA judge of a small random model, exported by the command line; the same file of the base alone would be refused."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    if not (clone := os.environ.get("DISTJUDGE_LLAMA_CPP")):
+        pytest.skip("needs DISTJUDGE_LLAMA_CPP, a clone of llama.cpp")
+    import export
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_tokenizer(BACKBONES[name][3], tokenizers_dir, tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    sizes = {"layer_types": ["sliding_attention"] * 2} if name == "gemma3_4b" else {}  # llama.cpp has Gemma's pattern of six layers built in
+    unused = 0 if name in ("gemma3_4b", "smollm") else 5  # not in what llama.cpp makes of their stand-ins for tokenizers
+    base = small_model(name, tmp_path / "base", tokenizer, unused, hidden_size=256, intermediate_size=256, initializer_range=0.03, **sizes)
+    if quantization == "q4_k_m":  # of 16-bit weights, as they are published
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    if name == "mistral7b":
+        save_sentencepiece(tokenizer, base)
+    if name == "phi4":
+        config = json.loads((base / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+        (base / "tokenizer_config.json").write_text(json.dumps(config))
+    judge = load_judge(base, ["entailment", "neutral", "contradiction"], lora_rank=4)
+    draw = torch.Generator().manual_seed(0)
+    for weight in judge.model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.03 * torch.randn(weight.shape, generator=draw)
+    distjudge.save_judge(judge, tmp_path / "run")
+    distjudge.save_judge(load_judge(base, judge.labels, lora_rank=0), tmp_path / "untrained")
+
+    def gguf_of(run):
+        monkeypatch.setattr(sys, "argv", ["export.py", "--run", str(run), "--export", "gguf", "--llama_cpp", clone, "--quantization", quantization])
+        distjudge.cli(export.main, export.ExportConfig)
+        return next((run / "gguf").glob("*.gguf")), json.loads((run / "gguf" / "export.json").read_text())
+
+    file, report = gguf_of(tmp_path / "run")
+    off = report["difference_to_the_judge"]
+    with capsys.disabled():
+        print(f"\n{name} {quantization}: changed by training {report['changed_by_training']:.3f}, off by {off:.2g}")
+    assert report["changed_by_training"] > 0.1 and off < {"f16": 1e-3, "q8_0": 0.01, "q4_k_m": 0.05}[quantization]
+    assert report["prompts_tokenized_alike"] == report["compared_items"] == 3
+    stored = int(llama_cpp.Llama(str(file), n_ctx=64, verbose=False).metadata["general.file_type"])
+    assert stored == getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
+    if quantization == "f16":
+        untrained, _ = gguf_of(tmp_path / "untrained")
+        found, _ = export.gguf_logprobs(untrained, judge, export.PROBES)
+        assert (found.exp() - judge.score(export.PROBES)[0].exp()).abs().max() > export.ROUNDED
+        for kind in export.QUANTIZED:
+            assert hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
 
 
 # --- the pages themselves ----------------------------------------------------------------------------------------------------

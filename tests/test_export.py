@@ -1,6 +1,8 @@
 """After training: merged models and GGUF files against the judge, the adapter in plain PEFT, the model card, the upload."""
 import hashlib
 import http.server
+import importlib.machinery
+import importlib.util
 import json
 import shutil
 import sys
@@ -253,15 +255,18 @@ def test_distjudge_alone_says_what_is_missing(tiny_model, tmp_path, monkeypatch)
     assert distjudge.after_training() is None
 
 
-# --- GGUF: Unsloth and llama.cpp are not here, so the boundary to both is played -----------------------------------------
+# --- GGUF: Unsloth is not here, so the boundary to it is played; llama.cpp's too, but for the last test -------------------
 class Llama:
     """llama_cpp.Llama as far as it is used, computing with the model it is given; `offset` shifts one token's logit."""
 
-    judge, offset, made = None, {}, []
+    judge, offset = None, {}
 
     def __init__(self, model_path, n_ctx, logits_all, verbose):
         assert Path(model_path).suffix == ".gguf" and Path(model_path).is_file() and logits_all and not verbose
         self.n_ctx, self.ids = n_ctx, []
+
+    def tokenize(self, text, add_bos, special):
+        return self.judge.tokenizer(text.decode(), add_special_tokens=add_bos)["input_ids"]
 
     def reset(self):
         self.ids = []
@@ -295,7 +300,9 @@ def played(copy, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
     monkeypatch.setitem(sys.modules, "unsloth.save", types.SimpleNamespace(patch_saving_functions=patch_saving_functions))
-    monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
+    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("llama_cpp", None))
+    module.Llama = Llama
+    monkeypatch.setitem(sys.modules, "llama_cpp", module)
     monkeypatch.setattr(Llama, "judge", judge)
     return judge, copy
 
@@ -306,6 +313,7 @@ def test_a_gguf_file_is_compared_and_kept(played, capsys):
     assert sorted(path.name for path in (folder / "gguf").iterdir()) == ["export.json", "model.Q8_0.gguf"]
     report = json.loads((folder / "gguf" / "export.json").read_text())
     assert report["compared_items"] == 12 and report["difference_to_the_judge"] < 1e-5 and report["quantization"] == "q8_0"
+    assert report["prompts_tokenized_alike"] == 12
     assert "difference to the judge" in capsys.readouterr().out and "## `gguf`" in (folder / "README.md").read_text()
 
 
@@ -332,7 +340,111 @@ def test_a_gguf_files_whole_labels(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
     monkeypatch.setattr(Llama, "judge", judge)
-    assert (export.gguf_logprobs(tmp_path / "m.gguf", judge, PROMPTS) - judge.score(PROMPTS)[0]).abs().max() < 1e-4
+    assert (export.gguf_logprobs(tmp_path / "m.gguf", judge, PROMPTS)[0] - judge.score(PROMPTS)[0]).abs().max() < 1e-4
+
+
+def test_a_gguf_file_with_another_tokenizer_says_so(played, monkeypatch, caplog):
+    judge, folder = played
+    first = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])["prompt"]
+    alike = Llama.tokenize
+    monkeypatch.setattr(Llama, "tokenize", lambda self, text, *, add_bos, special: [0] if first.encode() in text else alike(
+        self, text, add_bos, special))
+    export.finish(judge, folder, "gguf")
+    assert json.loads((folder / "gguf" / "export.json").read_text())["prompts_tokenized_alike"] == 11
+    assert "llama.cpp tokenizes 1 of 12 prompts otherwise than the judge does" in caplog.text
+
+
+CONVERTER = """
+import json, sys
+from pathlib import Path
+if "--help" not in sys.argv:
+    assert (Path(sys.argv[1]) / "model.safetensors").is_file()
+    assert json.loads((Path(sys.argv[1]) / "tokenizer_config.json").read_text())["added_tokens_decoder"]["0"]["special"]
+    Path(sys.argv[3]).write_text("GGUF " + sys.argv[5])
+"""
+
+
+@pytest.fixture
+def clone(played, tmp_path, monkeypatch):
+    """A clone of llama.cpp whose converter looks at what it is given, and llama-cpp-python's quantizer: fails where it is told to."""
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setitem(sys.modules, "sentencepiece", importlib.util.module_from_spec(importlib.machinery.ModuleSpec("sentencepiece", None)))
+    monkeypatch.setitem(sys.modules, "unsloth.save", None)
+    llama_cpp = sys.modules["llama_cpp"]
+    llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, llama_cpp.llama_model_quantize_default_params = 15, types.SimpleNamespace
+    llama_cpp.llama_model_quantize = lambda source, out, options: llama_cpp.failed or (
+        Path(out.decode()).write_bytes(Path(source.decode()).read_bytes() + bytes([options.ftype])) and 0)
+    llama_cpp.failed = 0
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("quantization", ["q8_0", "q4_k_m"])
+def test_a_clone_of_llama_cpp_is_used_without_unsloth(played, clone, quantization):
+    judge, folder = played
+    export.check("gguf", "", str(folder), adapters=True, backend="transformers", quantization=quantization, llama_cpp=clone)
+    export.finish(judge, folder, "gguf", quantization=quantization, llama_cpp=clone)
+    name = f"model.{quantization.upper()}.gguf"
+    assert sorted(path.name for path in (folder / "gguf").iterdir()) == ["export.json", name]
+    assert (folder / "gguf" / name).read_bytes() == (b"GGUF q8_0" if quantization == "q8_0" else b"GGUF f32\x0f")
+    report = json.loads((folder / "gguf" / "export.json").read_text())
+    assert report["difference_to_the_judge"] < 1e-5 and report["written_by"] == "convert_hf_to_gguf.py"
+
+
+def test_a_failed_quantization_leaves_nothing(played, clone):
+    judge, folder = played
+    sys.modules["llama_cpp"].failed = 1
+    with pytest.raises(ExportError, match=r"gguf: llama.cpp could not quantize the file to q4_k_m .exit code 1"):
+        export.finish(judge, folder, "gguf", quantization="q4_k_m", llama_cpp=clone)
+    assert not list(folder.glob("gguf*"))
+
+
+def test_what_the_converter_goes_by_comes_from_the_base(played, clone, tiny_model, tmp_path, monkeypatch):
+    """SentencePiece's file, and the class of Phi-4's tokenizer: transformers 5 writes neither."""
+    judge, folder = played
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    config = json.loads((base / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(judge, "base", str(base))
+    Path(clone, "convert_hf_to_gguf.py").write_text(CONVERTER + """
+    config = json.loads((Path(sys.argv[1]) / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "GPT2Tokenizer" and (Path(sys.argv[1]) / "tokenizer.model").read_bytes() == b"pieces"
+""")
+    export.finish(judge, folder, "gguf", llama_cpp=clone)
+
+
+def test_a_file_of_the_base_on_a_hub_that_cannot_be_asked(monkeypatch):
+    """Conftest switches the hub off: nothing is known of this repository, and that is not taken for `there is no such file`."""
+    with pytest.raises(ExportError, match=r"gguf: whether no-such/repository has a file tokenizer.model, which llama.cpp would need, cannot be known"):
+        export._file_of_base("no-such/repository", "tokenizer.model")
+
+
+def test_what_a_clone_of_llama_cpp_cannot_do_is_said(played, clone, monkeypatch):
+    judge, folder = played
+    script = Path(clone, "convert_hf_to_gguf.py")
+
+    def refused(words, quantization="q8_0", kind="gguf"):
+        with pytest.raises(InputError, match=words):
+            export.check(kind, "", str(folder), adapters=True, backend="transformers", quantization=quantization, llama_cpp=clone)
+
+    refused(r"quantization: must be one of f32, f16, bf16, q8_0, q6_k, .*, not iq2_xxs", "iq2_xxs")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "llama_cpp", None)
+        without.setattr(importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: None if name == "llama_cpp" else find(name))
+        refused("which is not installed: pip install llama-cpp-python, or --export gguf-unchecked")
+        refused("quantization: must be without llama-cpp-python one of f32, f16, bf16, q8_0, not q4_k_m", "q4_k_m", "gguf-unchecked")
+    with monkeypatch.context() as without:
+        without.setattr(importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: None if name == "sentencepiece" else find(name))
+        refused("needs sentencepiece, which is not installed: pip install gguf sentencepiece")
+    script.write_text("import sys\nsys.exit(0 if '--help' in sys.argv else 'BPE pre-tokenizer was not recognized')")
+    with pytest.raises(ExportError, match="failed: BPE pre-tokenizer was not recognized"):
+        export.finish(judge, folder, "gguf", llama_cpp=clone)
+    script.write_text("import os, sys\nprint('INFO: 45 %', file=sys.stderr, flush=True)\nos.kill(os.getpid(), 9)")
+    refused("convert_hf_to_gguf.py failed: exit code -9$")
+    script.write_text("import no_such_module")
+    refused("convert_hf_to_gguf.py failed: ModuleNotFoundError: No module named 'no_such_module'")
+    script.unlink()
+    refused(r"llama_cpp: .*convert_hf_to_gguf\.py is not there: git clone")
 
 
 # --- the model card ------------------------------------------------------------------------------------------------------
