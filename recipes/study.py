@@ -12,7 +12,8 @@
     length      each method trained for several numbers of epochs, and for the number that other items' votes favour
     ood         trained on --train, tested on --test; items in both are refused, or dropped from training on request
     cost        seconds an epoch and items a second
-    methods     empirical-Bayes targets, other adversaries, the ranked probability score, against the paper's method
+    methods     a teacher, the judge's own earlier predictions, shrunken votes, other adversaries, the ranked probability score and
+                calibration, against the paper's method
     adversary   how far the paper's five steps fall short of the exact worst case, with a proof of it
 
 Writes STUDY.csv (tidy: a row for each number), STUDY.md and STUDY.svg/.png into --out, and a folder for each trained judge into
@@ -91,8 +92,8 @@ ROWS = {  # which methods a study compares by default; the first is what the oth
     "main": ("single-point", "untrained", "label smoothing", "temperature", "distribution"),
     "ablation": ("distribution", "without adversary", "without KL", "without CE"),
     "sweep": ("distribution",),
-    "robustness": ("single-point", "without adversary", "distribution"),
-    "budget": ("distribution", "EB marginal"),
+    "robustness": ("single-point", "without adversary", "distribution", "exact adversary", "EB model averaged", "teacher"),
+    "budget": ("distribution", "KL alone", "teacher"),
     "length": ("distribution", "teacher", "few", "KL alone", "KL, constant rate, averaged"),
     "ood": ("single-point", "untrained", "label smoothing", "temperature", "distribution"),
     "cost": ("single-point", "without adversary", "distribution", "exact adversary", "teacher"),

@@ -41,7 +41,7 @@ from plots import figures
 SAMPLE = str(Path(__file__).resolve().parents[1] / "data" / "panel.jsonl")
 TEMPLATE = ("{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|judge|>') + m.content + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}<|judge|>{% endif %}")
-METHODS = {  # what the paper compares: single-point alignment, its own method without and with the adversary; and ours
+METHODS = {  # what the paper compares: single-point alignment, its own method without and with the adversary; and the teacher
     "single_point": {"alpha": 0.0, "eps": 0.0},
     "no_adversary": {"eps": 0.0},
     "full": {},
