@@ -103,7 +103,7 @@ def test_ablation_budget_and_cost(folder):
     run(folder, "main", methods=TWO)
     assert run(folder, "ablation")[1] == 2 * 2  # without KL is single-point, and distribution is there: two of the four are new
     rows, trained = run(folder, "budget", seeds=1)
-    assert trained == 6 and {(r["votes"], r["items"]) for r in rows} == {(1, 60), (3, 20), (5, 12)}
+    assert trained == 9 and {(r["votes"], r["items"]) for r in rows} == {(1, 60), (3, 20), (5, 12)}
     rows, _ = run(folder, "cost", seeds=1, methods=TWO)
     assert all(r["value"] > 0 for r in rows) and {r["method"] for r in rows} == set(TWO)
     for name in ("ablation", "budget", "cost"):
