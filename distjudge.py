@@ -1588,7 +1588,7 @@ def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trai
         raise InputError(f"{path}: model: cannot be loaded: {_first_line(error)}") from error
     if four_bit and not getattr(model, "is_loaded_in_4bit", False):  # Unsloth goes on in 16 bits where bitsandbytes does not work
         raise InputError(f"{path}: model: was not loaded in 4 bits; bitsandbytes does not work here")
-    for module in model.modules() if four_bit and weights else ():
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # else, on such a CPU, the first look at a judge packs its weights in place
             module.support_avx512bf16_for_cpu = False  # into a form that rounds to bfloat16 and through which no gradient flows
     if weights and not four_bit:

@@ -59,8 +59,9 @@ from distjudge import ExportError, InputError, Judge, load_judge, write_json
 PROBES = ["Is this fine?", "Rate the answer. It was good, and the service was bad.", "One more: 12345."]
 EXACT, ROUNDED, OTHER_BASE = 1e-4, 0.05, 0.1
 CONVERTER, CONVERTED = "convert_hf_to_gguf.py", ("f32", "f16", "bf16", "q8_0")
-QUANTIZED = ("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m",
-             "q3_k_s", "iq3_m", "iq3_s", "q2_k")  # by llama-cpp-python; the others need importances measured on a text
+BY_32 = ("q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # weights at a time
+QUANTIZED = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "q2_k", *BY_32)
+# by llama-cpp-python; those left out need importances measured on a text
 PRIVATE = ["checkpoints/*", "fold-*/*", "*.part", "*.part/*", "adapter/README.md",  # of this machine only
            "predictions.jsonl", "plots/bars.*"]  # test items
 
@@ -98,6 +99,8 @@ def check(export: str, push: str, model: str, adapters: bool, backend: str = "au
         raise InputError(f"export: must be none, merged, gguf or gguf-unchecked, not {export}")
     if export != "none":
         use, why = distjudge.choose_backend(backend, trained=not adapters)  # first: Unsloth wants to be imported before transformers
+        if not Path(base_of(model)).is_dir():
+            _check_name(base_of(model), "export: the judge's base is not a folder that is there")
         if export.startswith("gguf"):
             _check_gguf(export, use, why, quantization, llama_cpp)
         if adapters and _is_quantized(base_of(model)):
@@ -193,17 +196,22 @@ def _converted(script: Path, *arguments: str, error: type[Exception] = ExportErr
         raise error(f"llama_cpp: {script.name} failed: {distjudge._short(why, 300)}")
 
 
+def _check_name(name: str, what: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"{what}: {distjudge._first_line(error)}") from None
+
+
 def _check_push(name: str) -> None:
     """One call to the hub: is there a token, whose is it, and may it write to that owner's repositories?"""
     try:
         from huggingface_hub import HfApi, get_token
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
     except ImportError:
         raise InputError("push_to_hub: needs huggingface_hub: pip install huggingface_hub") from None
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise InputError(f"push_to_hub: {distjudge._first_line(error)}") from None
+    _check_name(name, "push_to_hub")
     if not get_token():
         raise InputError("push_to_hub: no token: run `hf auth login`, or set HF_TOKEN")
     try:
@@ -422,18 +430,27 @@ def _gguf_by_unsloth(judge: Judge, part: Path, quantization: str) -> Path:
 def _gguf_by_llama_cpp(judge: Judge, folder: Path, part: Path, quantization: str, prompts: Sequence[str], own: torch.Tensor,
                        tuning: float | None, script: Path) -> Path:
     merged, file = part / "weights", part / f"model.{quantization.upper()}.gguf"
-    beside = {name: _file_of_base(judge.base, name) for name in ("tokenizer.model", "tokenizer_config.json")}
-    stored = _merge(judge, folder, merged, "as stored", prompts, own, tuning)["dtype"]
+    from_pieces = getattr(judge.tokenizer.backend_tokenizer.model, "byte_fallback", False)  # as in SentencePiece's
+    pieces = _file_of_base(judge.base, "tokenizer.model") if from_pieces else None
+    own_config = _file_of_base(judge.base, "tokenizer_config.json")
+    text = judge.model.config.get_text_config()
+    if quantization in QUANTIZED and quantization not in BY_32 and (text.hidden_size % 256 or text.intermediate_size % 256):
+        distjudge.log.warning("gguf: %s takes weights by 256, which the model's sizes, %d and %d, are not made of: llama.cpp stores "
+                              "some in larger types", quantization, text.hidden_size, text.intermediate_size)
+    try:
+        stored = _merge(judge, folder, merged, "as stored", prompts, own, tuning)["dtype"]
+    except ExportError as error:
+        raise ExportError(str(error).replace(str(merged), "gguf: before llama.cpp")) from error
     gc.collect()  # before another process takes as much
     # the converter goes by what transformers 5 no longer writes: which tokens are control tokens, SentencePiece's file, Phi-4's class
     added = {id: {name: getattr(token, name) for name in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
              for id, token in judge.tokenizer.added_tokens_decoder.items()}
     config = _read(merged / "tokenizer_config.json") | {"added_tokens_decoder": added}
-    if beside["tokenizer_config.json"] and _read(beside["tokenizer_config.json"]).get("tokenizer_class") == "GPT2Tokenizer":
+    if own_config and _read(own_config).get("tokenizer_class") == "GPT2Tokenizer":
         config["tokenizer_class"] = "GPT2Tokenizer"
     write_json(merged / "tokenizer_config.json", config)
-    if beside["tokenizer.model"]:
-        shutil.copy(beside["tokenizer.model"], merged)
+    if pieces:
+        shutil.copy(pieces, merged)
     first = quantization if quantization in CONVERTED else {"float16": "f16", "bfloat16": "bf16"}.get(stored, "f32")
     source = file if first == quantization else part / "unquantized.gguf"
     _converted(script, str(merged), "--outfile", str(source), "--outtype", first)
@@ -465,8 +482,8 @@ def _file_of_base(base: str, name: str) -> Path | None:
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:  # offline mode, no network, no access
-            raise ExportError(f"gguf: whether {base} has a file {name}, which llama.cpp would need, cannot be known: "
-                              f"{distjudge._first_line(error)}") from error
+            raise ExportError(f"gguf: whether {base} has a file {name}, which llama.cpp would need, cannot be known; go online "
+                              f"for it once: {distjudge._first_line(error)}") from error
     return Path(found) if isinstance(found, str) else None
 
 
@@ -674,6 +691,8 @@ def main(config: ExportConfig) -> None:
         raise InputError(f"{out}: exists already")
     if config.llama_cpp and not config.export.startswith("gguf"):
         raise InputError(f"llama_cpp: is for --export gguf, not {config.export}")
+    if config.dtype != "as stored" and config.export != "merged":
+        raise InputError(f"dtype: is for --export merged, not {config.export}")
     if config.compare < 1:
         raise InputError(f"compare: must be 1 or more, not {config.compare}")
     adapters = (folder / "adapter").is_dir()

@@ -35,6 +35,17 @@ def tokenizers_dir():
 
 
 @pytest.fixture(scope="session")
+def llama_cpp_clone():
+    """The folder of a clone of llama.cpp, with what its converter and the comparison need."""
+    clone = os.environ.get("DISTJUDGE_LLAMA_CPP", "")
+    if not Path(clone, "convert_hf_to_gguf.py").is_file():
+        pytest.skip("needs DISTJUDGE_LLAMA_CPP, a clone of llama.cpp")
+    for package in ("llama_cpp", "sentencepiece"):
+        pytest.importorskip(package)
+    return clone
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer():
     from tiny import build_tokenizer
 

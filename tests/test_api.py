@@ -366,11 +366,12 @@ def serving(command, ready, folder, **environment):
 
 
 @pytest.fixture(scope="module")
-def served(trained, tmp_path_factory):
+def served(request, tmp_path_factory):
     """The judge, its merged model, and that model under vLLM: (run folder, merged folder, URL)."""
-    venv = os.environ.get("DISTJUDGE_VLLM")
-    if not venv:
+    venv = os.environ.get("DISTJUDGE_VLLM", "")
+    if not Path(venv, "bin", "vllm").is_file():
         pytest.skip("needs a virtual environment with vLLM: tests/vllm_cpu.sh DIR, then DISTJUDGE_VLLM=DIR")
+    trained = request.getfixturevalue("trained")
     merged = exported(trained, "merged")
     command = [f"{venv}/bin/vllm", "serve", merged, "--served-model-name", "judge", "--dtype", "float32", "--enforce-eager", "--max-logprobs", "20",
                "--max-model-len", "512"]
@@ -426,13 +427,11 @@ def test_samples_of_vllm_follow_the_probabilities(served, tmp_path):
 
 
 @pytest.mark.slow
-def test_chat_answers_of_llama_cpp_are_our_judges(trained, tmp_path):
+def test_chat_answers_of_llama_cpp_are_our_judges(llama_cpp_clone, request, tmp_path):
     """A GGUF file under llama-cpp-python's server, rendered by it with the template in the file, read from the top 20 tokens."""
-    pytest.importorskip("llama_cpp")
     pytest.importorskip("starlette_context", reason="needs pip install llama-cpp-python[server]")
-    if not (clone := os.environ.get("DISTJUDGE_LLAMA_CPP")):
-        pytest.skip("needs DISTJUDGE_LLAMA_CPP, a clone of llama.cpp")
-    file = exported(trained, "gguf", "--llama_cpp", clone, "--quantization", "f32") / "model.F32.gguf"
+    trained = request.getfixturevalue("trained")
+    file = exported(trained, "gguf", "--llama_cpp", llama_cpp_clone, "--quantization", "f32") / "model.F32.gguf"
     rows = items(20)
     logq, mass = distjudge.load_judge(trained).score([row["prompt"] for row in rows])
     command = [sys.executable, "-m", "llama_cpp.server", "--model", file, "--model_alias", "judge", "--n_ctx", "512", "--logits_all", "true"]

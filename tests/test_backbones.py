@@ -8,7 +8,6 @@ for them, with their own templates, so that their counts of tokens are not those
 import dataclasses
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -218,12 +217,19 @@ def test_weights_are_what_bitsandbytes_holds(tmp_path, tiny_tokenizer):
         assert estimate_memory(judge, Config(optimizer="adamw_8bit", **mean), judge.batch(judge.encode(["Is it?"])))["training"] == 14 * trained
 
 
-def test_gradients_pass_through_4_bit_weights(tmp_path, tiny_tokenizer):
+@pytest.mark.parametrize("stored", [False, True])
+def test_gradients_pass_through_4_bit_weights(stored, tmp_path, tiny_tokenizer, monkeypatch):
     """Against differences of the loss. Where a CPU multiplies in bfloat16, bitsandbytes would pack the weights when the judge is first read."""
     pytest.importorskip("bitsandbytes")
-    model = small_model("llama8b", tmp_path, tiny_tokenizer, hidden_size=64, num_hidden_layers=3)
-    judge = load_judge(model, ["yes", "no"], four_bit=True, lora_rank=4)
-    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in judge.model.modules())
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = small_model("llama8b", tmp_path / "model", tiny_tokenizer, hidden_size=64, num_hidden_layers=3)
+    if stored:  # a base that exists in 4 bits only
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        AutoModelForCausalLM.from_pretrained(model, quantization_config=config, device_map="cpu").save_pretrained(model)
+    judge = load_judge(model, ["yes", "no"], four_bit=not stored, lora_rank=4, device="cpu")
+    assert judge.model.is_loaded_in_4bit and not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in judge.model.modules())
     trained, draw = [w for w in judge.model.parameters() if w.requires_grad], torch.Generator().manual_seed(0)
     for weight in trained:
         weight.data += 0.1 * torch.randn(weight.shape, generator=draw)
@@ -319,12 +325,10 @@ def save_sentencepiece(tokenizer, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "quantization"), [*((name, kind) for name in BACKBONES for kind in ("f16", "q8_0")), ("qwen7b", "q4_k_m")])
-def test_a_gguf_file_judges_as_the_judge_does(name, quantization, tokenizers_dir, tmp_path, monkeypatch, capsys):
+def test_a_gguf_file_judges_as_the_judge_does(name, quantization, llama_cpp_clone, tokenizers_dir, tmp_path, monkeypatch, capsys):
     """A LoRA judge of a small random model, exported by the command line; the same file of the base alone would be refused."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    if not (clone := os.environ.get("DISTJUDGE_LLAMA_CPP")):
-        pytest.skip("needs DISTJUDGE_LLAMA_CPP, a clone of llama.cpp")
     import export
+    import llama_cpp
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     save_tokenizer(BACKBONES[name][3], tokenizers_dir, tmp_path / "tokenizer")
@@ -348,7 +352,7 @@ def test_a_gguf_file_judges_as_the_judge_does(name, quantization, tokenizers_dir
     distjudge.save_judge(load_judge(base, judge.labels, lora_rank=0), tmp_path / "untrained")
 
     def gguf_of(run):
-        monkeypatch.setattr(sys, "argv", ["export.py", "--run", str(run), "--export", "gguf", "--llama_cpp", clone, "--quantization", quantization])
+        monkeypatch.setattr(sys, "argv", ["export.py", "--run", str(run), "--export", "gguf", "--llama_cpp", llama_cpp_clone, "--quantization", quantization])
         distjudge.cli(export.main, export.ExportConfig)
         return next((run / "gguf").glob("*.gguf")), json.loads((run / "gguf" / "export.json").read_text())
 
@@ -364,8 +368,10 @@ def test_a_gguf_file_judges_as_the_judge_does(name, quantization, tokenizers_dir
         untrained, _ = gguf_of(tmp_path / "untrained")
         found, _ = export.gguf_logprobs(untrained, judge, export.PROBES)
         assert (found.exp() - judge.score(export.PROBES)[0].exp()).abs().max() > export.ROUNDED
-        for kind in export.QUANTIZED:
-            assert hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    for kind in export.QUANTIZED if (name, quantization) == ("qwen7b", "f16") else ():  # none needs anything but the file
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+        assert llama_cpp.llama_model_quantize(str(file).encode(), str(tmp_path / "other.gguf").encode(), options) == 0
 
 
 # --- the pages themselves ----------------------------------------------------------------------------------------------------

@@ -390,12 +390,29 @@ def test_a_clone_of_llama_cpp_is_used_without_unsloth(played, clone, quantizatio
     assert report["difference_to_the_judge"] < 1e-5 and report["written_by"] == "convert_hf_to_gguf.py"
 
 
-def test_a_failed_quantization_leaves_nothing(played, clone):
+def test_a_failed_quantization_leaves_nothing(played, clone, caplog):
     judge, folder = played
     sys.modules["llama_cpp"].failed = 1
     with pytest.raises(ExportError, match=r"gguf: llama.cpp could not quantize the file to q4_k_m .exit code 1"):
         export.finish(judge, folder, "gguf", quantization="q4_k_m", llama_cpp=clone)
-    assert not list(folder.glob("gguf*"))
+    assert not list(folder.glob("gguf*")) and "q4_k_m takes weights by 256, which the model's sizes, 32 and 64, are not made of" in caplog.text
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--export", "merged", "--llama_cpp", "."], "error: llama_cpp: is for --export gguf, not merged"),
+    (["--export", "gguf", "--dtype", "float16"], "error: dtype: is for --export merged, not gguf")])
+def test_flags_that_would_do_nothing_are_refused(flags, words, copy, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export.py", "--run", str(copy), *flags])
+    with pytest.raises(SystemExit, match="2"):
+        distjudge.cli(export.main, export.ExportConfig)
+    assert words in capsys.readouterr().err
+
+
+def test_a_base_that_is_gone(copy):
+    about = json.loads((copy / "judge.json").read_text())
+    (copy / "judge.json").write_text(json.dumps(about | {"base": "/no/such/model"}))
+    with pytest.raises(InputError, match=r"export: the judge's base is not a folder that is there: .*'/no/such/model'"):
+        export.check("merged", "", str(copy), adapters=False, backend="transformers")
 
 
 def test_what_the_converter_goes_by_comes_from_the_base(played, clone, tiny_model, tmp_path, monkeypatch):
@@ -403,6 +420,7 @@ def test_what_the_converter_goes_by_comes_from_the_base(played, clone, tiny_mode
     judge, folder = played
     base = shutil.copytree(tiny_model, tmp_path / "base")
     (base / "tokenizer.model").write_bytes(b"pieces")
+    judge.tokenizer.backend_tokenizer.model.byte_fallback = True
     config = json.loads((base / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     monkeypatch.setattr(judge, "base", str(base))
