@@ -684,8 +684,15 @@ class PromptEncoder:
             memo |= {message: self._around(message, encoding.ids) for message, encoding in zip(chunk, found, strict=True)}
         return [list(memo[message]) for message in messages]
 
+    def render(self, message: str) -> str:
+        """The prompt as text. Only token ids tell its control tokens from those that people wrote."""
+        return self.frame["before"] + self._trimmed(message) + self.frame["after"]
+
+    def _trimmed(self, message: str) -> str:
+        return message.strip() if self.frame["trim"] else message
+
     def _text(self, message: str) -> str:
-        return self._lead + (message.strip() if self.frame["trim"] else message) + self._trail
+        return self._lead + self._trimmed(message) + self._trail
 
     def _around(self, message: str, ids: list[int], answer: str = "") -> list[int]:
         if not self.control_ids.isdisjoint(ids):

@@ -97,20 +97,21 @@ def check(export: str, push: str, model: str, adapters: bool, backend: str = "au
     """
     if export not in ("none", "merged", "gguf", "gguf-unchecked"):
         raise InputError(f"export: must be none, merged, gguf or gguf-unchecked, not {export}")
+    base = base_of(model)
     if export != "none":
         use, why = distjudge.choose_backend(backend, trained=not adapters)  # first: Unsloth wants to be imported before transformers
-        if not Path(base_of(model)).is_dir():
-            _check_name(base_of(model), "export: the judge's base is not a folder that is there")
+        if not Path(base).is_dir():
+            _check_name(base, "export: the judge's base is not a folder that is there")
         if export.startswith("gguf"):
             _check_gguf(export, use, why, quantization, llama_cpp)
-        if adapters and _is_quantized(base_of(model)):
-            raise InputError(f"export: {base_of(model)} holds quantized weights, and adapters are merged into 16-bit ones: train on a "
+        if adapters and _is_quantized(base):
+            raise InputError(f"export: {base} holds quantized weights, and adapters are merged into 16-bit ones: train on a "
                              "repository with those (--four_bit rounds them while loading)")
-        _check_memory(export, base_of(model), adapters)
+        _check_memory(export, base, adapters)
     if push:
         _check_push(push)
-        if Path(base_of(model)).is_dir() and adapters and export != "merged":
-            raise InputError(f"push_to_hub: others do not have the base model, {base_of(model)}: give its hub id, or add --export merged")
+        if Path(base).is_dir() and adapters and export != "merged":
+            raise InputError(f"push_to_hub: others do not have the base model, {base}: give its hub id, or add --export merged")
 
 
 def base_of(model: str) -> str:
@@ -191,9 +192,13 @@ def _converted(script: Path, *arguments: str, error: type[Exception] = ExportErr
     """Runs llama.cpp's converter; raises the error with the last line it wrote if it fails."""
     done = subprocess.run([sys.executable, str(script), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        why = said[-1] if said and done.returncode > 0 else f"exit code {done.returncode}"
-        raise error(f"llama_cpp: {script.name} failed: {distjudge._short(why, 300)}")
+        raise error(f"llama_cpp: {script.name} failed: {distjudge._short(_said(done), 300)}")
+
+
+def _said(done: subprocess.CompletedProcess[str], otherwise: str = "") -> str:
+    """The last line that a failed process wrote; its exit code if there is none, or if it was killed and the line is of before that."""
+    lines = [line.strip().removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines and done.returncode > 0 else f"{otherwise}exit code {done.returncode}"
 
 
 def _check_name(name: str, what: str) -> None:
@@ -263,8 +268,7 @@ def _merge_elsewhere(folder: Path, out: Path, dtype: str, compare: int) -> None:
     command = [sys.executable, __file__, *(str(word) for option in options.items() for word in option)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()]
-        raise ExportError(said[-1] if said else f"{out}: merging it ended with exit code {done.returncode}")
+        raise ExportError(_said(done, f"{out}: merging it ended with "))
 
 
 def _weights_of(folder: Path) -> str:
@@ -316,11 +320,16 @@ def _within(what: str, found: torch.Tensor, reference: torch.Tensor, bound: floa
 def export_merged(judge: Judge, folder: Path, out: Path, dtype: str = "as stored", compare: int = 32) -> None:
     """Writes the judge saved in `folder` as a plain model folder, reads it back and compares; see above for the bounds."""
     prompts = _prompts(folder, judge, compare)
-    _say(out, _merge(judge, folder, out, dtype, prompts, *_own(judge, prompts)))
+    own, tuning = _own(judge, prompts)
+    with _whole_or_gone(out) as part:
+        report = _merge(judge, folder, out, part, dtype, prompts, own, tuning)
+        _report(part, folder, report)
+    _say(out, report)
 
 
-def _merge(judge: Judge, folder: Path, out: Path, dtype: str, prompts: Sequence[str], own: torch.Tensor,
+def _merge(judge: Judge, folder: Path, out: Path, part: Path, dtype: str, prompts: Sequence[str], own: torch.Tensor,
            tuning: float | None) -> dict[str, Any]:
+    """Writes the merged model into `part`, which will be `out` or be made into it."""
     four_bit = bool(getattr(judge.model, "is_loaded_in_4bit", False))
     adapter = hasattr(judge.model, "peft_config")
     stored = _stored_type(judge.base) if dtype == "as stored" else getattr(torch, dtype)
@@ -338,33 +347,30 @@ def _merge(judge: Judge, folder: Path, out: Path, dtype: str, prompts: Sequence[
         return distjudge.make_judge(model, distjudge._load_tokenizer(str(part)), judge.labels, base=judge.base, spellings=judge.spellings,
                                     lora_rank=0, max_length=judge.max_length, top_k=judge.top_k)
 
-    with _whole_or_gone(out) as part:
-        judge.tokenizer.save_pretrained(part)
-        whole = plain(judge.base if adapter else folder / "model")
-        if adapter:
-            from peft import PeftModel
+    judge.tokenizer.save_pretrained(part)
+    whole = plain(judge.base if adapter else folder / "model")
+    if adapter:
+        from peft import PeftModel
 
-            whole.model = PeftModel.from_pretrained(whole.model, str(folder / "adapter")).eval()
-        reference = whole.score(prompts)[0].exp()
-        if adapter:
-            whole.model = whole.model.merge_and_unload(safe_merge=True)
-        whole.model.to(stored).save_pretrained(part)
-        del whole
-        gc.collect()
-        read_back = plain(part)
-        if read_back.tokens.sequences != judge.tokens.sequences:
-            raise ExportError(f"{out}: the labels' tokens are not those of the judge; what was written is deleted")
-        found = read_back.score(prompts)[0].exp()
-        bound = EXACT if stored == runs_in == torch.float32 else ROUNDED
-        to_base = _within(f"{out}: the merged model differs from its base with the adapter", found, reference, bound)
-        about = "on 4-bit weights" if four_bit else "itself"
-        allowed = (OTHER_BASE, True) if four_bit else (bound,)
-        to_judge = _within(f"{out}: the merged model differs from the judge {about}", found, own, *allowed)
-        report = {"form": "merged", "dtype": str(stored).removeprefix("torch."), "compared_items": len(prompts),
-                  "changed_by_training": tuning, "difference_to_base_with_adapter": to_base, "bound": bound}
-        report |= _to_judge(to_judge, four_bit, bound)
-        _report(part, folder, report)
-    return report
+        whole.model = PeftModel.from_pretrained(whole.model, str(folder / "adapter")).eval()
+    reference = whole.score(prompts)[0].exp()
+    if adapter:
+        whole.model = whole.model.merge_and_unload(safe_merge=True)
+    whole.model.to(stored).save_pretrained(part)
+    del whole
+    gc.collect()
+    read_back = plain(part)
+    if read_back.tokens.sequences != judge.tokens.sequences:
+        raise ExportError(f"{out}: the labels' tokens are not those of the judge; what was written is deleted")
+    found = read_back.score(prompts)[0].exp()
+    bound = EXACT if stored == runs_in == torch.float32 else ROUNDED
+    to_base = _within(f"{out}: the merged model differs from its base with the adapter", found, reference, bound)
+    about = "on 4-bit weights" if four_bit else "itself"
+    allowed = (OTHER_BASE, True) if four_bit else (bound,)
+    to_judge = _within(f"{out}: the merged model differs from the judge {about}", found, own, *allowed)
+    report = {"form": "merged", "dtype": str(stored).removeprefix("torch."), "compared_items": len(prompts),
+              "changed_by_training": tuning, "difference_to_base_with_adapter": to_base, "bound": bound}
+    return report | _to_judge(to_judge, four_bit, bound)
 
 
 def _to_judge(off: float | None, four_bit: bool, bound: float) -> dict[str, Any]:
@@ -388,7 +394,7 @@ def export_gguf(judge: Judge, folder: Path, out: Path, quantization: str = "q8_0
     own, tuning = _own(judge, prompts)
     with _whole_or_gone(out) as part:
         if llama_cpp:
-            file = _gguf_by_llama_cpp(judge, folder, part, quantization, prompts, own, tuning, Path(llama_cpp) / CONVERTER)
+            file = _gguf_by_llama_cpp(judge, folder, out, part, quantization, prompts, own, tuning, Path(llama_cpp) / CONVERTER)
         else:
             file = _gguf_by_unsloth(judge, part, quantization)
         report = {"form": "gguf", "written_by": CONVERTER if llama_cpp else "Unsloth", "quantization": quantization,
@@ -427,7 +433,7 @@ def _gguf_by_unsloth(judge: Judge, part: Path, quantization: str) -> Path:
     return part / files[0].name
 
 
-def _gguf_by_llama_cpp(judge: Judge, folder: Path, part: Path, quantization: str, prompts: Sequence[str], own: torch.Tensor,
+def _gguf_by_llama_cpp(judge: Judge, folder: Path, out: Path, part: Path, quantization: str, prompts: Sequence[str], own: torch.Tensor,
                        tuning: float | None, script: Path) -> Path:
     merged, file = part / "weights", part / f"model.{quantization.upper()}.gguf"
     from_pieces = getattr(judge.tokenizer.backend_tokenizer.model, "byte_fallback", False)  # as in SentencePiece's
@@ -437,10 +443,7 @@ def _gguf_by_llama_cpp(judge: Judge, folder: Path, part: Path, quantization: str
     if quantization in QUANTIZED and quantization not in BY_32 and (text.hidden_size % 256 or text.intermediate_size % 256):
         distjudge.log.warning("gguf: %s takes weights by 256, which the model's sizes, %d and %d, are not made of: llama.cpp stores "
                               "some in larger types", quantization, text.hidden_size, text.intermediate_size)
-    try:
-        stored = _merge(judge, folder, merged, "as stored", prompts, own, tuning)["dtype"]
-    except ExportError as error:
-        raise ExportError(str(error).replace(str(merged), "gguf: before llama.cpp")) from error
+    stored = _merge(judge, folder, out, merged, "as stored", prompts, own, tuning)["dtype"]
     gc.collect()  # before another process takes as much
     # the converter goes by what transformers 5 no longer writes: which tokens are control tokens, SentencePiece's file, Phi-4's class
     added = {id: {name: getattr(token, name) for name in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
@@ -456,16 +459,19 @@ def _gguf_by_llama_cpp(judge: Judge, folder: Path, part: Path, quantization: str
     _converted(script, str(merged), "--outfile", str(source), "--outtype", first)
     shutil.rmtree(merged)
     if source != file:
-        import llama_cpp
-
-        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else a line for every tensor
-        options = llama_cpp.llama_model_quantize_default_params()
-        options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
-        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options)
+        _quantize(source, file, quantization)
         source.unlink()
-        if failed:
-            raise ExportError(f"gguf: llama.cpp could not quantize the file to {quantization} (exit code {failed})")
     return file
+
+
+def _quantize(source: Path, file: Path, quantization: str) -> None:
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else a line for every tensor
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
+    if failed := llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options):
+        raise ExportError(f"gguf: llama.cpp could not quantize the file to {quantization} (exit code {failed})")
 
 
 def _file_of_base(base: str, name: str) -> Path | None:
@@ -492,7 +498,7 @@ def gguf_logprobs(path: Path, judge: Judge, prompts: Sequence[str]) -> tuple[tor
     many of the N rendered prompts the tokenizer in the file turns into the same ids."""
     from llama_cpp import Llama
 
-    encoded, tokens, frame = judge.encode(prompts), judge.tokens, judge.encoder.frame
+    encoded, tokens = judge.encode(prompts), judge.tokens
     longest = max(map(len, encoded)) + max(len(ids) for _, ids in tokens.sequences)
     try:
         llama = Llama(model_path=str(path), n_ctx=longest, logits_all=True, verbose=False)
@@ -502,8 +508,7 @@ def gguf_logprobs(path: Path, judge: Judge, prompts: Sequence[str]) -> tuple[tor
                           "converter, or memory is short") from error
     rows, same = [], 0
     for prompt, ids in zip(prompts, encoded, strict=True):
-        rendered = frame["before"] + (prompt.strip() if frame["trim"] else prompt) + frame["after"]
-        same += llama.tokenize(rendered.encode(), add_bos=not judge.tokenizer.chat_template, special=True) == ids
+        same += llama.tokenize(judge.encoder.render(prompt).encode(), add_bos=not judge.tokenizer.chat_template, special=True) == ids
         scores = []
         for n, (_, sequence) in enumerate(tokens.sequences):
             if n == 0 or tokens.whole:  # else all are read at the same place
