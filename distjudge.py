@@ -119,7 +119,7 @@ def labels_of(items: Sequence[Item]) -> list[str]:
     labels = list(items[0].counts)
     for item in items:
         if list(item.counts) != labels:
-            raise InputError(f"{item.where}: item '{_short(item.id)}': counts: labels {_listed(item.counts)} differ from {_listed(labels)}")
+            raise InputError(f"{item.where}: item '{short(item.id)}': counts: labels {listed(item.counts)} differ from {listed(labels)}")
     return labels
 
 
@@ -160,16 +160,16 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
     for source in _flatten(sources):
         name = _name(source)
         found.setdefault(name, [])
-        for where, row, problem in _rows(source):
+        for where, row, problem in read_rows(source):
             if problem:
                 found[name].append(f"{where}: {problem}")
                 continue
-            item, bad = _parse_row(row)
+            item, bad = parse_row(row)
             if item["id"] in seen:
                 bad.append(("id", f"duplicate, first at {seen[item['id']]}"))
             if item["id"]:
                 seen.setdefault(item["id"], where)
-            shown = f"item '{_short(item['id'])}': " if item["id"] else ""
+            shown = f"item '{short(item['id'])}': " if item["id"] else ""
             found[name] += [f"{where}: {shown}{field}: {text}" for field, text in bad]
             if not bad:
                 parsed.append((name, where, item))
@@ -181,24 +181,24 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
             raise InputError(f"labels: {order} names a label twice")
     if labels is None and (twins := look_alike(order)):
         at = next(where for _, where, item in parsed if twins[1] in item["counts"])
-        raise InputError(f"{at}: labels '{_short(twins[0], 20)}' and '{_short(twins[1], 20)}' differ only in capitals or in how a letter "
+        raise InputError(f"{at}: labels '{short(twins[0], 20)}' and '{short(twins[1], 20)}' differ only in capitals or in how a letter "
                          "is coded; name the labels if both are meant")
     if are_numeric(order) and len(set(map(float, order))) != len(order):
-        raise InputError(f"{parsed[0][1] if parsed else 'load_items'}: labels: {_listed(order)} holds a number in two spellings")
+        raise InputError(f"{parsed[0][1] if parsed else 'load_items'}: labels: {listed(order)} holds a number in two spellings")
     items, known = [], set(order)
     for name, where, item in parsed:
-        head, got, field = f"{where}: item '{_short(item['id'])}': ", set(item["counts"]), item["field"]
+        head, got, field = f"{where}: item '{short(item['id'])}': ", set(item["counts"]), item["field"]
         if (labels is None or complete) and field != "annotations" and got != known:
-            found[name].append(f"{head}{field}: labels {_listed(item['counts'])} differ from {_listed(order)} of {example} "
+            found[name].append(f"{head}{field}: labels {listed(item['counts'])} differ from {listed(order)} of {example} "
                                "(write 0 for labels without votes, or name the labels)")
         elif got - known:
-            found[name].append(f"{head}{field}: unknown label {_listed(sorted(got - known))}; the labels are {_listed(order)}")
+            found[name].append(f"{head}{field}: unknown label {listed(sorted(got - known))}; the labels are {listed(order)}")
         if item["truth"] is not None and set(item["truth"]) - known:
-            found[name].append(f"{head}truth: unknown label {_listed(sorted(set(item['truth']) - known))}")
+            found[name].append(f"{head}truth: unknown label {listed(sorted(set(item['truth']) - known))}")
         truth = item["truth"] and {label: item["truth"].get(label, 0.0) for label in order}
         swap = None
         if item["swap"]:
-            swap, problem = _place_swap(*item["swap"], order)
+            swap, problem = place_swap(*item["swap"], order)
             found[name] += [f"{head}swap: {problem}"] if problem else []
         items.append(Item(item["id"], item["prompt"], {label: item["counts"].get(label, 0) for label in order},
                           item["group"], item["split"], truth, swap, where))
@@ -209,7 +209,7 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
     if not items:
         raise InputError(f"{', '.join(found) or 'load_items'}: no items")
     if len(order) < 2:
-        raise InputError(f"{items[0].where}: counts: a judge needs two labels or more, found {_listed(order)}")
+        raise InputError(f"{items[0].where}: counts: a judge needs two labels or more, found {listed(order)}")
     return items
 
 
@@ -226,13 +226,13 @@ def _name(source: Any) -> str:
     return str(source) if isinstance(source, (str, os.PathLike)) else "items"
 
 
-def _short(text: Any, width: int = 60) -> str:
+def short(text: Any, width: int = 60) -> str:
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", " ", str(text))  # a message is one line, left to right
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _listed(labels: Iterable[str]) -> str:
-    return "{" + ", ".join(_short(label, 20) for label in labels) + "}"
+def listed(labels: Iterable[str]) -> str:
+    return "{" + ", ".join(short(label, 20) for label in labels) + "}"
 
 
 class _Object(dict):
@@ -243,7 +243,7 @@ class _Object(dict):
         self.twice = [key for key, n in collections.Counter(key for key, _ in pairs).items() if n > 1]
 
 
-def _rows(source: Any) -> Iterator[tuple[str, dict, str]]:
+def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
     """Yields (where, row, ""), or (where, {}, what is wrong) for a line that is no JSON object."""
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame
         source = source.to_dict("records")
@@ -254,7 +254,7 @@ def _rows(source: Any) -> Iterator[tuple[str, dict, str]]:
             yield (f"items[{i}]", row, "") if isinstance(row, dict) else (f"items[{i}]", {}, f"not a dict but {type(row).__name__}")
         return
     path = Path(source)
-    shown = "stdin" if source == "-" else _short(path, 1000)
+    shown = "stdin" if source == "-" else short(path, 1000)
     try:
         with (contextlib.nullcontext(sys.stdin.buffer) if source == "-" else
               gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
@@ -273,7 +273,7 @@ def _rows(source: Any) -> Iterator[tuple[str, dict, str]]:
                 except json.JSONDecodeError as error:
                     problem = f"broken JSON: {error.msg} (column {error.colno})"
                 except (ValueError, RecursionError) as error:
-                    problem = f"broken JSON: {_short(error, 100)}"
+                    problem = f"broken JSON: {short(error, 100)}"
                 yield f"{shown}:{number}", row, problem
     except FileNotFoundError:
         raise InputError(f"{shown}: no such file") from None
@@ -294,20 +294,20 @@ def _is_number(value: Any) -> bool:
     return True
 
 
-def _missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))  # NaN: how pandas writes an empty cell
 
 
-def _label(value: Any) -> str | None:
+def as_label(value: Any) -> str | None:
     """A label as text: strings as they are, whole numbers in digits, None for anything else."""
     if isinstance(value, str):
-        return value if value and value == value.strip() and _is_text(value) else None
+        return value if value and value == value.strip() and is_text(value) else None
     if _is_number(value) and math.isfinite(value) and float(value).is_integer():
         return str(int(value))
     return None
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """False for lone surrogates, which no tokenizer takes."""
     try:
         value.encode("utf-8")
@@ -317,58 +317,58 @@ def _is_text(value: str) -> bool:
 
 
 def _prompt_problem(prompt: Any) -> str:
-    if _missing(prompt):
+    if is_missing(prompt):
         return "missing"
     if not isinstance(prompt, str):
         return f"not text but {type(prompt).__name__}"
     if not prompt.strip():
         return "empty"
-    return "" if _is_text(prompt) else "holds a lone surrogate, which is no character"
+    return "" if is_text(prompt) else "holds a lone surrogate, which is no character"
 
 
 def _parse_swap(value: Any, bad: list[tuple[str, str]]) -> tuple[str, dict[str, str]] | None:
     if not isinstance(value, dict) or not isinstance(value.get("labels"), dict):
-        bad.append(("swap", 'must be {"prompt": ..., "labels": {label: label in the other order}}, not ' + _short(repr(value))))
+        bad.append(("swap", 'must be {"prompt": ..., "labels": {label: label in the other order}}, not ' + short(repr(value))))
         return None
     if problem := _prompt_problem(value.get("prompt")):
         bad.append(("swap", f"prompt: {problem}"))
         return None
-    pairs = {_label(a): _label(b) for a, b in value["labels"].items() if not _missing(b)}
+    pairs = {as_label(a): as_label(b) for a, b in value["labels"].items() if not is_missing(b)}
     if None in pairs or None in pairs.values():
-        bad.append(("swap", f"labels: must be text without spaces around it, or whole numbers, not {_short(repr(value['labels']))}"))
+        bad.append(("swap", f"labels: must be text without spaces around it, or whole numbers, not {short(repr(value['labels']))}"))
         return None
     return value["prompt"], pairs  # type: ignore[return-value]
 
 
-def _place_swap(prompt: str, other: dict[str, str], labels: Sequence[str]) -> tuple[Swap | None, str]:
+def place_swap(prompt: str, other: dict[str, str], labels: Sequence[str]) -> tuple[Swap | None, str]:
     """The Swap of what _parse_swap found, or what is wrong with it among these labels."""
     if unknown := sorted({*other, *other.values()} - set(labels)):
-        return None, f"unknown label {_listed(unknown)}; the labels are {_listed(labels)}"
+        return None, f"unknown label {listed(unknown)}; the labels are {listed(labels)}"
     target = [other.get(label, label) for label in labels]
     if any(other.get(there, there) != label for label, there in zip(labels, target, strict=True)):
         return None, f"labels {other} do not trade places: swapped twice, every label must be itself again"
     return Swap(prompt, tuple(list(labels).index(label) for label in target)), ""
 
 
-def _parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """One row as {"id", "prompt", "counts", "field", "group", "split", "truth", "swap"}, and its problems as (field, text)."""
-    bad = [(_short(key), "stands twice in the row") for key in getattr(row, "twice", ())]
+    bad = [(short(key), "stands twice in the row") for key in getattr(row, "twice", ())]
     item: dict[str, Any] = {"id": None, "counts": {}, "truth": None, "swap": None}
     item["prompt"] = prompt = row.get("prompt")
     if problem := _prompt_problem(prompt):
         bad.append(("prompt", problem))
-    if not _missing(row.get("swap")):
+    if not is_missing(row.get("swap")):
         item["swap"] = _parse_swap(row["swap"], bad)
     for field in ("id", "group", "split"):
         value = row.get(field)
-        item[field] = None if _missing(value) else _label(value)
-        if not _missing(value) and item[field] is None:
-            bad.append((field, f"must be text without spaces around it, or a whole number, not {_short(repr(value))}"))
+        item[field] = None if is_missing(value) else as_label(value)
+        if not is_missing(value) and item[field] is None:
+            bad.append((field, f"must be text without spaces around it, or a whole number, not {short(repr(value))}"))
     if item["split"] not in (None, "train", "test"):
-        bad.append(("split", f"must be train or test, not '{_short(item['split'])}'"))
-    if item["id"] is None and _missing(row.get("id")) and isinstance(prompt, str):
+        bad.append(("split", f"must be train or test, not '{short(item['split'])}'"))
+    if item["id"] is None and is_missing(row.get("id")) and isinstance(prompt, str):
         item["id"] = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    given = [field for field in ("counts", "annotations", "distribution") if not _missing(row.get(field))]
+    given = [field for field in ("counts", "annotations", "distribution") if not is_missing(row.get(field))]
     if len(given) != 1:
         bad.append(("counts", f"one of counts, annotations, distribution is needed, found {' and '.join(given) or 'none'}"))
         return item, bad
@@ -381,11 +381,11 @@ def _parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str
         if field == "counts":
             for label, count in item["counts"].items():
                 if math.isnan(count) or math.isinf(count):
-                    bad.append((field, f"votes for '{_short(label)}' are {count}"))
+                    bad.append((field, f"votes for '{short(label)}' are {count}"))
                 elif count < 0 or not float(count).is_integer():
-                    bad.append((field, f"votes for '{_short(label)}' are {'negative' if count < 0 else 'fractional'}: {count}"))
+                    bad.append((field, f"votes for '{short(label)}' are {'negative' if count < 0 else 'fractional'}: {count}"))
                 elif count > 10**9:
-                    bad.append((field, f"votes for '{_short(label)}' are more than a billion"))
+                    bad.append((field, f"votes for '{short(label)}' are more than a billion"))
                 else:
                     votes[label] = int(count)
             if len(bad) == problems_before and not sum(votes.values()):
@@ -393,12 +393,12 @@ def _parse_row(row: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str
             item["counts"] = votes
         else:
             number = row.get("votes")
-            if _missing(number) or not _is_number(number) or not 1 <= number <= 10**9 or not float(number).is_integer():
+            if is_missing(number) or not _is_number(number) or not 1 <= number <= 10**9 or not float(number).is_integer():
                 bad.append(("votes", "a distribution needs the number of people behind it, a whole number of 1 or more, "
-                            f"not {_short(repr(number))}"))
+                            f"not {short(repr(number))}"))
             elif _check_shares(item["counts"], field, bad):
                 item["counts"] = _votes_from_shares(item["counts"], int(number))
-    if not _missing(row.get("truth")):
+    if not is_missing(row.get("truth")):
         problems_before = len(bad)
         shares = _parse_labels(row["truth"], "truth", bad)
         if len(bad) == problems_before and _check_shares(shares, "truth", bad):
@@ -413,9 +413,9 @@ def _tally(annotations: Any, bad: list[tuple[str, str]]) -> dict[str, int]:
         bad.append(("annotations", "must be a list of one label or more"))
         return counts
     for value in annotations:
-        label = _label(value)
+        label = as_label(value)
         if label is None:
-            bad.append(("annotations", f"a label must be text without spaces around it, or a whole number, not {_short(repr(value))}"))
+            bad.append(("annotations", f"a label must be text without spaces around it, or a whole number, not {short(repr(value))}"))
             return counts
         counts[label] = counts.get(label, 0) + 1
     return counts
@@ -428,16 +428,16 @@ def _parse_labels(value: Any, field: str, bad: list[tuple[str, str]]) -> dict[st
         return {}
     out: dict[str, float] = {}
     for key, number in value.items():
-        label = _label(key)
+        label = as_label(key)
         if label is None:
-            bad.append((field, f"a label must be text without spaces around it, or a whole number, not {_short(repr(key))}"))
+            bad.append((field, f"a label must be text without spaces around it, or a whole number, not {short(repr(key))}"))
         elif label in out:
-            bad.append((field, f"duplicate label '{_short(label)}'"))
+            bad.append((field, f"duplicate label '{short(label)}'"))
         elif number is not None and not _is_number(number):
-            bad.append((field, f"the value of '{_short(label)}' must be a number, not {_short(repr(number))}"))
+            bad.append((field, f"the value of '{short(label)}' must be a number, not {short(repr(number))}"))
         elif number is not None:
             out[label] = number
-    bad += [(field, f"duplicate label '{_short(key)}'") for key in getattr(value, "twice", ())]
+    bad += [(field, f"duplicate label '{short(key)}'") for key in getattr(value, "twice", ())]
     return out
 
 
@@ -530,7 +530,7 @@ def check_apart(train_items: Sequence[Item], test_items: Sequence[Item]) -> None
     for item in test_items:
         for field, value in keys(item):
             if value is not None and (field, value) in where:
-                lines.append(f"{item.where}: item '{_short(item.id)}': {field}: also in the training items, at {where[field, value]}")
+                lines.append(f"{item.where}: item '{short(item.id)}': {field}: also in the training items, at {where[field, value]}")
                 break
     if lines:
         raise InputError("\n".join(lines[:20] + ([f"and {len(lines) - 20} more test items"] if len(lines) > 20 else [])))
@@ -629,7 +629,7 @@ class PromptEncoder:
             plain, spaced = render(_SENTINEL), render(f" {_SENTINEL} ")
             answered = render(_SENTINEL, _SENTINEL)
         except Exception as error:  # a template raises whatever its author chose to raise
-            raise InputError(f"{self.tokenizer.name_or_path}: chat template: {_short(error, 200)}") from None
+            raise InputError(f"{self.tokenizer.name_or_path}: chat template: {short(error, 200)}") from None
         if plain.count(_SENTINEL) != 1:
             raise InputError(f"{self.tokenizer.name_or_path}: chat template: shows the message {plain.count(_SENTINEL)} times, not once")
         before, after = plain.split(_SENTINEL)
@@ -637,13 +637,13 @@ class PromptEncoder:
             if render(probe) != before + (probe.strip() if plain == spaced else probe) + after:
                 raise InputError(f"{self.tokenizer.name_or_path}: chat template: changes the message, so text cannot be told from template")
         end = answered.rsplit(_SENTINEL, 1)[1] if answered.count(_SENTINEL) == 2 else ""
-        common = _common(plain, answered)
+        common = common_length(plain, answered)
         if answered.count(_SENTINEL) == 2 and common == len(plain) and (gap := answered[common:].split(_SENTINEL)[0]).strip():
-            raise InputError(f"{self.tokenizer.name_or_path}: chat template: ends a prompt without {_short(repr(gap))}, which it puts "
+            raise InputError(f"{self.tokenizer.name_or_path}: chat template: ends a prompt without {short(repr(gap))}, which it puts "
                              "before an answer (add_generation_prompt does nothing in it): labels would be read at the wrong place")
         if plain[common:].strip():
             log.warning("%s: the chat template ends a prompt with %r, which it does not put before a given answer; labels are read "
-                        "behind it", self.tokenizer.name_or_path, _short(plain[common:]))
+                        "behind it", self.tokenizer.name_or_path, short(plain[common:]))
         return {"before": before, "after": after, "end": end, "trim": plain == spaced}
 
     def _plain_tokenizer(self) -> Any:
@@ -679,8 +679,8 @@ class PromptEncoder:
             try:
                 found = self._plain.encode_batch_fast([self._text(message) for message in chunk], add_special_tokens=False)
             except (TypeError, UnicodeEncodeError):
-                wrong = next((message for message in chunk if not _is_text(message)), chunk[0])
-                raise InputError(f"prompt '{_short(wrong)!r}' is not text that can be encoded") from None
+                wrong = next((message for message in chunk if not is_text(message)), chunk[0])
+                raise InputError(f"prompt '{short(wrong)!r}' is not text that can be encoded") from None
             memo |= {message: self._around(message, encoding.ids) for message, encoding in zip(chunk, found, strict=True)}
         return [list(memo[message]) for message in messages]
 
@@ -696,7 +696,7 @@ class PromptEncoder:
 
     def _around(self, message: str, ids: list[int], answer: str = "") -> list[int]:
         if not self.control_ids.isdisjoint(ids):
-            raise InputError(f"prompt '{_short(message)}': would be encoded with a control token of the tokenizer")
+            raise InputError(f"prompt '{short(message)}': would be encoded with a control token of the tokenizer")
         return self._head_ids + ids + (self._ids(self._tail + answer) if self._tail and answer else self._tail_ids)
 
 
@@ -747,15 +747,15 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], spellings: dict[str, Seq
     encoder = encoder or PromptEncoder(tokenizer)
     labels, spellings = [str(label) for label in labels], dict(spellings or {})
     if set(spellings) - set(labels):
-        raise InputError(f"spellings: unknown label {_listed(sorted(set(spellings) - set(labels)))}; the labels are {_listed(labels)}")
+        raise InputError(f"spellings: unknown label {listed(sorted(set(spellings) - set(labels)))}; the labels are {listed(labels)}")
     if len(set(labels)) != len(labels) or len(labels) < 2:
-        raise InputError(f"labels: two different labels or more are needed, not {_listed(labels)}")
+        raise InputError(f"labels: two different labels or more are needed, not {listed(labels)}")
     prompt = encoder("Is this so?")
     found: list[tuple[int, tuple[int, ...]]] = []
     for i, label in enumerate(labels):
         for text in spellings.get(label, [label]) or [""]:
-            if not _is_text(text):
-                raise InputError(f"spellings: label {_short(repr(label))}: {_short(repr(text))} is not text that can be encoded")
+            if not is_text(text):
+                raise InputError(f"spellings: label {short(repr(label))}: {short(repr(text))} is not text that can be encoded")
             ids = encoder("Is this so?", text)
             if not text or ids[: len(prompt)] != prompt or len(ids) == len(prompt):
                 raise InputError(f"spellings: label '{label}': '{text}' " + ("merges with the end of the prompt" if text else "is empty"))
@@ -773,7 +773,7 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], spellings: dict[str, Seq
                     tokenizer.decode([encoder.end_id]))
     closed = list(dict.fromkeys((i, (*ids, encoder.end_id)) for i, ids in found))
     if len({ids for _, ids in closed}) != len(closed):
-        raise InputError(f"spellings: two labels have the same tokens: {_listed(labels)}")
+        raise InputError(f"spellings: two labels have the same tokens: {listed(labels)}")
     return LabelTokens(labels, closed, whole=True)
 
 
@@ -819,7 +819,7 @@ def segment_table(ends: Sequence[int], positions: Sequence[int]) -> list[tuple[i
     return table
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """The length of the beginning that two token lists share."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # bisection on slices: comparing them runs in C
@@ -835,7 +835,7 @@ def build_pack(token_lists: Sequence[Sequence[int]], members: Sequence[int], bra
     two_levels: only groups of one common beginning and what follows it, as Unsloth's kernel knows them, not trees of any depth.
     """
     lists = [[*token_lists[member], *branch] for member in members for branch in sorted(map(list, branches))]
-    shared = [0] + [_common(a, b) for a, b in itertools.pairwise(lists)]
+    shared = [0] + [common_length(a, b) for a, b in itertools.pairwise(lists)]
     shared = _in_two_levels(lists, shared) if two_levels else shared
     ids: list[int] = []
     positions: list[int] = []
@@ -887,7 +887,7 @@ def pack_prompts(token_lists: Sequence[Sequence[int]], max_tokens: int, branches
     """
     order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
     extra = len({tuple(branch[:k]) for branch in branches for k in range(1, len(branch) + 1)})
-    new = [len(token_lists[i]) + extra - (_common(token_lists[order[k - 1]], token_lists[i]) if k else 0) for k, i in enumerate(order)]
+    new = [len(token_lists[i]) + extra - (common_length(token_lists[order[k - 1]], token_lists[i]) if k else 0) for k, i in enumerate(order)]
     best: list[tuple[int, int, int]] = [(0, 0, 0)]  # for the first n prompts: tokens, packs, where the last pack starts
     for stop in range(1, len(order) + 1):
         start, rest, found = stop - 1, 0, None
@@ -929,7 +929,7 @@ def shuffled(token_lists: Sequence[Sequence[int]], seed: int, keep_together: int
         draw.shuffle(order)
         return order
     order.sort(key=token_lists.__getitem__)
-    shared = [0] + [_common(token_lists[a], token_lists[b]) for a, b in itertools.pairwise(order)]  # with the one before
+    shared = [0] + [common_length(token_lists[a], token_lists[b]) for a, b in itertools.pairwise(order)]  # with the one before
     chunks, todo = [], [(0, len(order), 1)]
     while todo:
         start, stop, size = todo.pop()  # size: what prompts of this group that are in no group within it are dealt into
@@ -1229,7 +1229,7 @@ class Judge:
         if longest > self.max_length:
             over = [i for i, ids in enumerate(encoded) if len(ids) > self.max_length]
             raise InputError(f"prompts: {len(over)} of {len(prompts)} are longer than max_length {self.max_length} tokens (the "
-                             f"longest has {longest}; the first is number {start + over[0] + 1}, '{_short(prompts[over[0]], 40)!r}')")
+                             f"longest has {longest}; the first is number {start + over[0] + 1}, '{short(prompts[over[0]], 40)!r}')")
         return encoded
 
     def plan(self, encoded: Sequence[list[int]]) -> list[list[int]]:
@@ -1390,7 +1390,7 @@ def check_packs(judge: Judge) -> bool:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # an architecture can refuse the mask in ways of its own
-            off, why = math.inf, _first_line(error)
+            off, why = math.inf, first_line(error)
     judge.model.eval()
     if off <= (1e-4 if next(judge.model.parameters()).dtype == torch.float32 else 0.05):
         return True
@@ -1425,10 +1425,10 @@ def load_judge(path: str | os.PathLike, labels: Sequence[str] | None = None, *, 
         raise InputError("four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more")
     length = 2048 if max_length is None else max_length
     use, why = choose_backend(backend, device, trained=not lora_rank)  # before transformers is imported
-    tokenizer = _load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     encoder = PromptEncoder(tokenizer)
     label_tokens(tokenizer, labels, spellings, encoder)  # what is wrong with them is said before the weights are loaded
-    model = _load_model(path, four_bit, device, len(tokenizer), not lora_rank, use, why, length, weights)
+    model = load_model(path, four_bit, device, len(tokenizer), not lora_rank, use, why, length, weights)
     base = str(Path(path).resolve()) if Path(path).is_dir() else path
     return make_judge(model, tokenizer, labels, base=base, spellings=spellings, lora_rank=lora_rank, lora_alpha=lora_alpha,
                       max_length=length, top_k=top_k, seed=seed, gradient_checkpointing=gradient_checkpointing, encoder=encoder)
@@ -1472,7 +1472,7 @@ def choose_backend(wanted: str = "auto", device: str | None = None, trained: boo
         try:
             import unsloth  # noqa: F401
         except Exception as error:  # it raises what its many dependencies raise
-            why_not = f"Unsloth cannot be imported: {type(error).__name__}: {_first_line(error)}"
+            why_not = f"Unsloth cannot be imported: {type(error).__name__}: {first_line(error)}"
     if not why_not:
         return "unsloth", "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
     if wanted == "unsloth":
@@ -1529,7 +1529,7 @@ def half_precision(device: str | torch.device) -> torch.dtype:
     return torch.float16 if here and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
 
 
-def _load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> Any:
     import transformers
 
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None
@@ -1544,7 +1544,7 @@ def _load_tokenizer(path: str) -> Any:
         if not set(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
             raise InputError("it has no vocabulary (tokenizer.json is missing)")  # transformers makes an empty one up
     except Exception as error:  # a damaged or contradictory folder can fail in any way
-        raise InputError(f"{path}: model: {what}: {_first_line(error)}") from error
+        raise InputError(f"{path}: model: {what}: {first_line(error)}") from error
     try:
         as_saved = transformers.PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError):  # no tokenizer.json: it was converted from another format, and there is nothing to compare
@@ -1559,7 +1559,7 @@ def _load_tokenizer(path: str) -> Any:
     return as_saved
 
 
-def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trained: bool, backend: str, why: str, max_length: int,
+def load_model(path: str, four_bit: bool, device: str | None, tokens: int, trained: bool, backend: str, why: str, max_length: int,
                 weights: bool = True, dtype: torch.dtype | None = None) -> Any:
     import transformers
 
@@ -1592,7 +1592,7 @@ def _load_model(path: str, four_bit: bool, device: str | None, tokens: int, trai
     except InputError as error:
         raise InputError(f"{path}: model: {error}") from None
     except Exception as error:  # a damaged or contradictory folder can fail in any way
-        raise InputError(f"{path}: model: cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"{path}: model: cannot be loaded: {first_line(error)}") from error
     if four_bit and not getattr(model, "is_loaded_in_4bit", False):  # Unsloth goes on in 16 bits where bitsandbytes does not work
         raise InputError(f"{path}: model: was not loaded in 4 bits; bitsandbytes does not work here")
     for module in model.modules():
@@ -1634,9 +1634,9 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return _short(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 300)
+    return short(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 300)
 
 
 @torch.no_grad()
@@ -1681,7 +1681,7 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
         "four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False)), "labels": judge.labels, "spellings": judge.spellings,
         "base_fingerprint": _fingerprint(judge.model) if is_adapter else None, "top_k": judge.top_k,
         "frame": judge.encoder.frame, "sequences": judge.tokens.sequences, "whole": judge.tokens.whole, "max_length": judge.max_length,
-        "prompt_hash": _prompt_hash(judge.encoder.frame, judge.tokens.sequences), "sha256": _checksums(folder)})
+        "prompt_hash": _prompt_hash(judge.encoder.frame, judge.tokens.sequences), "sha256": checksums(folder)})
 
 
 def _prompt_hash(frame: dict[str, Any], sequences: Sequence[Any]) -> str:
@@ -1689,7 +1689,7 @@ def _prompt_hash(frame: dict[str, Any], sequences: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps([frame, sequences]).encode()).hexdigest()
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def checksums(folder: Path) -> dict[str, str]:
     """Of a judge's files, by their path in its folder; not of what else may lie there."""
     found = {}
     for path in sorted(path for part in ("tokenizer", "adapter", "model") for path in (folder / part).rglob("*")):
@@ -1707,7 +1707,7 @@ def _check_saved(folder: Path, saved: dict[str, Any]) -> None:
     if "sha256" not in saved:
         log.warning("%s: an older distjudge wrote no checksums into it: whether files were changed is not checked", folder / "judge.json")
         return
-    here, then = _checksums(folder), saved["sha256"]
+    here, then = checksums(folder), saved["sha256"]
     what = lambda name: "is missing" if name not in here else "has changed" if name in then else "was not there"  # noqa: E731
     lines = [f"{folder / name}: {what(name)}, compared with when the judge was saved"
              for name in sorted({*here, *then}) if here.get(name) != then.get(name)]
@@ -1741,12 +1741,12 @@ def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | No
                  "frame": isinstance(frame, dict) and all(isinstance(frame[key], kind) for key, kind in
                                                           (("before", str), ("after", str), ("end", str), ("trim", bool)))}
         if wrong := [key for key, is_right in right.items() if not is_right]:
-            raise ValueError(f"{wrong[0]}: {_short(repr(saved[wrong[0]]))}")
+            raise ValueError(f"{wrong[0]}: {short(repr(saved[wrong[0]]))}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = f"{type(error).__name__}: {_first_line(error)}"
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{folder / 'judge.json'}: not a judge written by distjudge ({why})") from None
     if labels and [str(label) for label in labels] != trained_labels:
-        raise InputError(f"{folder}: labels: this judge was trained for {_listed(trained_labels)}, not {_listed(map(str, labels))}")
+        raise InputError(f"{folder}: labels: this judge was trained for {listed(trained_labels)}, not {listed(map(str, labels))}")
     weights = folder / ("adapter/adapter_model.safetensors" if is_adapter else "model")
     for needed in (folder / "tokenizer", weights):  # or the path might be taken for a hub id
         if not needed.exists():
@@ -1755,13 +1755,13 @@ def _load_saved(folder: Path, labels: Sequence[str] | None, max_length: int | No
     if is_adapter and Path(base).is_absolute() and not Path(base).is_dir():
         raise InputError(f"{folder}: base: {base}, the model that the judge was trained on, is not there")
     use, why = choose_backend(backend, device, trained=not is_adapter)
-    tokenizer = _load_tokenizer(str(folder / "tokenizer"))
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
     encoder = PromptEncoder(tokenizer, frame)
     tokens = label_tokens(tokenizer, trained_labels, spellings, encoder)
     if tokens.sequences != sequences:
         raise InputError(f"{folder}: labels: their tokens are not those the judge was trained on")
     length = trained_length if max_length is None else max_length
-    model = _load_model(base if is_adapter else str(folder / "model"), four_bit, device, len(tokenizer), not is_adapter, use, why, length)
+    model = load_model(base if is_adapter else str(folder / "model"), four_bit, device, len(tokenizer), not is_adapter, use, why, length)
     add_label_readout(model)
     check_readout(model, encoder, tokens)
     if is_adapter:
@@ -1780,7 +1780,7 @@ def _load_adapter(model: Any, folder: Path, gradient_checkpointing: bool = False
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             there = set(file.keys())
     except Exception as error:  # as above
-        raise InputError(f"{folder}: the adapter cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
     if lost := sorted(set(get_peft_model_state_dict(model)) ^ there):
         raise InputError(f"{folder}: the adapter's weights are not those of its model: {len(lost)} differ, the first {lost[0]}")
     if getattr(model, "backend", "") == "unsloth":  # its fused layers, as its own loader puts them over an adapter
@@ -1935,7 +1935,7 @@ def _project_ball(y: torch.Tensor, p: torch.Tensor, eps: torch.Tensor) -> torch.
     return _project_simplex(p + t * u)
 
 
-def worst_case(p: torch.Tensor, logq: torch.Tensor, eps: float | torch.Tensor, steps: int = 5, step_size: float = 0.05) -> torch.Tensor:
+def worst_case(logq: torch.Tensor, p: torch.Tensor, eps: float | torch.Tensor, steps: int = 5, step_size: float = 0.05) -> torch.Tensor:
     """The paper's adversary: projected gradient ascent on KL(p' || q) over E(p), from p' = p. (B, C), (B, C) -> (B, C).
 
         p' <- project_ball(p' + step_size * (log(p' / q) + 1), p, eps)
@@ -2452,12 +2452,12 @@ def epoch_order(encoded: Sequence[Sequence[int]], config: Config, epoch: int) ->
 
 
 def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Sequence[Item] = (),
-          callbacks: Sequence[Any] = ()) -> list[dict[str, float]]:
+          on_step: Callable[[int], Any] | None = None) -> list[dict[str, float]]:
     """Trains the judge in place with the method's objective; returns the log: one dict a logged step, losses in nats.
 
     The loss is the mean over items, whatever the batches: an optimizer step has the gradient of one batch of
     batch_size * grad_accum items. Two runs with one seed on one machine give the same weights.
-    callbacks: more callbacks of transformers' Trainer. Raises InputError if the items' labels are not the judge's, or a prompt
+    on_step: called after each optimizer step with its number. Raises InputError if the items' labels are not the judge's, or a prompt
     is longer than judge.max_length (dropping such items is run()'s affair, see keep_short), or if config.resume finds
     checkpoints of another run or damaged ones only, FloatingPointError when the loss or the weights are no longer finite, OSError when a
     checkpoint cannot be written, Stopped after SIGINT or SIGTERM.
@@ -2469,12 +2469,12 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
         raise InputError("dry_run: there is none of this command: run() and the recipes of one backbone have it")
     for some in filter(None, (items, eval_items)):
         if labels_of(some) != judge.labels:
-            raise InputError(f"{some[0].where}: labels {_listed(labels_of(some))} are not the judge's {_listed(judge.labels)}")
+            raise InputError(f"{some[0].where}: labels {listed(labels_of(some))} are not the judge's {listed(judge.labels)}")
     counts = counts_of(items)
     if config.adversary == "exact" and config.eps and counts.shape[1] > EXACT_LABELS:
         raise InputError(f"adversary: the exact one takes {EXACT_LABELS} labels at most, not {counts.shape[1]}")
     if config.loss != "kl" and not (config.ordered or are_numeric(judge.labels)):
-        raise InputError(f"loss: {config.loss} needs ordered labels, and {_listed(judge.labels)} are none (--ordered says they are)")
+        raise InputError(f"loss: {config.loss} needs ordered labels, and {listed(judge.labels)} are none (--ordered says they are)")
     scale = sorted(range(counts.shape[1]), key=lambda c: float(judge.labels[c]) if are_numeric(judge.labels) else c)
     rps = {"kl": 0.0, "rps": 1.0, "mixed": config.rps_weight}[config.loss]
     means = crossfit_means(judge, items, config) if config.prior == "crossfit" else None
@@ -2583,7 +2583,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
             if config.adversary == "exact" and config.eps:
                 worst = worst_case_exact(centre, logq, eps, config.ball)
             else:
-                worst = worst_case(centre, logq, eps, config.steps, config.step_size)
+                worst = worst_case(logq, centre, eps, config.steps, config.step_size)
             if own:  # the votes are moved, and what was predicted of them is added then
                 worst = shrink_votes(votes.sum(-1, keepdim=True) * worst, pseudo)
             loss = inputs["weight"] * hybrid_loss(logq, p, config.alpha, worst, rps, scale).sum()
@@ -2591,8 +2591,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
 
         def diverged(self, what: str, rows: Sequence[int]) -> FloatingPointError:
             """Good is a checkpoint whose weights a later step has used, with a finite loss."""
-            names = list(dict.fromkeys(_short(ids[i]) for i in rows))
-            good = [path for path in _checkpoints(checkpoints) if int(path.name[5:]) < self.state.global_step]
+            names = list(dict.fromkeys(short(ids[i]) for i in rows))
+            good = [path for path in checkpoints_in(checkpoints) if int(path.name[5:]) < self.state.global_step]
             return FloatingPointError(f"{what} item{'s' * (len(names) > 1)} {', '.join(names[:8])}{', ...' * (len(names) > 8)}; "
                                       f"last good checkpoint: {good[0] if good else 'none'}")
 
@@ -2610,7 +2610,7 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                          "average": [average.number, *average.means], "memory": memory}
                 save_checkpoint(checkpoints / f"step-{self.state.global_step:09d}", weights, state,
                                 {"made_from": made_from, "trainer": dataclasses.asdict(self.state)})
-                for old in _checkpoints(checkpoints)[2:]:
+                for old in checkpoints_in(checkpoints)[2:]:
                     shutil.rmtree(old)
 
         def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
@@ -2657,6 +2657,8 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
                 memory.copy_(found["memory"])
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if on_step is not None:
+                on_step(state.global_step)
             if signals:
                 control.should_save, control.should_training_stop = bool(config.save_every), True
 
@@ -2735,11 +2737,11 @@ def train(judge: Judge, items: Sequence[Item], config: Config, eval_items: Seque
     try:
         arguments = transformers.TrainingArguments(**settings)
         arguments._n_gpu = min(1, arguments.n_gpu)  # nn.DataParallel would split a pack's row numbers; torchrun is the way to more GPUs
-        trainer = Trainer(model=judge.model, args=arguments, callbacks=[Steps(), Log(), average, *callbacks],
+        trainer = Trainer(model=judge.model, args=arguments, callbacks=[Steps(), Log(), average],
                           train_dataset=list(range(len(encoded))), eval_dataset=list(eval_items) or None,
                           data_collator=lambda chosen: {"chosen": torch.tensor(chosen)})
     except (ValueError, RuntimeError, ImportError) as error:  # an unknown schedule, a logger that is not installed
-        raise InputError(f"training settings: {_first_line(error)}") from error
+        raise InputError(f"training settings: {first_line(error)}") from error
     Path(config.out).mkdir(parents=True, exist_ok=True)
     if os.environ.get("RANK", "0") == "0":
         _start_log(Path(config.out) / "log.jsonl", resumed)
@@ -2871,7 +2873,7 @@ def save_checkpoint(folder: Path, weights: dict[str, torch.Tensor], state: dict[
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{folder}: the checkpoint cannot be written: {_first_line(error)}; earlier ones are whole") from None
+        raise OSError(f"{folder}: the checkpoint cannot be written: {first_line(error)}; earlier ones are whole") from None
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
@@ -2888,10 +2890,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: is no whole checkpoint: {_first_line(error)}") from None
+        raise InputError(f"{folder}: is no whole checkpoint: {first_line(error)}") from None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Finished checkpoints, the newest first."""
     return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name)), reverse=True)
 
@@ -2901,7 +2903,7 @@ def _newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> tuple[Path, d
 
     Raises InputError if none is whole, or if it is another run's.
     """
-    found = _checkpoints(folder)
+    found = checkpoints_in(folder)
     if not found:
         log.warning("%s: no checkpoint yet: starting from the beginning", folder)
         return None
@@ -2913,7 +2915,7 @@ def _newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> tuple[Path, d
             continue
         if different := [name for name in {**then, **made_from} if then.get(name) != made_from.get(name)]:
             name = different[0]
-            raise InputError(f"resume: {path}: {name} differs: {_short(then.get(name))} then, {_short(made_from.get(name))} now"
+            raise InputError(f"resume: {path}: {name} differs: {short(then.get(name))} then, {short(made_from.get(name))} now"
                              + (f"; so do {', '.join(different[1:])}" if different[1:] else ""))
         return path, weights, state
     raise InputError(f"{folder}: resume: none of its checkpoints is whole")
@@ -2939,7 +2941,7 @@ def _moments(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack([a, b, a * a, b * b, a * b], -1)
 
 
-def _correlation(mean: torch.Tensor) -> torch.Tensor:
+def correlation(mean: torch.Tensor) -> torch.Tensor:
     """Pearson's correlation from mean moments (..., 5) -> (...). NaN for a constant, which correlates with nothing."""
     a, b, aa, bb, ab = mean.unbind(-1)
     spread = ((aa - a * a).clamp_min(0) * (bb - b * b).clamp_min(0)).sqrt()
@@ -3068,7 +3070,7 @@ def mean_rating(q: Any, labels: Sequence[str]) -> torch.Tensor:
     tensor([3.], dtype=torch.float64)
     """
     if not are_numeric(labels):
-        raise InputError(f"labels: {_listed(labels)} are no numbers, so they have no mean")
+        raise InputError(f"labels: {listed(labels)} are no numbers, so they have no mean")
     return torch.as_tensor(q).double() @ torch.tensor([float(label) for label in labels], dtype=torch.float64)
 
 
@@ -3120,7 +3122,7 @@ def bootstrap(scores: torch.Tensor, other: torch.Tensor | None = None, groups: S
     def value(times: torch.Tensor) -> torch.Tensor:
         """(draws, G): how often each group was drawn -> (draws, S)."""
         means = [torch.einsum("dg,gsk->dsk", times, s) / (times @ weight)[:, None, None] for s in sums]
-        found = [_correlation(m) if scores.dim() == 3 else m[..., 0] for m in means]
+        found = [correlation(m) if scores.dim() == 3 else m[..., 0] for m in means]
         return found[0] - (found[1] if len(found) > 1 else 0.0)
 
     by_run = value(torch.ones(1, size, dtype=torch.float64))[0]
@@ -3167,7 +3169,7 @@ def evaluate(predicted: Any, items: Sequence[Item], *, train_items: Sequence[Ite
     scores = item_scores(predicted, items, ordered)
     counts = counts_of(items)
     p = counts / counts.sum(1, keepdim=True)
-    value = lambda x: (_correlation(x.mean(0)) if x.dim() == 2 else x.mean()).item()  # noqa: E731
+    value = lambda x: (correlation(x.mean(0)) if x.dim() == 2 else x.mean()).item()  # noqa: E731
     means = {name: None if math.isnan(value(score)) else value(score) for name, score in scores.items()}
     floor = noise_floor(items, floor_draws, seed) if floor_draws else None
     out: dict[str, float | None] = {
@@ -3212,13 +3214,13 @@ def load_data(config: Config) -> tuple[list[Item], list[Item]]:
         test = load_items(*config.test, labels=labels or labels_of(items), complete=labels is None)
         for side, other, wrong in ((items, "test", "--test names the test items"), (test, "train", "--train names the training items")):
             if misplaced := [item for item in side if item.split == other]:
-                raise InputError(f"{misplaced[0].where}: item '{_short(misplaced[0].id)}': split: is {other}, but {wrong}")
+                raise InputError(f"{misplaced[0].where}: item '{short(misplaced[0].id)}': split: is {other}, but {wrong}")
         check_apart(items, test)
         return items, test
     if any(item.split for item in items):
         unplaced = [item for item in items if not item.split]
         if unplaced:
-            raise InputError(f"{unplaced[0].where}: item '{_short(unplaced[0].id)}': split: missing, though other items have one")
+            raise InputError(f"{unplaced[0].where}: item '{short(unplaced[0].id)}': split: missing, though other items have one")
         items, test = [i for i in items if i.split == "train"], [i for i in items if i.split == "test"]
         if not items or not test:
             raise InputError(f"{config.train[0]}: split: there must be both train and test items")
@@ -3247,7 +3249,7 @@ def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) ->
     over = [i for i, length in enumerate(lengths) if length > judge.max_length]
     if over and overlong == "error":
         first = items[over[0]]
-        raise InputError(f"{first.where}: item '{_short(first.id)}': prompt: {lengths[over[0]]} tokens; {len(over)} of {len(items)} {what} "
+        raise InputError(f"{first.where}: item '{short(first.id)}': prompt: {lengths[over[0]]} tokens; {len(over)} of {len(items)} {what} "
                          f"items are longer than max_length {judge.max_length} (the longest has {max(lengths)}); raise --max_length "
                          "or use --overlong drop")
     if over:

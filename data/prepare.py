@@ -146,7 +146,7 @@ def field(where: str, row: dict[str, Any], *names: str, kind: type = str) -> Any
         if name in row:
             if not isinstance(row[name], kind) or isinstance(row[name], bool):
                 raise InputError(f"{where}: {name}: must be {kind.__name__}, not {_short(repr(row[name]))}")
-            if isinstance(row[name], str) and not distjudge._is_text(row[name]):
+            if isinstance(row[name], str) and not distjudge.is_text(row[name]):
                 raise InputError(f"{where}: {name}: holds a lone surrogate, which is no character")
             return row[name]
     raise InputError(f"{where}: {names[0]}: missing; the row has {', '.join(sorted(row)[:12])}")
@@ -166,7 +166,7 @@ def raw_rows(config: PrepareConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 def texts_of(where: str, row: dict[str, Any], name: str) -> list[str]:
     """row[name], which must be a list of texts."""
     for text in (texts := field(where, row, name, kind=list)):
-        if not isinstance(text, str) or not distjudge._is_text(text):
+        if not isinstance(text, str) or not distjudge.is_text(text):
             raise InputError(f"{where}: {name}: must be a list of texts, not of {_short(repr(text))}")
     return texts
 
@@ -480,7 +480,7 @@ def vote_text(value: Any) -> str:
 
 def cell(where: str, name: str, value: Any) -> Any:
     """A cell that holds one thing, text or a number. Raises InputError for bytes, lists, objects and text that is none."""
-    if isinstance(value, (bytes, bytearray, list, tuple, dict)) or (isinstance(value, str) and not distjudge._is_text(value)):
+    if isinstance(value, (bytes, bytearray, list, tuple, dict)) or (isinstance(value, str) and not distjudge.is_text(value)):
         what = "text without lone surrogates" if isinstance(value, str) else "text or a number"
         raise InputError(f"{where}: {_short(name)}: must be {what}, not {_short(repr(value))}")
     return value
@@ -564,7 +564,7 @@ def own(config: PrepareConfig) -> tuple[list[dict], dict]:
         for where, row in progress(rows, Path(path).name):
             read["rows"] += 1
             taken = dict.fromkeys(name for name in [*shown, config.text, config.item, config.group] if name in columns)
-            values = {name: "" if distjudge._missing(cell(where, name, row.get(name))) else str(row[name]).strip() for name in taken}
+            values = {name: "" if distjudge.is_missing(cell(where, name, row.get(name))) else str(row[name]).strip() for name in taken}
             values |= {"text": values[config.text]} if config.text else {}
             if any(not values[name] for name in shown if name in values):
                 dropped["rows with empty text"] += 1

@@ -26,7 +26,7 @@ import torch
 import tyro
 
 import distjudge
-from distjudge import InputError, Item, _short
+from distjudge import InputError, Item, short
 
 VOTES, MAJORITY, LINE, NEUTRAL = "#4878a8", "#e08214", "#222222", "#777777"
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150,
@@ -103,7 +103,7 @@ def look(items: list[Item], model: str = "", pack_tokens: int = 8192, most: int 
     """Computes what is shown. model: a folder with a tokenizer; without, lengths are in characters."""
     counts, labels = distjudge.counts_of(items), distjudge.labels_of(items)
     p = counts / counts.sum(1, keepdim=True)
-    encode = distjudge.PromptEncoder(distjudge._load_tokenizer(model)) if model else None
+    encode = distjudge.PromptEncoder(distjudge.load_tokenizer(model)) if model else None
     lengths = [len(encode(item.prompt)) if encode else len(item.prompt) for item in items]
     sample = [encode(item.prompt) if encode else list(map(ord, item.prompt)) for item in some_groups(items, most)]
     packs = distjudge.pack_prompts(sample, pack_tokens)
@@ -117,11 +117,11 @@ def describe(data: Look, each: int = 3) -> list[str]:
     """The lines of text."""
     n, votes = len(data.items), data.counts.sum(1)
     groups = len({item.group for item in data.items if item.group is not None})
-    width = max(map(len, [_short(label, 24) for label in data.labels])) + 2
+    width = max(map(len, [short(label, 24) for label in data.labels])) + 2
     lines = [f"{n:,} items, {votes.sum():,.0f} votes, {len(data.labels)} labels" + (f", {groups:,} groups" if groups else ""), "",
              f"{'label':<{width}}{'votes':>10}{'share':>9}{'majority of':>14}"]
     for label, given, share, most in zip(data.labels, data.counts.sum(0), data.p.mean(0), data.majority.mean(0), strict=True):
-        lines.append(f"{_short(label, 24):<{width}}{given:>10,.0f}{share:>9.1%}{most:>14.1%}")
+        lines.append(f"{short(label, 24):<{width}}{given:>10,.0f}{share:>9.1%}{most:>14.1%}")
     tally = Counter(f"{v:g}" for v in votes.tolist())
     shown = sorted(tally.items(), key=lambda pair: float(pair[0]))
     shown = [f"{v}: {k:,}" for v, k in shown] if len(shown) <= 12 else [f"from {shown[0][0]} to {shown[-1][0]}"]
@@ -145,8 +145,8 @@ def describe(data: Look, each: int = 3) -> list[str]:
         lines += ["", f"{name} agreed on"]
         for i in chosen:
             item = data.items[i]
-            given = ", ".join(f"{_short(label, 20)} {count:g}" for label, count in item.counts.items() if count)
-            lines.append(f"  {_short(item.id, 40)}: {given}: {tail(item.prompt, 100)}")
+            given = ", ".join(f"{short(label, 20)} {count:g}" for label, count in item.counts.items() if count)
+            lines.append(f"  {short(item.id, 40)}: {given}: {tail(item.prompt, 100)}")
     return lines
 
 
@@ -163,7 +163,7 @@ def draw(data: Look) -> plt.Figure:
         top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
         labels, votes, entropy, lengths = top.subplots(1, 4)
         at, given = torch.arange(len(data.labels)), data.counts.sum(1)
-        names, tilt = [_short(label, 14) for label in data.labels], 0 if max(map(len, data.labels)) < 5 else 25
+        names, tilt = [short(label, 14) for label in data.labels], 0 if max(map(len, data.labels)) < 5 else 25
         labels.bar(at - 0.2, data.p.mean(0), 0.4, color=VOTES, label="votes")
         labels.bar(at + 0.2, data.majority.mean(0), 0.4, color=MAJORITY, label="majorities")
         labels.set_xticks(at, names, rotation=tilt)
@@ -191,7 +191,7 @@ def draw(data: Look) -> plt.Figure:
             ax.set_xticks(at, names, rotation=tilt)
             ax.set_ylim(0, 1.02)
             kind = "most" if k < len(most) else "least"
-            ax.set_title(f"{kind} agreed on: {given[i]:g} votes\n{_short(data.items[i].id, 34)}", fontsize=8)
+            ax.set_title(f"{kind} agreed on: {given[i]:g} votes\n{short(data.items[i].id, 34)}", fontsize=8)
             words = "\n".join(textwrap.wrap(tail(data.items[i].prompt, 120), 42))
             ax.set_xlabel(words.replace("$", r"\$"), fontsize=7, color=NEUTRAL)
             ax.set_ylabel("" if k else "share of votes")

@@ -96,8 +96,8 @@ def draw_bars(run: Run, each: int = 4) -> plt.Figure:
             ax.bar(at + 0.2, run.q[i], 0.4, color=MODEL, label="judge")
             if run.truth is not None:
                 ax.plot(at, run.truth[i], "o", color=TRUTH, markersize=3, label="truth")
-            ax.set_xticks(at, [distjudge._short(label, 12) for label in run.labels], rotation=0 if max(map(len, run.labels)) < 5 else 20)
-            ax.set_title(f"{distjudge._short(run.ids[i], 22)}\nKL {run.kl[i]:.2f}, {run.votes[i].sum():g} votes", fontsize=8)
+            ax.set_xticks(at, [distjudge.short(label, 12) for label in run.labels], rotation=0 if max(map(len, run.labels)) < 5 else 20)
+            ax.set_title(f"{distjudge.short(run.ids[i], 22)}\nKL {run.kl[i]:.2f}, {run.votes[i].sum():g} votes", fontsize=8)
             ax.set_ylim(0, 1.02)
         row[0].set_ylabel(f"{kind}\nprobability")
     handles, names = axes[0, 0].get_legend_handles_labels()
@@ -161,7 +161,7 @@ def draw_simplex(run: Run) -> plt.Figure:
         ax.fill(*corners.T, facecolor="none", edgecolor=NEUTRAL, linewidth=1)
         dots = ax.scatter(*at.T, c=entropy, cmap="cividis_r", vmin=0, vmax=1, s=9, alpha=0.75, linewidths=0)
         for corner, label, where in zip(corners, run.labels, ((-6, -11), (6, -11), (0, 5)), strict=True):
-            ax.annotate(distjudge._short(label, 16), corner, xytext=where, textcoords="offset points", ha="center", fontsize=8)
+            ax.annotate(distjudge.short(label, 16), corner, xytext=where, textcoords="offset points", ha="center", fontsize=8)
         ax.set_title(name, fontsize=9)
         ax.set_aspect("equal")
         ax.axis("off")

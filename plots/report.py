@@ -102,8 +102,8 @@ def intervals(values: torch.Tensor, groups: Sequence[Any], draws: int, seed: int
 def load(config: ReportConfig) -> list[Loaded]:
     texts: dict[str, dict[str, Any]] = {}
     for path in config.items:
-        for where, row, problem in distjudge._rows(path):
-            parsed = distjudge._parse_row(row)[0] if not problem else {}
+        for where, row, problem in distjudge.read_rows(path):
+            parsed = distjudge.parse_row(row)[0] if not problem else {}
             if problem or not parsed["id"]:
                 raise InputError(f"{where}: {problem or 'id: missing, and no prompt to make one from'}")
             texts[parsed["id"]] = {"prompt": parsed["prompt"], "group": parsed["group"]}
@@ -128,13 +128,13 @@ def load(config: ReportConfig) -> list[Loaded]:
             raise InputError(f"{Path(folder) / 'config.json'}: broken JSON: {error}") from None
         first = loaded[0] if loaded else None
         if first and run.labels != first.run.labels:
-            raise InputError(f"{path}: labels {distjudge._listed(run.labels)} are not those of {config.runs[0]}, "
-                             f"{distjudge._listed(first.run.labels)}")
+            raise InputError(f"{path}: labels {distjudge.listed(run.labels)} are not those of {config.runs[0]}, "
+                             f"{distjudge.listed(first.run.labels)}")
         for row in rows:
             row |= {field: value for field, value in texts.get(row["id"], {}).items() if value is not None}
         others = {row["id"]: row["counts"] for other in loaded for row in other.rows}
         if differs := [row["id"] for row in rows if row["id"] in others and others[row["id"]] != row["counts"]]:
-            raise InputError(f"{path}: item '{distjudge._short(differs[0])}': its votes are not those it has in another run")
+            raise InputError(f"{path}: item '{distjudge.short(differs[0])}': its votes are not those it has in another run")
         scores = item_scores(run, [row.get("label_mass") for row in rows], settings.get("ordered"))
         loaded.append(Loaded(name, run, rows, settings, scores))
     return loaded
@@ -245,7 +245,7 @@ def page_data(loaded: Sequence[Loaded], max_chars: int) -> dict[str, Any]:
 def embed(data: Any) -> str:
     """JSON that can stand inside a script element, whatever people wrote."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    text = text if distjudge._is_text(text) else json.dumps(data, separators=(",", ":"))
+    text = text if distjudge.is_text(text) else json.dumps(data, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 

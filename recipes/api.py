@@ -140,7 +140,7 @@ class ApiConfig:
         if self.render and (self.samples or self.system or self.spellings):
             raise InputError("render: goes without samples, system and spellings: the run folder has its own")
         if urlsplit(self.base_url).scheme not in ("http", "https"):
-            raise InputError(f"base_url: must begin with http:// or https://, not '{distjudge._short(self.base_url)}'")
+            raise InputError(f"base_url: must begin with http:// or https://, not '{distjudge.short(self.base_url)}'")
         try:
             extra = json.loads(self.extra or "{}")
         except ValueError as error:
@@ -161,7 +161,7 @@ class LabelReader:
         self.labels, self.match, self.case = list(labels), match, case
         spellings = dict(spellings or {})
         if unknown := sorted(set(spellings) - set(labels)):
-            raise InputError(f"spellings: unknown label {distjudge._listed(unknown)}; the labels are {distjudge._listed(labels)}")
+            raise InputError(f"spellings: unknown label {distjudge.listed(unknown)}; the labels are {distjudge.listed(labels)}")
         self.texts: dict[str, int] = {}
         for i, label in enumerate(labels):
             for text in spellings.get(label, [label]):
@@ -217,9 +217,9 @@ class Renderer:
         if (path / "judge.json").is_file():
             saved = json.loads((path / "judge.json").read_text(encoding="utf-8"))
             if saved["labels"] != list(labels):
-                theirs = distjudge._listed(saved["labels"])
-                raise InputError(f"{folder}: labels: that judge has {theirs}, the items {distjudge._listed(labels)}")
-        tokenizer = distjudge._load_tokenizer(str(path / "tokenizer") if saved else folder)
+                theirs = distjudge.listed(saved["labels"])
+                raise InputError(f"{folder}: labels: that judge has {theirs}, the items {distjudge.listed(labels)}")
+        tokenizer = distjudge.load_tokenizer(str(path / "tokenizer") if saved else folder)
         self.encoder = distjudge.PromptEncoder(tokenizer, saved.get("frame"))
         self.tokens = distjudge.label_tokens(tokenizer, labels, saved.get("spellings"), self.encoder)
         if self.tokens.whole:
@@ -302,7 +302,7 @@ class Endpoint:
 
     def clean(self, text: Any) -> str:
         """A message without the key, should the endpoint have sent it back."""
-        return distjudge._short(str(text).replace(self.key, "***") if self.key else text, 300)
+        return distjudge.short(str(text).replace(self.key, "***") if self.key else text, 300)
 
     def cost(self, usage: Mapping[str, int]) -> float:
         return (usage["prompt_tokens"] * self.config.price_in + usage["completion_tokens"] * self.config.price_out) / 1e6
@@ -498,10 +498,10 @@ async def judge_items(items: Sequence[Item], config: ApiConfig, labels: Sequence
             reader.check_first_tokens()
     prompts, owner = [], []
     for i, item in enumerate(items):
-        prompts.append((item.prompt, f"{item.where}: item '{distjudge._short(item.id)}'"))
+        prompts.append((item.prompt, f"{item.where}: item '{distjudge.short(item.id)}'"))
         owner.append(i)
         if item.swap:
-            prompts.append((item.swap.prompt, f"{item.where}: item '{distjudge._short(item.id)}': swap"))
+            prompts.append((item.swap.prompt, f"{item.where}: item '{distjudge.short(item.id)}': swap"))
             owner.append(i)
     cache = Cache(Path(config.cache or Path(config.out) / "cache.jsonl"))
     try:

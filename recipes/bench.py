@@ -333,7 +333,7 @@ def bench_train(task: str, config: BenchConfig) -> dict:
     p = torch.rand(config.batch_size, len(TASKS[task])).softmax(1)
     logq = torch.randn(p.shape).log_softmax(1)
     p, logq = p.to(judge.device), logq.to(judge.device)
-    adversary = spread([seconds(lambda: distjudge.worst_case(p, logq, 0.25)) for _ in range(30)][5:])
+    adversary = spread([seconds(lambda: distjudge.worst_case(logq, p, 0.25)) for _ in range(30)][5:])
     order = distjudge.shuffled(encoded, config.seed, 16, config.batch_size)
     steps = [order[k : k + config.batch_size] for k in range(0, len(order), config.batch_size)]
     plans = [distjudge.pack_prompts([encoded[i] for i in step], judge.pack_tokens, judge.tokens.branches) for step in steps]

@@ -139,7 +139,7 @@ def _room() -> tuple[int, int]:
 def _check_memory(export: str, base: str, adapters: bool) -> None:
     """Raises InputError where not even the weights of the merged model would fit: the system would kill the process after the training."""
     try:
-        outline = distjudge._load_model(base, False, "cpu", 0, True, "transformers", "an outline", 0, weights=False)
+        outline = distjudge.load_model(base, False, "cpu", 0, True, "transformers", "an outline", 0, weights=False)
     except InputError:  # load_judge() says it
         return
     weights = outline.num_parameters()
@@ -174,7 +174,7 @@ def _check_gguf(export: str, use: str, why: str, quantization: str, llama_cpp: s
         try:
             install_llama_cpp(gpu_support=False)
         except Exception as error:
-            raise InputError(f"export: gguf needs llama.cpp, which could not be built: {distjudge._first_line(error)}") from None
+            raise InputError(f"export: gguf needs llama.cpp, which could not be built: {distjudge.first_line(error)}") from None
 
 
 def _check_converter(script: Path, quantization: str, installed: bool) -> None:
@@ -192,7 +192,7 @@ def _converted(script: Path, *arguments: str, error: type[Exception] = ExportErr
     """Runs llama.cpp's converter; raises the error with the last line it wrote if it fails."""
     done = subprocess.run([sys.executable, str(script), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise error(f"llama_cpp: {script.name} failed: {distjudge._short(_said(done), 300)}")
+        raise error(f"llama_cpp: {script.name} failed: {distjudge.short(_said(done), 300)}")
 
 
 def _said(done: subprocess.CompletedProcess[str], otherwise: str = "") -> str:
@@ -207,7 +207,7 @@ def _check_name(name: str, what: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise InputError(f"{what}: {distjudge._first_line(error)}") from None
+        raise InputError(f"{what}: {distjudge.first_line(error)}") from None
 
 
 def _check_push(name: str) -> None:
@@ -222,7 +222,7 @@ def _check_push(name: str) -> None:
     try:
         who = HfApi().whoami()
     except Exception as error:  # a wrong token, no network, offline mode: each an exception of its own
-        raise InputError(f"push_to_hub: the hub does not answer to the token: {distjudge._first_line(error)}") from None
+        raise InputError(f"push_to_hub: the hub does not answer to the token: {distjudge.first_line(error)}") from None
     token = (who.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise InputError(f"push_to_hub: the token of {who['name']} may only read: make one that may write")
@@ -252,7 +252,7 @@ def finish(judge: Judge | None, folder: Path, export: str = "none", push: str = 
             export_gguf(judge, folder, out or folder / "gguf", quantization, compare, export == "gguf", llama_cpp)
     except (InputError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
         if trained:  # the judge is saved, and its user should know that
-            raise ExportError(f"export: {distjudge._first_line(error)}; the judge itself is saved in {folder}") from error
+            raise ExportError(f"export: {distjudge.first_line(error)}; the judge itself is saved in {folder}") from error
         raise
     finally:
         (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
@@ -273,7 +273,7 @@ def _merge_elsewhere(folder: Path, out: Path, dtype: str, compare: int) -> None:
 
 def _weights_of(folder: Path) -> str:
     """A hash of a judge's weights, of the checksums in judge.json: an export belongs to these and to no others."""
-    sums = _read(folder / "judge.json").get("sha256") or distjudge._checksums(folder)  # older judges have none
+    sums = _read(folder / "judge.json").get("sha256") or distjudge.checksums(folder)  # older judges have none
     return hashlib.sha256(json.dumps({name: sums[name] for name in sorted(sums) if name.endswith(".safetensors")}).encode()).hexdigest()
 
 
@@ -342,9 +342,9 @@ def _merge(judge: Judge, folder: Path, out: Path, part: Path, dtype: str, prompt
         print("export: the 16-bit model does not fit beside the judge on the card; it is merged and compared on the CPU")
 
     def plain(path: str | Path) -> Judge:
-        model = distjudge._load_model(str(path), False, str(device), len(judge.tokenizer), True, "transformers", "plain", judge.max_length,
+        model = distjudge.load_model(str(path), False, str(device), len(judge.tokenizer), True, "transformers", "plain", judge.max_length,
                                       dtype=runs_in)
-        return distjudge.make_judge(model, distjudge._load_tokenizer(str(part)), judge.labels, base=judge.base, spellings=judge.spellings,
+        return distjudge.make_judge(model, distjudge.load_tokenizer(str(part)), judge.labels, base=judge.base, spellings=judge.spellings,
                                     lora_rank=0, max_length=judge.max_length, top_k=judge.top_k)
 
     judge.tokenizer.save_pretrained(part)
@@ -423,7 +423,7 @@ def _gguf_by_unsloth(judge: Judge, part: Path, quantization: str) -> Path:
             str(part / "weights"), tokenizer=judge.tokenizer, quantization_method=quantization)
         files = [Path(file) for file in made["gguf_files"]]
     except Exception as error:  # llama.cpp, the disk, the network
-        raise ExportError(f"gguf: Unsloth could not write the file: {distjudge._first_line(error)}") from error
+        raise ExportError(f"gguf: Unsloth could not write the file: {distjudge.first_line(error)}") from error
     if not files or not all(file.is_file() for file in files):
         raise ExportError(f"gguf: Unsloth says it wrote {', '.join(map(str, files)) or 'nothing'}, which is not there")
     for file in files:
@@ -489,7 +489,7 @@ def _file_of_base(base: str, name: str) -> Path | None:
             return None
         except Exception as error:  # offline mode, no network, no access
             raise ExportError(f"gguf: whether {base} has a file {name}, which llama.cpp would need, cannot be known; go online "
-                              f"for it once: {distjudge._first_line(error)}") from error
+                              f"for it once: {distjudge.first_line(error)}") from error
     return Path(found) if isinstance(found, str) else None
 
 
@@ -541,7 +541,7 @@ def upload(folder: Path, name: str) -> str:
         repo = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=PRIVATE, commit_message="Judge trained with distjudge")
     except Exception as error:  # the network, a full disk, a refusal: each an exception of its own
-        raise ExportError(f"push_to_hub: {name}: {distjudge._first_line(error)}; {folder} is whole, and `python recipes/export.py "
+        raise ExportError(f"push_to_hub: {name}: {distjudge.first_line(error)}; {folder} is whole, and `python recipes/export.py "
                           f"--run {folder} --push_to_hub {name}` tries again") from error
     return str(repo)
 
@@ -648,7 +648,7 @@ def _metrics_lines(folder: Path, metrics: dict[str, Any], config: dict[str, Any]
 
 
 def _prompt_lines(folder: Path, saved: dict[str, Any]) -> list[str]:
-    tokenizer = distjudge._load_tokenizer(str(folder / "tokenizer"))
+    tokenizer = distjudge.load_tokenizer(str(folder / "tokenizer"))
     prompt = f"{saved['frame']['before']}{{prompt}}{saved['frame']['after']}"
     how = ("Each label is scored as a whole, closed by the end of the turn, and scores are normalised over the labels." if saved["whole"]
            else "Labels are read where the answer begins, by a softmax over their first tokens; spellings of one label are added up.")

@@ -79,16 +79,16 @@ class Ask:
 
 def check_row(row: dict[str, Any], labels: Sequence[str]) -> tuple[Ask | None, list[tuple[str, str]]]:
     """A line's fields, or what is wrong with them as (field, text). Votes may be missing, but not be wrong."""
-    parsed, bad = distjudge._parse_row(row)
-    if all(distjudge._missing(row.get(field)) for field in ("counts", "annotations", "distribution")):
+    parsed, bad = distjudge.parse_row(row)
+    if all(distjudge.is_missing(row.get(field)) for field in ("counts", "annotations", "distribution")):
         bad = [(field, text) for field, text in bad if field != "counts"]
     swap, problem = None, ""
     if parsed["swap"]:
         named = parsed["swap"][1]
         if unknown := [label for label in [*named, *named.values()] if label not in labels]:
-            problem = f"unknown label {distjudge._short(repr(unknown[0]))}; the labels are {distjudge._listed(labels)}"
+            problem = f"unknown label {distjudge.short(repr(unknown[0]))}; the labels are {distjudge.listed(labels)}"
         else:
-            swap, problem = distjudge._place_swap(*parsed["swap"], labels)
+            swap, problem = distjudge.place_swap(*parsed["swap"], labels)
     bad += [("swap", problem)] if problem else []
     if bad:
         return None, bad
@@ -108,12 +108,12 @@ def read_asks(path: str, labels: Sequence[str], bad: Callable[[str], None], fits
 
     fits: says what is wrong with a prompt, "" for nothing.
     """
-    for where, row, problem in distjudge._rows(path):
+    for where, row, problem in distjudge.read_rows(path):
         ask, problems = check_row(row, labels) if not problem else (None, [])
         if ask:
             problems = prompt_problems(ask, fits)
         if problem or problems:
-            name = "" if problem or not distjudge._label(row.get("id")) else f"item '{distjudge._short(row['id'])}': "
+            name = "" if problem or not distjudge.as_label(row.get("id")) else f"item '{distjudge.short(row['id'])}': "
             bad(f"{where}: {name}" + (problem or "; ".join(f"{field}: {text}" for field, text in problems)))
         else:
             yield dataclasses.replace(ask, where=where)
@@ -177,7 +177,7 @@ def describe(q: torch.Tensor, labels: Sequence[str], mass: float, flipped: bool 
 
 def line_of(row: dict[str, Any]) -> str:
     line = json.dumps(row, ensure_ascii=False)
-    return (line if distjudge._is_text(line) else json.dumps(row)) + "\n"  # a field that passes through may hold a lone surrogate
+    return (line if distjudge.is_text(line) else json.dumps(row)) + "\n"  # a field that passes through may hold a lone surrogate
 
 
 def kept_rows(out: Path, asks: Iterator[Ask], judged_by: str) -> Iterator[tuple[dict[str, Any], int]]:
@@ -204,14 +204,14 @@ def kept_rows(out: Path, asks: Iterator[Ask], judged_by: str) -> Iterator[tuple[
 
 def table(rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
     """One line an item: its probabilities and what they say."""
-    head = ["id", *(distjudge._short(label, 12) for label in labels), "mode", *["mean"] * ("mean" in rows[0]), "entropy",
+    head = ["id", *(distjudge.short(label, 12) for label in labels), "mode", *["mean"] * ("mean" in rows[0]), "entropy",
             "credible set", "label mass", ""]
     cells = [head]
     for row in rows:
         marks = ["low mass"] * row.get("low_mass", False) + ["flipped"] * bool(row.get("flipped"))
-        cells.append([distjudge._short(row["id"], 24), *(f"{x:.3f}" for x in row["predicted"].values()), distjudge._short(row["mode"], 12),
+        cells.append([distjudge.short(row["id"], 24), *(f"{x:.3f}" for x in row["predicted"].values()), distjudge.short(row["mode"], 12),
                       *([f"{row['mean']:.2f}"] if "mean" in row else []), f"{row['entropy']:.2f}",
-                      distjudge._short(" ".join(row["credible_set"]), 30), f"{row['label_mass']:.3f}", ", ".join(marks)])
+                      distjudge.short(" ".join(row["credible_set"]), 30), f"{row['label_mass']:.3f}", ", ".join(marks)])
     widths = [max(len(line[k]) for line in cells) for k in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
@@ -230,8 +230,8 @@ def draw(rows: Sequence[dict[str, Any]], labels: Sequence[str], path: str) -> No
         ax.bar(at + (0.2 if votes else 0), list(row["predicted"].values()), 0.4 if votes else 0.7, color=figures.MODEL, label="judge")
         if votes:
             ax.bar(at - 0.2, [n / sum(votes) for n in votes], 0.4, color=figures.HUMAN, label="votes")
-        ax.set_xticks(at, [distjudge._short(label, 12) for label in labels], rotation=0 if max(map(len, labels)) < 5 else 20)
-        ax.set_title(distjudge._short(row["id"], 24).replace("$", r"\$"), fontsize=8)
+        ax.set_xticks(at, [distjudge.short(label, 12) for label in labels], rotation=0 if max(map(len, labels)) < 5 else 20)
+        ax.set_title(distjudge.short(row["id"], 24).replace("$", r"\$"), fontsize=8)
         ax.set_ylim(0, 1.02)
     for ax in list(axes.flat)[len(rows):]:
         ax.set_visible(False)

@@ -103,7 +103,7 @@ class Judging:
             try:
                 row = json.loads(row["text"], object_pairs_hook=distjudge._Object)
             except (ValueError, RecursionError) as error:
-                return f"{where}: '{distjudge._short(row['text'], 40)}': broken JSON: {distjudge._short(error, 100)}"
+                return f"{where}: '{distjudge.short(row['text'], 40)}': broken JSON: {distjudge.short(error, 100)}"
             if not isinstance(row, dict):
                 return f"{where}: not a JSON object but {type(row).__name__}"
         else:
@@ -112,7 +112,7 @@ class Judging:
         if ask:
             problems = self.recipe.prompt_problems(ask, self.recipe.too_long(self.judge))
         if problems:
-            name = distjudge._short(ask.fields["id"] if ask else row.get("id") or row.get("prompt") or "")
+            name = distjudge.short(ask.fields["id"] if ask else row.get("id") or row.get("prompt") or "")
             return f"{where}: item '{name}': " + "; ".join(f"{field}: {text}" for field, text in problems)
         return ask
 
@@ -135,7 +135,7 @@ def read(config: RayConfig, ray: Any) -> Any:
             return ray.data.read_parquet(paths, **settings)
         return ray.data.read_text(paths, drop_empty_lines=True, **settings)
     except FileNotFoundError as error:
-        raise InputError(f"items: {distjudge._first_line(error)}") from None
+        raise InputError(f"items: {distjudge.first_line(error)}") from None
 
 
 class Writer:
@@ -221,7 +221,7 @@ def main(config: RayConfig) -> None:
         whole = tally["items"] > 0
     except ray.exceptions.RayError as error:  # what went wrong in an actor, without its traceback
         last = [line for line in str(error).splitlines() if line.strip()][-1]
-        raise InputError(f"{config.run}: {distjudge._short(last, 300)}") from None
+        raise InputError(f"{config.run}: {distjudge.short(last, 300)}") from None
     finally:
         with contextlib.suppress(OSError):
             writer.close(whole)

@@ -444,7 +444,7 @@ class Table:
             for metric in runs[0]:
                 own = torch.stack([run[metric] for run in runs])
                 for seed, one in enumerate(own):
-                    mean = distjudge._correlation(one.mean(0)) if one.dim() == 2 else one.mean()
+                    mean = distjudge.correlation(one.mean(0)) if one.dim() == 2 else one.mean()
                     self.add(method, metric, None if mean.isnan() else mean.item(), seed=self.shop.config.seed + seed, **at)
                 self.summary(method, metric, own, first, torch.stack([run[metric] for run in scores[first]]), **at)
 
@@ -867,7 +867,7 @@ def adversary(shop: Workshop, methods: list[str]) -> None:
             logq = torch.cat([q[[place[item.id] for item in test]] for q in qs]).clamp_min(1e-12).log()
             size = counts.sum(1).repeat(len(qs))
             before = kl_loss(logq, p)
-            steps = kl_loss(logq, distjudge.worst_case(p, logq, config.eps, config.steps, config.step_size)) - before
+            steps = kl_loss(logq, distjudge.worst_case(logq, p, config.eps, config.steps, config.step_size)) - before
             exact = kl_loss(logq, distjudge.worst_case_exact(p, logq, config.eps)) - before
             above = distjudge.worst_case_bound(p, logq, config.eps, exact + before) - before - exact
             kinds = {"one vote": size == 1, "unanimous": (p.max(1).values == 1) & (size > 1), "disputed": p.max(1).values < 1}

@@ -105,7 +105,7 @@ def test_the_adversary_stays_near_and_never_lowers_the_loss(labels, seed, kind, 
     draw = torch.Generator().manual_seed(seed)
     p = distributions(draw, 16, labels, kind).float()
     logq = (scale * torch.randn(16, labels, generator=draw)).log_softmax(1)
-    worst = worst_case(p, logq, eps, steps, step_size)
+    worst = worst_case(logq, p, eps, steps, step_size)
     assert torch.isfinite(worst).all() and (worst >= 0).all() and ((worst.sum(1) - 1).abs() < 1e-6).all()
     assert ((worst - p).norm(dim=1) <= eps + 1e-6).all()
     assert (kl_loss(logq.double(), worst.double()) >= kl_loss(logq.double(), p.double()) - 1e-5 * (1 + scale)).all()
@@ -114,7 +114,7 @@ def test_the_adversary_stays_near_and_never_lowers_the_loss(labels, seed, kind, 
 def test_each_step_of_the_ascent_is_worth_taking():
     draw = torch.Generator().manual_seed(0)
     p, logq = distributions(draw, 500, 3, "dense"), torch.randn(500, 3, generator=draw, dtype=torch.float64).log_softmax(1)
-    losses = [kl_loss(logq, worst_case(p, logq, 0.25, steps)) for steps in range(8)]
+    losses = [kl_loss(logq, worst_case(logq, p, 0.25, steps)) for steps in range(8)]
     assert torch.equal(losses[0], kl_loss(logq, p))
     for before, after in itertools.pairwise(losses):
         assert (after >= before - 1e-12).all()
@@ -125,25 +125,25 @@ def test_one_step_by_hand():
     p, logq = T([[0.5, 0.3, 0.2]], dtype=torch.float64), T([[0.2, 0.3, 0.5]], dtype=torch.float64).log()
     up = 0.05 * (p.log() - logq + 1)
     expected = p + up - up.mean()  # inside the ball and the simplex: only the sum is set right
-    assert worst_case(p, logq, 1.0, steps=1).tolist()[0] == pytest.approx(expected[0].tolist(), abs=1e-12)
-    assert worst_case(p, logq, 0.01, steps=1).sub(p).norm().item() == pytest.approx(0.01, abs=1e-9)
+    assert worst_case(logq, p, 1.0, steps=1).tolist()[0] == pytest.approx(expected[0].tolist(), abs=1e-12)
+    assert worst_case(logq, p, 0.01, steps=1).sub(p).norm().item() == pytest.approx(0.01, abs=1e-9)
 
 
 def test_a_one_hot_target_does_not_move_and_zeros_stay_zero():
     logq = T([[0.05, 0.05, 0.9], [0.3, 0.4, 0.3]]).log()
     p = T([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0]])
-    worst = worst_case(p, logq, 0.25)
+    worst = worst_case(logq, p, 0.25)
     assert worst[0].tolist() == [1.0, 0.0, 0.0] and worst[1, 2] == 0 and worst[1, 0] > 0.6
     # unless the model rules the label out altogether: then the pull is stronger than the floor of log 0
-    assert worst_case(T([[1.0, 0.0]]), T([[0.0, -200.0]]), 0.25)[0, 1] > 0
+    assert worst_case(T([[0.0, -200.0]]), T([[1.0, 0.0]]), 0.25)[0, 1] > 0
 
 
 def test_no_gradient_flows_through_and_eps_zero_is_no_adversary():
     p = T([[0.6, 0.4]])
     z = torch.randn(1, 2, requires_grad=True)
-    worst = worst_case(p, z.log_softmax(1), 0.25)
-    assert not worst.requires_grad and torch.equal(worst_case(p, z.log_softmax(1), 0.0), p)
-    mixed = worst_case(p.repeat(2, 1), z.log_softmax(1).repeat(2, 1), T([0.0, 0.25]))
+    worst = worst_case(z.log_softmax(1), p, 0.25)
+    assert not worst.requires_grad and torch.equal(worst_case(z.log_softmax(1), p, 0.0), p)
+    mixed = worst_case(z.log_softmax(1).repeat(2, 1), p.repeat(2, 1), T([0.0, 0.25]))
     assert torch.equal(mixed[0], p[0]) and not torch.equal(mixed[1], p[0])
 
 
@@ -252,7 +252,7 @@ def test_the_exact_worst_case_beats_the_steps_and_leaves_one_hot_targets(labels)
     p = torch.eye(3, dtype=torch.float64)[:1]
     logq = T([[0.6, 0.39, 0.01]], dtype=torch.float64).log()
     x = worst_case_exact(p, logq, 0.9)
-    assert torch.equal(worst_case(p, logq, 0.9), p) and x[0, 2] > 0.5 and x[0, 0] < 0.5
+    assert torch.equal(worst_case(logq, p, 0.9), p) and x[0, 2] > 0.5 and x[0, 0] < 0.5
 
 
 @pytest.mark.parametrize("ball", BALLS)

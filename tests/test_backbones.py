@@ -145,7 +145,7 @@ def test_every_recipe_has_a_dry_run(name, outline, nli, tmp_path, monkeypatch, c
     targets = {"phi4": "down_proj, gate_up_proj, o_proj, qkv_proj"}.get(name, "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
     assert said["trained"].endswith(targets)
     assert ("planned for a CPU" in said["model"]) == (name == "smollm" and not torch.cuda.is_available())
-    tokenizer = distjudge._load_tokenizer(str(folder))
+    tokenizer = distjudge.load_tokenizer(str(folder))
     frame = distjudge.PromptEncoder(tokenizer).frame
     ending = {"qwen3_4b": "<think>\n\n</think>\n\n", "qwen3_8b": "<think>\n\n</think>\n\n", "mistral7b": "[/INST]", "gemma3_4b": "<start_of_turn>model\n",
               "llama8b": "<|end_header_id|>\n\n", "phi4": "<|im_start|>assistant<|im_sep|>"}.get(name, "assistant\n")

@@ -52,7 +52,7 @@ def test_a_missing_package_is_one_line(monkeypatch):
 
 def test_lengths_in_tokens(tiny_model):
     found = data.look(distjudge.load_items(ROWS), model=str(tiny_model))
-    judge = distjudge.PromptEncoder(distjudge._load_tokenizer(str(tiny_model)))
+    judge = distjudge.PromptEncoder(distjudge.load_tokenizer(str(tiny_model)))
     assert found.unit == "tokens" and found.lengths == [len(judge(row["prompt"])) for row in ROWS] and 0 < found.shared < 1
     with pytest.raises(InputError, match="nowhere: model: no such folder"):
         data.look(distjudge.load_items(ROWS), model="./nowhere")

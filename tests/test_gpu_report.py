@@ -96,8 +96,8 @@ def test_made_up_prompts_share_what_they_say(gpu_report):
         items = gpu_report.made_up(task, 2 * group, 0)
         words = [item.prompt.split() for item in items]
         assert list(items[0].counts) == labels and all(len(w) == common + shared + own for w in words)
-        assert all(distjudge._common(words[0], w) >= common + shared for w in words[:group])
-        assert common <= distjudge._common(words[0], words[group]) < common + shared
+        assert all(distjudge.common_length(words[0], w) >= common + shared for w in words[:group])
+        assert common <= distjudge.common_length(words[0], words[group]) < common + shared
         assert len({item.group for item in items}) == 2 and all(item.votes == 5 for item in items)
 
 

@@ -18,7 +18,7 @@ def stock_logprobs(folder, rendered):
     """Full-vocabulary log-probabilities after a rendered prompt, the plain way."""
     import transformers
 
-    tokenizer = distjudge._load_tokenizer(str(folder))
+    tokenizer = distjudge.load_tokenizer(str(folder))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def after(text):
@@ -462,7 +462,7 @@ def test_a_tokenizer_that_transformers_would_rebuild_otherwise_is_read_as_saved(
     Qwen2Config().save_pretrained(tmp_path)
     ids = saved("12345 It's fine")["input_ids"]
     assert AutoTokenizer.from_pretrained(tmp_path)("12345 It's fine")["input_ids"] != ids
-    loaded = distjudge._load_tokenizer(str(tmp_path))
+    loaded = distjudge.load_tokenizer(str(tmp_path))
     assert loaded.get_vocab() == saved.get_vocab() and loaded("12345 It's fine")["input_ids"] == ids
     assert "differs from its tokenizer.json" in caplog.text
 

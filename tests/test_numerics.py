@@ -222,7 +222,7 @@ def test_the_adversary_is_finite(examples):
         if ruling_out:
             out = torch.rand(rows, labels, generator=draw) < 0.5
             logq = logq.masked_fill(out & (logq < logq.max(1, keepdim=True).values), -math.inf)
-        x = worst_case(p, logq, eps, steps, step_size)
+        x = worst_case(logq, p, eps, steps, step_size)
         near(x, p, eps, dtype, labels)
         assert ruling_out or finite(hybrid_loss(logq, p, 0.8, x))
 
@@ -384,7 +384,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny_model, votes, tmp_path
     config = distjudge.Config(out=str(tmp_path), batch_size=4, epochs=1.0, save_every=save_every)
     with pytest.raises(FloatingPointError, match=rf"the weights are not finite after step {last}, of items i\d+, i\d+, .*; last good checkpoint: .*{kept}$"):
         distjudge.train(judge, votes(4 * last), config, callbacks=[poison_after(last)])
-    for folder in distjudge._checkpoints(tmp_path / "checkpoints"):
+    for folder in distjudge.checkpoints_in(tmp_path / "checkpoints"):
         assert all(finite(weight) for weight in distjudge.load_checkpoint(folder)[0].values())
 
 

@@ -49,7 +49,7 @@ def go(tiny_model, votes, tmp_path):
 
 
 def steps(folder):
-    return [path.name for path in distjudge._checkpoints(folder / "checkpoints")]
+    return [path.name for path in distjudge.checkpoints_in(folder / "checkpoints")]
 
 
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(go, tmp_path):
@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_passed_over(go, tmp_path, caplog, damage, what)
         (newest / "sha256.json").write_text('{"state.json"')
     again, _ = go("run", resume=True)
     assert torch.equal(again, whole) and what in caplog.text and "trying the one before" in caplog.text
-    for folder in distjudge._checkpoints(tmp_path / "run" / "checkpoints"):
+    for folder in distjudge.checkpoints_in(tmp_path / "run" / "checkpoints"):
         (folder / "state.json").write_text("{}")
     with pytest.raises(InputError, match="none of its checkpoints is whole"):
         go("run", resume=True)
@@ -181,7 +181,7 @@ def test_nothing_is_unpickled(go, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go("run", 6)
     sprung = tmp_path / "sprung"
-    for folder in distjudge._checkpoints(tmp_path / "run" / "checkpoints"):
+    for folder in distjudge.checkpoints_in(tmp_path / "run" / "checkpoints"):
         assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "pytorch_model.bin", "scaler.pt", "adapter_model.bin"):
             (folder / name).write_bytes(pickle.dumps(Trap(str(sprung))))
@@ -296,7 +296,7 @@ def test_a_disk_that_is_really_full(tiny_model, votes, tmp_path):
         process = start(tmp_path, tiny_model, "disk/run")
         text = process.communicate()[0]
         assert process.returncode == 2 and "the checkpoint cannot be written" in text and "Traceback" not in text, text
-        kept = distjudge._checkpoints(disk / "run" / "checkpoints")
+        kept = distjudge.checkpoints_in(disk / "run" / "checkpoints")
         assert kept and all(distjudge.load_checkpoint(path) for path in kept) and not list((disk / "run" / "checkpoints").glob("*.part"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -280,7 +280,7 @@ def test_the_models_own_earlier_predictions_are_worth_k_votes(tiny_model, tmp_pa
                                          radius="annotators"))
     past, moved = {}, 0.0
     for votes, (target, logq) in zip(seen, calls, strict=True):
-        worst = distjudge.worst_case(votes / votes.sum(1, keepdim=True), logq, 0.25)  # the adversary moves the votes, then predictions are added
+        worst = distjudge.worst_case(logq, votes / votes.sum(1, keepdim=True), 0.25)  # the adversary moves the votes, then predictions are added
         for v, w, t, said in zip(votes, worst, target, logq.exp(), strict=True):
             earlier = past.setdefault(tuple(v.tolist()), [])
             weights = torch.tensor([0.6**j for j in range(len(earlier))][::-1])

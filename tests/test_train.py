@@ -30,7 +30,7 @@ def test_one_step_of_sgd_follows_the_objective_by_hand(tiny_model, votes, tmp_pa
     p = torch.tensor([item.distribution for item in items])
     batch = judge.batch(judge.encode([i.prompt for i in items]))
     logq, _ = distjudge.label_logprobs(judge.model, batch, judge.tokens)
-    worst = distjudge.worst_case(p, logq, 0.25, 5, 0.05)
+    worst = distjudge.worst_case(logq, p, 0.25, 5, 0.05)
     (0.8 * (torch.xlogy(worst, worst) - worst * logq).sum(1) - 0.2 * (distjudge.majority(p) * logq).sum(1)).mean().backward()
     gradient = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in judge.model.parameters()])
     judge.model.zero_grad()
@@ -111,7 +111,7 @@ def test_annotators_radius_reaches_the_loss(tiny_model, tmp_path):
     radius = distjudge.annotator_radius(distjudge.counts_of(items), 0.25)
     assert radius[0] == pytest.approx(0.2, abs=0.05) and radius[1] < 0.05
     log = train(judge, items, settings(tmp_path, radius="annotators", alpha=1.0, log_every=1))
-    assert log[0]["loss"] == pytest.approx(distjudge.kl_loss(logq, distjudge.worst_case(p, logq, radius)).mean().item(), rel=1e-5)
+    assert log[0]["loss"] == pytest.approx(distjudge.kl_loss(logq, distjudge.worst_case(logq, p, radius)).mean().item(), rel=1e-5)
 
 
 def test_judgments_after_training_in_bfloat16_are_those_after_loading(tiny_model, votes, tmp_path, monkeypatch):

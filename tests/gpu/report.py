@@ -302,7 +302,7 @@ def speed(config: ReportConfig, name: str, task: str) -> dict[str, Any]:
     planned = judge.plan(encoded[:batch])
     p = torch.rand(batch, len(labels), device=judge.device).softmax(1)
     logq = torch.randn(p.shape, device=judge.device).log_softmax(1)
-    adversary = statistics.median([bench.seconds(lambda: distjudge.worst_case(p, logq, 0.25)) for _ in range(20)][5:])
+    adversary = statistics.median([bench.seconds(lambda: distjudge.worst_case(logq, p, 0.25)) for _ in range(20)][5:])
     judging = statistics.median([bench.seconds(lambda: judge.score([item.prompt for item in items[:batch]])) for _ in range(3)])
     judge.pack_tokens = 256 if config.cpu_smoke else 16_384  # large packs, for the matrix rate
     members = max(judge.plan(encoded), key=len)
@@ -473,7 +473,7 @@ def run_stage(config: ReportConfig) -> None:
         found = {"status": "skipped", "why": str(skip)}
     except BaseException as error:
         traceback.print_exc()
-        found = {"status": "failed", "why": f"{type(error).__name__}: {distjudge._first_line(error)}"}  # type: ignore[arg-type]
+        found = {"status": "failed", "why": f"{type(error).__name__}: {distjudge.first_line(error)}"}  # type: ignore[arg-type]
     distjudge.write_json(path, found)
 
 
