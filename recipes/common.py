@@ -1,0 +1,295 @@
+"""What the recipes of real backbones share: presets, a dry run, a page before the first step.
+
+A recipe names a model, and main() makes its command line. In Python:
+
+    config = common.FourBitConfig(train=("votes.jsonl",), model="Qwen/Qwen3-4B", out="runs/qwen3_4b")
+    metrics = common.run(config)
+"""
+
+import argparse
+import dataclasses
+import datetime
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import distjudge
+from distjudge import Config, InputError, Item, Judge, log
+
+ASSUMED_RATES = {"cuda": 50e12, "cpu": 0.1e12}  # FLOP/s, for a first idea of how long a run takes
+FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; it does the talking
+
+
+@dataclasses.dataclass
+class RunConfig(Config):
+    """The settings of a run, and what its command adds."""
+
+    preset: Literal["", "paper", "single", "kl", "teacher"] = ""
+    """The method's settings by name; flags beside it win. In Python: **distjudge.PRESETS["kl"]."""
+    dry_run: bool = False
+    """Print what a run would do, and stop. Needs config.json and the tokenizer; no weights, no GPU."""
+    min_mass: float = 0.01
+    """Refuse a model whose labels hold less of its probability before training; 0 takes any."""
+
+    def check(self) -> None:
+        """Raises InputError naming the field for a value outside its range."""
+        super().check()
+        if not 0 <= self.min_mass <= 1:
+            raise InputError(f"min_mass: must be between 0 and 1, not {self.min_mass}")
+
+
+@dataclasses.dataclass
+class FourBitConfig(RunConfig):
+    """A 4-bit model on one consumer GPU."""
+
+    four_bit: bool = True
+    """Load the weights in 4 bits (NF4, quantized twice); --no_four_bit: 16 bits, four times the memory."""
+    gradient_checkpointing: bool = True
+    max_length: int = 4096
+    pack_tokens: int = 4096
+    batch_size: int = 16
+
+
+def main(config_class: type[RunConfig]) -> None:
+    """The command line of a recipe: a flag for each setting; --preset changes their defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    preset = parser.parse_known_args()[0].preset
+    distjudge.cli(run, with_preset(config_class, preset) if preset in distjudge.PRESETS else config_class)
+
+
+def with_preset(config_class: type[RunConfig], preset: str) -> type[RunConfig]:
+    """The same settings with those of distjudge.PRESETS[preset] as defaults."""
+    values = distjudge.PRESETS[preset] | {"preset": preset}
+    changed = [(f.name, f.type, values[f.name]) for f in dataclasses.fields(config_class) if f.name in values]
+    return dataclasses.make_dataclass(config_class.__name__, changed, bases=(config_class,))
+
+
+def run(config: RunConfig) -> dict[str, float | None]:
+    """distjudge.run() with a page before the first step: what it will do (plan_lines), and the label mass.
+
+    With config.dry_run only the first: then it reads no weights, writes nothing and returns {}. Raises
+    InputError for what cannot be used. Of several processes (torchrun) the first does the talking.
+    """
+
+    def look(judge: Judge, items: Sequence[Item], test: Sequence[Item]) -> None:
+        if FIRST:
+            lines = plan_lines(judge, items, test, config)
+            print("\n".join(f"{name:<11} {text}" for name, text in lines.items()), flush=True)
+        if not config.dry_run:
+            mass = check_mass(judge, items, config.min_mass)
+            if FIRST:
+                print(f"{'label mass':<11} {mass}", flush=True)
+
+    config.check()
+    if not config.dry_run:
+        return distjudge.run(config, before_training=look)
+    items, test = distjudge.load_data(config)
+    labels, spellings = distjudge.labels_of(items), distjudge.parse_spellings(config.spellings)
+    names = ("lora_rank", "four_bit", "max_length", "seed", "backend", "gradient_checkpointing")
+    settings = {name: getattr(config, name) for name in names}
+    judge = distjudge.load_judge(config.model, labels, spellings=spellings, weights=False, **settings)
+    judge.pack_tokens = config.pack_tokens or judge.pack_tokens
+    items = distjudge.keep_short(judge, items, config.overlong, "training")
+    look(judge, items, distjudge.keep_short(judge, test, config.overlong, "test"))
+    return {}
+
+
+def check_mass(judge: Judge, items: Sequence[Item], least: float) -> str:
+    """Says how much of the untrained model's probability the labels hold on the first 16 items.
+
+    least: a share of 1. Under it raises InputError: the model has something else to say, and training, which
+    moves the labels only against each other, does not teach it otherwise. Under a half warns. 0 does neither.
+    """
+    mass = judge.score([item.prompt for item in items[:16]])[1]
+    low, mean, high = mass.min(), mass.mean(), mass.max()
+    said = f"{mean:.2%} of the model's probability on the first {len(mass)} items ({low:.2%} to {high:.2%})"
+    if mean < least:
+        raise InputError(
+            f"label mass: the labels hold {said}, less than min_mass {least:g}: it would say something else. "
+            "Does the prompt ask for the label alone, and is that split as above? Name other --spellings; "
+            "--min_mass 0 trains all the same"
+        )
+    if mean < 0.5 and least and FIRST:
+        log.warning(
+            "label mass: under a half: the model would rather say something else; see the prompt, --spellings"
+        )
+    return said
+
+
+# --- what a run would do ------------------------------------------------------------------------------------
+def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config: Config) -> dict[str, str]:
+    """What run() prints before the first step, a text a name: settings with their reasons, labels, sizes.
+
+    Goes through the first epoch as train() will, pass for pass; of several processes (torchrun) for the share
+    of the first. Counts are exact but for Unsloth's packs, which a dry run plans like the others. Memory and
+    time are estimates.
+    """
+    model, on, adapters = judge.model, judge.device.type, hasattr(judge.model, "peft_config")
+    turned_round = [item.swap.prompt for item in items if item.swap]
+    encoded = judge.encode([item.prompt for item in items] + turned_round)
+    passes, largest = first_epoch(judge, encoded, config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(weight_sizes(model).values()) - trained * adapters
+    planned = f", none of them loaded, planned for {'CUDA' if on == 'cuda' else 'a CPU'}"
+    held = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    why = {"bfloat16": "the card has it, or is assumed to", "float16": "the card has no bfloat16"}
+    why["float32"] = "on a CPU" if on == "cpu" else "float16 is too narrow" if adapters else "all are trained"
+    four_bit = "4-bit (NF4, quantized twice); embeddings, output layer and norms "
+    where = "all"
+    if adapters:
+        targets = ", ".join(sorted(model.peft_config["default"].target_modules))
+        where = f"LoRA of rank {config.lora_rank} on {targets}"
+    attention = model.config.get_text_config()._attn_implementation
+    attention = {distjudge.BLOCKS: "SDPA in blocks"}.get(attention, attention)
+    head, *labels = judge.tokens.describe(judge.tokenizer).removeprefix("labels are ").split("\n  ")
+    return {
+        "backend": f"{judge.backend} ({model.backend_reason})",
+        "model": f"{config.model}: {total / 1e9:.3g} billion weights" + planned * hasattr(model, "meant_for"),
+        "weights": four_bit * getattr(model, "is_loaded_in_4bit", False) + f"{held} ({why[held]})",
+        "trained": f"{trained:,} weights in float32: {where}",
+        "optimizer": ("8-bit AdamW" if distjudge.optimizer_is_8bit(judge) else "AdamW")
+        + f", learning rate {config.learning_rate:g}, {config.schedule}",
+        "passes": f"{'packs' if judge.packs else 'padded rows'} of at most {judge.pack_tokens:,} tokens "
+        f"({'asked for' if config.pack_tokens else 'the default on ' + on}), attention by "
+        + ("Unsloth" if getattr(model, "two_levels", False) else attention)
+        + ", layers recomputed in the backward pass" * config.gradient_checkpointing,
+        "labels": f"{head}: {', '.join(labels)}",
+        "items": f"{len(items):,} to train on"
+        + f" (and {len(turned_round):,} turned round)" * (len(turned_round) > 0)
+        + f", {len(test):,} to test on, prompts of up to {max(map(len, encoded)):,} tokens",
+        "tokens": f"{sum(map(len, encoded)):,} an epoch, {sum(passes):,} after packing, in {len(passes):,} "
+        f"passes of up to {max(passes):,}",
+        "memory": memory_text(judge, estimate_memory(judge, config, largest)),
+        "time": time_text(judge, config, len(encoded), sum(passes)),
+    }
+
+
+def first_epoch(judge: Judge, encoded: Sequence[list[int]], config: Config) -> tuple[list[int], dict]:
+    """The tokens of each forward pass of the first epoch, padding included, and the largest pass's batch."""
+    order, processes = distjudge.epoch_order(encoded, config, 0), int(os.environ.get("WORLD_SIZE", 1))
+    passes: list[int] = []
+    largest: dict[str, torch.Tensor] = {}
+    for start in range(0, len(order), config.batch_size):
+        chosen = [encoded[i] for i in order[start : start + config.batch_size]]
+        chosen = chosen[: math.ceil(len(chosen) / processes)]
+        for members in judge.plan(chosen):
+            batch = judge.batch([chosen[i] for i in members], "cpu")
+            passes.append(batch["input_ids"].numel())
+            if not largest or passes[-1] > largest["input_ids"].numel():
+                largest = batch
+    return passes, largest
+
+
+def memory_text(judge: Judge, memory: dict[str, float]) -> str:
+    """The estimate beside the memory there is; warns where that is less."""
+    needed, there, place = sum(memory.values()), math.inf, "no card here to compare with"
+    if judge.device.type == "cpu":
+        import psutil
+
+        there, place = psutil.virtual_memory().total, "main memory"
+    elif torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(judge.device)
+        there, place = card.total_memory, card.name
+    if needed > there:
+        log.warning(
+            "more than there is by estimate: try a lower --pack_tokens, --gradient_checkpointing, --four_bit"
+        )
+    compared = place if there == math.inf else f"of {there / 2**30:.1f} ({place})"
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    return f"about {needed / 2**30:.1f} GiB by estimate, {compared}: {parts}"
+
+
+def time_text(judge: Judge, config: Config, prompts: int, tokens: int) -> str:
+    """Steps, operations and time for so many prompts an epoch, computed as so many tokens."""
+    steps = math.ceil(math.ceil(prompts / config.batch_size) * config.epochs)
+    linear = (m for m in judge.model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
+    turns = 2 if hasattr(judge.model, "peft_config") else 3  # forward, backward to activations, to weights
+    turns += config.gradient_checkpointing + (config.teacher > 0)  # forward again; the teacher's forward
+    flop = 2.0 * turns * tokens * config.epochs * sum(m.in_features * m.out_features for m in linear)
+    rate = ASSUMED_RATES[judge.device.type]
+    took = datetime.timedelta(seconds=math.ceil(flop / rate))
+    said = f"{steps:,} steps of {config.batch_size} items, {flop / 1e15:.2g} PFLOP: {took} at {rate / 1e12:g}"
+    return f"{said} TFLOP/s, an assumption: the progress bar will know better"
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+def weight_sizes(model: Any) -> dict[int, int]:
+    """The number of weights of each parameter by its id; 4-bit matrices count as what they stand for."""
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    return sizes | {id(m.weight): m.in_features * m.out_features for m in linear}
+
+
+def estimate_memory(judge: Judge, config: Config, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """An estimate of the most memory that training takes, in bytes by what takes it.
+
+    batch: its largest pass, see Judge.batch(). For decoders of Llama's kind, with b bytes a number computed
+    with (2 in 16 bits, 4 in float32) and L tokens in the pass:
+
+      weights      4-bit matrices n/2 and, quantized twice, a byte for 64 weights and a float32 for 256 of
+                   those; all others, embeddings and the output layer among them, as they are held
+      training     trained weights, their gradients and AdamW's two moments, in float32 or, the moments,
+                   8 bits; the teacher's weights; where all are trained in 16 bits, autocast's copies
+      activations  what layers keep for the backward pass, all of them or, recomputed, one beside every
+                   layer's input: b L (inputs of the matrices, once for each where adapters cast them to 16
+                   bits, + 3 widths of the MLP + queries and outputs of attention + ranks of the adapters)
+                   + 4 L (inputs of the norms) + for each block of queries its mask and the keys and values
+                   it sees (see block_attention); and the gradients of one MLP
+      label rows   the answers' hidden states, and a slice of the output layer with its logits, in float32
+      the rest     the largest matrix in b bytes (4-bit ones are unpacked one by one), and 1 GiB for CUDA's
+                   context, for workspaces and fragmentation: a guess
+
+    Unsloth keeps less. Weights are exact, and layers keep what autograd saves on a CPU; no GPU was measured.
+    """
+    model, half, sizes = judge.model, distjudge.autocast_type(judge) is not None, weight_sizes(judge.model)
+    shape, adapters, b = model.config.get_text_config(), hasattr(model, "peft_config"), 2 if half else 4
+    linear = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    own = [m for m in linear if m.weight.requires_grad is not adapters]  # the model's, not the adapters'
+    packed = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    packed -= {id(model.get_output_embeddings().weight)}
+    packed = packed if getattr(model, "is_loaded_in_4bit", False) else set()
+    nf4 = 1 / 2 + (1 + 4 / 256) / 64  # bytes
+    held = {id(p): nf4 * sizes[id(p)] if id(p) in packed else p.nbytes for p in model.parameters()}
+    weights = sum(held[id(p)] for p in model.parameters() if not p.requires_grad)
+    moments, teacher = 2 if distjudge.optimizer_is_8bit(judge) else 8, 4 * (config.teacher > 0)
+    training = sum(p.numel() for p in model.parameters() if p.requires_grad) * (8 + moments + teacher)
+    training += 2 * sum(sizes[id(m.weight)] for m in own) * (half and not adapters)
+
+    hidden, layers, heads = shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads
+    mlp = getattr(shape, "intermediate_size", None) or 4 * hidden
+    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
+    width = heads * (getattr(shape, "head_dim", None) or hidden // heads)
+    inputs = sum(m.in_features for m in own) / layers if half else 2 * hidden + width + mlp
+    ranks = norms = 0
+    for name, p in model.named_parameters():
+        ranks += p.shape[0] if "lora_A" in name else 0
+        if name.endswith("norm.weight"):  # those of queries and keys are of one head's width
+            norms += p.numel() * {"q_norm": heads, "k_norm": kv_heads}.get(name.split(".")[-2], 1)
+    rows, length = batch["input_ids"].shape
+    tokens, keys, mask = rows * length, rows * length, rows * length**2
+    if "ends" in batch:
+        size, ends = distjudge.block_length(judge.device), batch["ends"][0]
+        keys = mask = 0
+        for start in range(0, length, size):
+            queries = min(size, length - start)
+            seen = queries + int((ends[:start] > start).sum())  # itself, and what before it reaches into it
+            keys, mask = keys + seen, mask + queries * seen
+    layer = b * (tokens * (inputs + 3 * mlp + 2 * width + ranks / layers) + 2 * width * keys + mask)
+    layer += 4 * tokens * norms / layers
+    kept = layer + layers * b * tokens * hidden if config.gradient_checkpointing else layers * layer
+    answers, part, logits = len(batch["answer_at"]), distjudge.SLICE, distjudge.SLICE_LOGITS
+    return {
+        "weights": weights,
+        "training": training,
+        "activations": kept + 3 * b * tokens * mlp,
+        "label rows": 4 * ((3 * answers + part) * hidden + 3 * min(logits, answers * part)),
+        "the rest": b * max((sizes[id(m.weight)] for m in own), default=0) + 2**30,
+    }
