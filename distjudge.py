@@ -1,23 +1,17 @@
 """distjudge: train an LLM judge that answers with the distribution of human judgments, not with one verdict.
 
-    items = distjudge.load_items("votes.jsonl")            # {"id", "prompt", "counts": {label: votes}} a line
+    items = distjudge.load_items("votes.jsonl")        # {"id", "prompt", "counts": {label: votes}} a line
     judge = distjudge.load_judge("Qwen/Qwen2.5-0.5B-Instruct", labels=distjudge.labels_of(items))
     distjudge.train(judge, items, distjudge.Config(out="runs/first"))
-    judge.predict(["Is this summary fluent? ..."])         # (1, C) float32, one probability a label
+    judge.predict(["Is this summary fluent? ..."])     # (1, C) float32, one probability a label
 
 The method is that of "Distributional LLM-as-a-Judge" (Chen et al., NeurIPS 2025, arXiv 2505.12301):
 
-    min over theta of the mean over items of
-        max over p' in E(p) of   alpha KL(p' || q_theta) + (1 - alpha) CE(r, q_theta)
+    min over theta of the mean over items of  max over p' in E(p) of  alpha KL(p' || q) + (1 - alpha) CE(r, q)
 
-p is the human distribution of an item (counts / votes) and r its majority label. q_theta are the model's probabilities
-of the label tokens where its answer begins. E(p) is the part of the simplex within eps of p. Losses are in nats.
-
-The file can be copied alone into another project. It needs torch at import. transformers, peft, accelerate, bitsandbytes
-and tyro are imported inside the functions that use them. It reads from top to bottom:
-
-    1 items     2 prompts and labels     3 packs     4 the judge     5 losses     6 the adversary     7 training
-    8 metrics   9 a run
+p is the human distribution of an item (votes as shares), r its majority label, E(p) what lies within eps of p, and q the
+model's probabilities of the label tokens where its answer begins. Losses are in nats. The file can be copied alone. It
+needs torch at import, and transformers, peft, accelerate and tyro only inside the functions that use them.
 """
 
 from __future__ import annotations
@@ -82,8 +76,8 @@ class Swap:
 class Item:
     """One judged thing. `counts` holds every label of the data set, in label order, also those without a vote.
 
-    Votes are whole numbers, except where a weighted panel's `distribution` was given: then share times votes.
-    `truth` is the distribution the votes were drawn from, where it is known (simulated panels).
+    Votes are whole numbers, except where a weighted panel's `distribution` was given: then share times votes. `truth` is
+    the distribution the votes were drawn from, where it is known (simulated panels).
     """
 
     id: str
@@ -142,90 +136,63 @@ def truths_of(items: Sequence[Item]) -> torch.Tensor | None:
 def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: bool = False) -> list[Item]:
     """Reads items from .jsonl or .jsonl.gz files, lists of dicts, `datasets.Dataset`s or pandas DataFrames.
 
-    A row holds "prompt" and the votes, given as one of
-        "counts": {label: votes}                 every label, 0 where nobody chose it
-        "annotations": [label, label, ...]       one entry a person
-        "distribution": {label: share}, "votes": n   shares that add up to 1 (to 0.02), and the number of people
-    and optionally "id" (by default a hash of the prompt), "group" (items that stay on one side of a split), "split"
-    ("train" or "test"), "truth" ({label: probability}) and, for a pair, "swap": {"prompt": the pair in the other order,
-    "labels": {label: the one that means the same there}}. Other fields are ignored.
+    A row holds "prompt" and the votes, as "counts": {label: votes} with every label, as "annotations": [label, ...], one
+    a person, or as "distribution": {label: share} with "votes", the number of people. It may hold "id" (by default a hash
+    of the prompt), "group" (items that stay on one side of a split), "split" ("train" or "test"), "truth" ({label:
+    probability}) and, for a pair, "swap": {"prompt": the pair in the other order, "labels": {label: the one that means
+    the same there}}. Other fields are ignored.
 
     Label order: `labels` where given (an item may then leave out labels without votes, unless `complete`); else numeric
-    labels by value; else the order of the first item with the commonest label set; else, with annotations only,
-    alphabetical. Raises InputError with one line a problem (file, line, id, field), at most 20 a source.
+    labels by value; else that of the first item with the commonest label set; else, with annotations only, alphabetical.
+    Raises InputError with one line a problem (file, line, id, field), at most 20.
     """
-    problems: dict[str, list[str]] = {}  # by source
-    parsed: list[tuple[str, dict[str, Any]]] = []
+    wrong: list[str] = []
+    parsed: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
-    for source in _flatten(sources):
-        name = str(source) if isinstance(source, (str, os.PathLike)) else "items"
-        lines = problems.setdefault(name, [])
-        for where, row, problem in read_rows(source):
-            fields, bad = parse_row(row) if not problem else ({"id": None}, [("", problem)])
-            if fields["id"] and seen.setdefault(fields["id"], where) != where:
-                bad.append(("id", f"duplicate, first at {seen[fields['id']]}"))
-            fields |= {"where": where, "source": name}
-            fields["head"] = f"{where}: item '{short(fields['id'])}': " if fields["id"] else f"{where}: "
-            lines += [fields["head"] + f"{field}: " * bool(field) + text for field, text in bad]
-            if not bad:
-                parsed.append(fields)
+    is_path = lambda source: isinstance(source, (str, os.PathLike))  # noqa: E731
+    several = lambda source: isinstance(source, (list, tuple)) and source and all(map(is_path, source))  # noqa: E731
+    sources = [part for source in sources for part in (source if several(source) else [source])]
+    for where, row, problem in itertools.chain.from_iterable(map(read_rows, sources)):
+        fields, bad = ({"id": None}, [("", problem)]) if problem else parse_row(row)
+        if fields["id"] and seen.setdefault(fields["id"], where) != where:
+            bad.append(("id", f"duplicate, first at {seen[fields['id']]}"))
+        head = f"{where}: item '{short(fields['id'])}': " if fields["id"] else f"{where}: "
+        wrong += [head + f"{field}: " * bool(field) + text for field, text in bad]
+        parsed += [] if bad else [fields | {"where": where, "head": head}]
     order, example = _label_order(parsed, labels)
     items, known = [], set(order)
     for fields in parsed:
-        head, got, kind, wrong = (
-            fields["head"],
-            set(fields["counts"]),
-            fields["kind"],
-            problems[fields["source"]],
-        )
-        if (labels is None or complete) and kind != "annotations" and got != known:
-            differ = f"labels {listed(fields['counts'])} differ from {listed(order)} of {example}"
+        head, kind, counts, truth, swap = (fields[key] for key in ("head", "kind", "counts", "truth", "swap"))
+        if (labels is None or complete) and kind != "annotations" and set(counts) != known:
+            differ = f"labels {listed(counts)} differ from {listed(order)} of {example}"
             wrong.append(f"{head}{kind}: {differ} (write 0 for labels without votes, or name the labels)")
-        elif unknown := sorted(got - known):
+        elif unknown := sorted(set(counts) - known):
             wrong.append(f"{head}{kind}: unknown label {listed(unknown)}; the labels are {listed(order)}")
-        if unknown := sorted(set(fields["truth"] or ()) - known):
-            wrong.append(f"{head}truth: unknown label {listed(unknown)}")
+        if unknown := sorted(set(truth or ()) - known):
+            wrong.append(f"{head}truth: unknown label {listed(unknown)}; the labels are {listed(order)}")
         try:
-            swap = place_swap(*fields["swap"], order) if fields["swap"] else None
+            swap = swap and place_swap(*swap, order)
         except ValueError as error:
             wrong.append(f"{head}swap: {error}")
-        counts = {label: fields["counts"].get(label, 0) for label in order}
-        truth = fields["truth"] and {label: fields["truth"].get(label, 0.0) for label in order}
-        rest = (fields["group"], fields["split"], truth, swap, fields["where"])
-        items.append(Item(fields["id"], fields["prompt"], counts, *rest))
-    text = [
-        line
-        for name, lines in problems.items()
-        for line in _at_most(lines, f"{name}: and {{}} more problems")
-    ]
-    if text:
-        raise InputError("\n".join(text))
-    if not items:
-        raise InputError(f"{', '.join(problems) or 'load_items'}: no items")
-    if len(order) < 2:
-        raise InputError(f"{items[0].where}: counts: a judge needs two labels or more, found {listed(order)}")
+        every = lambda values, none: values and {label: values.get(label, none) for label in order}  # noqa: E731
+        rest = (fields["group"], fields["split"], every(truth, 0.0), swap, fields["where"])
+        items.append(Item(fields["id"], fields["prompt"], every(counts, 0), *rest))
+    if not (items or wrong):
+        wrong = [f"{', '.join(short(s) for s in sources if is_path(s)) or 'load_items'}: no items"]
+    if items and len(order) < 2:
+        wrong.append(f"{items[0].where}: counts: a judge needs two labels or more, found {listed(order)}")
+    if wrong:
+        raise InputError("\n".join(at_most(wrong, "problems")))
     return items
 
 
-def _flatten(sources: Iterable[Any]) -> list[Any]:
-    """A list of paths is as good as several paths; a list of dicts is one source."""
-    flat: list[Any] = []
-    for source in sources:
-        paths = (
-            isinstance(source, (list, tuple))
-            and source
-            and all(isinstance(s, (str, os.PathLike)) for s in source)
-        )
-        flat += list(source) if paths else [source]
-    return flat
-
-
-def _at_most(lines: Sequence[str], more: str, most: int = 20) -> list[str]:
-    return [*lines[:most], *([more.format(len(lines) - most)] if len(lines) > most else [])]
+def at_most(lines: Sequence[str], what: str) -> list[str]:
+    """The first 20 lines, and how many more there are."""
+    return [*lines[:20], *([f"and {len(lines) - 20} more {what}"] if len(lines) > 20 else [])]
 
 
 def short(text: Any, width: int = 60) -> str:
-    """Text of the user's on one line of a message, left to right, without control characters, cut at `width`."""
+    """Text of the user's for one line of a message, left to right, without control characters, cut at `width`."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", " ", str(text))
     return text if len(text) <= width else text[: width - 3] + "..."
 
@@ -245,10 +212,8 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
         source = source.to_dict("records")
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, (dict, bytes)) or not isinstance(source, Iterable):
-            kind = type(source).__name__
-            raise InputError(
-                f"load_items: expected paths, a list of dicts, a Dataset or a DataFrame, got {kind}"
-            )
+            kinds = "paths, a list of dicts, a Dataset or a DataFrame"
+            raise InputError(f"load_items: expected {kinds}, got {type(source).__name__}")
         for i, row in enumerate(source):
             wrong = "" if isinstance(row, dict) else f"not a dict but {type(row).__name__}"
             yield f"items[{i}]", {} if wrong else row, wrong
@@ -261,32 +226,29 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
             for number, raw in enumerate(file, 1):
                 if number == 1 and (raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]):
                     raise InputError(f"{shown}: is UTF-16 or no text at all; save it as UTF-8")
-                if raw.strip():
-                    yield f"{shown}:{number}", *parse_json(raw.removeprefix(b"\xef\xbb\xbf"))
-    except FileNotFoundError:
-        raise InputError(f"{shown}: no such file") from None
+                if raw := raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
+                    yield f"{shown}:{number}", *parse_json(raw)
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name
-        raise (
-            error if isinstance(error, InputError) else InputError(f"{shown}: cannot be read: {error}")
-        ) from None
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise error if isinstance(error, InputError) else InputError(f"{shown}: {why}") from None
 
 
 def parse_json(line: str | bytes) -> tuple[dict, str]:
     """(JSON object, ""), or ({}, what is wrong). A key that stands twice in one object is refused."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
-        keys = [key for key, _ in pairs]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"'{short(twice[0])}' stands twice in an object")
-        return dict(pairs)
+        found: dict = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"'{short(key)}' stands twice in an object")
+            found[key] = value
+        return found
 
     try:
         row = json.loads(line, object_pairs_hook=unique)
         return (row, "") if isinstance(row, dict) else ({}, f"not a JSON object but {type(row).__name__}")
     except UnicodeDecodeError as error:
         return {}, f"not UTF-8 (byte {error.start + 1} of the line)"
-    except json.JSONDecodeError as error:
-        return {}, f"broken JSON: {error.msg} (column {error.colno})"
     except (ValueError, RecursionError) as error:
         return {}, f"broken JSON: {short(error, 100)}"
 
@@ -298,17 +260,16 @@ def is_missing(value: Any) -> bool:
 def is_text(value: str) -> bool:
     """False for lone surrogates, which no tokenizer takes."""
     try:
-        value.encode("utf-8")
+        return value.encode("utf-8") is not None
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def as_label(value: Any) -> str:
     """A label as text: strings as they are, whole numbers in digits. Raises ValueError for anything else."""
     if isinstance(value, str) and value and value == value.strip() and is_text(value):
         return value
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value // 1:
+    if _is_number(value) and value % 1 == 0:
         return str(int(value))
     raise ValueError(f"must be text without spaces around it, or a whole number, not {short(repr(value))}")
 
@@ -322,61 +283,56 @@ def prompt_text(value: Any) -> str:
     return value
 
 
-def _numbers(value: Any, whole: bool = False) -> dict[str, float]:
+def _is_number(value: Any, most: float = 1e300) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -most <= value <= most
+
+
+def _votes(value: Any, whole: bool = True) -> dict[str, float]:
     """{label: number}, labels as text. A label whose value is None (an empty field of a struct) counts as left out."""
     wanted = "a whole number from 0 to a billion" if whole else "a number of 0 or more"
     out: dict[str, float] = {}
     for key, number in value.items() if isinstance(value, dict) else ():
-        label = as_label(key)
-        if label in out:
-            raise ValueError(f"duplicate label '{short(label)}'")
-        right = isinstance(number, numbers.Real) and not isinstance(number, bool) and 0 <= number <= 10**9
-        if number is not None and not (right and (not whole or number == int(number))):
-            raise ValueError(f"the value of '{short(label)}' must be {wanted}, not {short(repr(number))}")
         if number is not None:
+            label = as_label(key)
+            if label in out:
+                raise ValueError(f"duplicate label '{short(label)}'")
+            if not _is_number(number, 10**9) or number < 0 or (whole and number % 1):
+                raise ValueError(f"the value of '{short(label)}' must be {wanted}, not {short(repr(number))}")
             out[label] = int(number) if whole else float(number)
-    if not out:
-        raise ValueError("must be an object {label: number}")
+    if not sum(out.values()):
+        raise ValueError("no votes at all" if out else "must be an object {label: number}")
     return out
 
 
-def _parse_counts(value: Any) -> dict[str, float]:
-    counts = _numbers(value, whole=True)
-    if not sum(counts.values()):
-        raise ValueError("no votes at all")
-    return counts
-
-
-def _parse_annotations(value: Any) -> dict[str, int]:
+def _annotations(value: Any) -> dict[str, int]:
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError("must be a list of one label or more")
     return dict(collections.Counter(map(as_label, value)))
 
 
-def _parse_shares(value: Any) -> dict[str, float]:
-    shares = _numbers(value)
-    total = sum(shares.values())
-    if abs(total - 1) > 0.02:
+def _shares(value: Any) -> dict[str, float]:
+    shares = _votes(value, whole=False)
+    if abs((total := sum(shares.values())) - 1) > 0.02:
         raise ValueError(f"shares must add up to 1, not to {total:.4g}")
     return {label: share / total for label, share in shares.items()}
 
 
-def _parse_people(value: Any) -> int:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 1 <= value <= 10**9 or value % 1:
+def _people(value: Any) -> int:
+    if not _is_number(value, 10**9) or value < 1 or value % 1:
         raise ValueError(
             f"must be the number of people behind a distribution, a whole number, not {short(repr(value))}"
         )
     return int(value)
 
 
-def _parse_split(value: Any) -> str:
+def _split(value: Any) -> str:
     if value not in ("train", "test"):
         raise ValueError(f"must be train or test, not {short(repr(value))}")
     return value
 
 
-def _parse_swap(value: Any) -> tuple[str, dict[str, str]]:
+def _swap(value: Any) -> tuple[str, dict[str, str]]:
     if not isinstance(value, dict) or not isinstance(value.get("labels"), dict):
         form = '{"prompt": ..., "labels": {label: label in the other order}}'
         raise ValueError(f"must be {form}, not {short(repr(value))}")
@@ -385,9 +341,8 @@ def _parse_swap(value: Any) -> tuple[str, dict[str, str]]:
 
 
 _FIELDS: dict[str, Callable[[Any], Any]] = {
-    "prompt": prompt_text, "id": as_label, "group": as_label, "split": _parse_split, "swap": _parse_swap,
-    "counts": _parse_counts, "annotations": _parse_annotations, "distribution": _parse_shares,
-    "votes": _parse_people, "truth": _parse_shares,
+    "prompt": prompt_text, "id": as_label, "group": as_label, "split": _split, "swap": _swap, "truth": _shares,
+    "counts": _votes, "annotations": _annotations, "distribution": _shares, "votes": _people,
 }  # fmt: skip
 
 
@@ -399,11 +354,11 @@ def parse_row(row: dict[str, Any], votes: bool = True) -> tuple[dict[str, Any], 
     """
     fields, bad = dict.fromkeys(_FIELDS), []
     given = [field for field in ("counts", "annotations", "distribution") if not is_missing(row.get(field))]
-    fields["kind"] = given[0] if len(given) == 1 else ""
-    needed = {"prompt", *(["votes"] if given == ["distribution"] else [])}
-    unread = {"votes"} - needed  # a field of that name beside counts is not ours
+    needed = {"prompt"} | (
+        {"votes"} if given == ["distribution"] else set()
+    )  # beside counts, votes is not ours
     for field, parse in _FIELDS.items():
-        if field not in unread and (field in needed or not is_missing(row.get(field))):
+        if field in needed or (field != "votes" and not is_missing(row.get(field))):
             try:
                 fields[field] = parse(row.get(field))
             except ValueError as error:
@@ -414,9 +369,15 @@ def parse_row(row: dict[str, Any], votes: bool = True) -> tuple[dict[str, Any], 
         found = " and ".join(given) or "none"
         bad.append(("counts", f"one of counts, annotations, distribution is needed, found {found}"))
     counts = fields["counts"] or fields["annotations"] or {}
-    if fields["distribution"] and fields["votes"]:
-        counts = _votes_from_shares(fields["distribution"], fields["votes"])
-    return fields | {"counts": counts if fields["kind"] else {}}, bad
+    if (shares := fields["distribution"]) and (people := fields["votes"]):
+        # whole votes where every share is a multiple of 1 / people (to 0.05 votes, for rounded shares)
+        exact = {label: share * people for label, share in shares.items()}
+        whole = {label: round(count) for label, count in exact.items()}
+        near = (
+            all(abs(exact[label] - whole[label]) <= 0.05 for label in exact) and sum(whole.values()) == people
+        )
+        counts = whole if near else exact
+    return fields | {"counts": counts, "kind": given[0] if len(given) == 1 else ""}, bad
 
 
 def place_swap(prompt: str, other: dict[str, str], labels: Sequence[str]) -> Swap:
@@ -431,33 +392,25 @@ def place_swap(prompt: str, other: dict[str, str], labels: Sequence[str]) -> Swa
     return Swap(prompt, tuple(map(list(labels).index, target)))
 
 
-def _votes_from_shares(shares: dict[str, float], votes: int) -> dict[str, float]:
-    """Whole votes where every share is a multiple of 1/votes (to 0.05 votes, for rounded shares); else share x votes."""
-    exact = {label: share * votes for label, share in shares.items()}
-    whole = {label: round(count) for label, count in exact.items()}
-    near = all(abs(exact[label] - whole[label]) <= 0.05 for label in exact) and sum(whole.values()) == votes
-    return whole if near else exact
-
-
 def _label_order(parsed: Sequence[dict], labels: Sequence[str] | None) -> tuple[list[str], str]:
     """The labels in order, and where they come from: see load_items(). Raises InputError for labels that are twins."""
-    at = parsed[0]["where"] if parsed else "load_items"
+    full = [fields for fields in parsed if fields["kind"] != "annotations"]
     if labels is not None:
         order, example = [str(label) for label in labels], "the labels known"
-        if len(set(order)) != len(order):
-            raise InputError(f"labels: {order} names a label twice")
-        return order, example
-    if full := [fields for fields in parsed if fields["kind"] != "annotations"]:
+    elif full:
         commonest = collections.Counter(frozenset(fields["counts"]) for fields in full).most_common(1)[0][0]
         first = next(fields for fields in full if set(fields["counts"]) == commonest)
         order, example = list(first["counts"]), first["where"]
     else:
-        order, example = sorted({label for fields in parsed for label in fields["counts"]}), at
+        order, example = sorted({label for fields in parsed for label in fields["counts"]}), ""
+    at = parsed[0]["where"] if parsed else "load_items"
+    if len(set(order)) != len(order):
+        raise InputError(f"labels: {order} names a label twice")
     if are_numeric(order):
-        order.sort(key=float)
+        order = sorted(order, key=float) if labels is None else order
         if len(set(map(float, order))) != len(order):
             raise InputError(f"{at}: labels: {listed(order)} holds a number in two spellings")
-    if twins := look_alike(order):
+    elif labels is None and (twins := look_alike(order)):
         at = next(fields["where"] for fields in parsed if twins[1] in fields["counts"])
         differ = "differ only in capitals or in how a letter is coded; name the labels if both are meant"
         raise InputError(f"{at}: labels '{short(twins[0], 20)}' and '{short(twins[1], 20)}' {differ}")
@@ -521,18 +474,6 @@ def _keys(item: Item, fields: Sequence[str], plain: Callable[[str], str] = str) 
     return [(field, value) for field in fields for value in values[field] if value is not None]
 
 
-def check_apart(train_items: Sequence[Item], test_items: Sequence[Item]) -> None:
-    """Raises InputError if an item (its id, or its prompt to the letter) or a group is on both sides."""
-    fields = ("id", "prompt", "group")
-    where = {key: item.where for item in train_items for key in _keys(item, fields)}
-    lines = []
-    for item in test_items:
-        if shared := next((key for key in _keys(item, fields) if key in where), None):
-            lines.append(f"{item.named}: {shared[0]}: also in the training items, at {where[shared]}")
-    if lines:
-        raise InputError("\n".join(_at_most(lines, "and {} more test items")))
-
-
 def keep_apart(
     train_items: Sequence[Item],
     test_items: Sequence[Item],
@@ -545,13 +486,17 @@ def keep_apart(
     group (one premise, article or question, which data/prepare.py names alike in every data set) or its id. The first
     of these counts. "refuse" raises InputError instead.
     """
-    if overlap == "refuse":
-        check_apart(train_items, test_items)
     fields = ("prompt", "group", "id")
-    taken = {key for item in test_items for key in _keys(item, fields, plain)}
-    why = [next((key[0] for key in _keys(item, fields, plain) if key in taken), None) for item in train_items]
-    kept = [item for item, field in zip(train_items, why, strict=True) if field is None]
-    return kept, {field: why.count(field) for field in fields}
+    test = {key: item for item in reversed(test_items) for key in _keys(item, fields, plain)}
+    why = [next((key for key in _keys(item, fields, plain) if key in test), None) for item in train_items]
+    both = [(test[key], key[0], item) for item, key in zip(train_items, why, strict=True) if key]
+    if both and overlap == "refuse":
+        lines = [
+            f"{one.named}: {field}: also in the training items, at {item.where}" for one, field, item in both
+        ]
+        raise InputError("\n".join(at_most(lines, "items")))
+    kept = [item for item, key in zip(train_items, why, strict=True) if not key]
+    return kept, {field: sum(found == field for _, found, _ in both) for field in fields}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1213,7 +1158,7 @@ class Judge:
     """A model, its tokenizer and its labels. Made by load_judge(); `predict` is the judge at work."""
 
     packs: bool = True
-    """Whether prompts that share a beginning are computed together. Set by check_packs() at load; may be switched off."""
+    """Whether prompts that share a beginning are computed together. Decided by check_model() at load; may be switched off."""
     pack_tokens: int
     """Tokens a forward pass, at most; halved when CUDA runs out of memory."""
 
@@ -1234,7 +1179,6 @@ class Judge:
         self.max_length = min(max_length, positions - max(len(ids) for _, ids in tokens.sequences) + 1)
         self.spellings = dict(settings.get("spellings") or {})
         self.pack_tokens = 1024 if self.device.type == "cpu" else 8192
-        self.packs = check_packs(self)
 
     @property
     def labels(self) -> list[str]:
@@ -1382,22 +1326,22 @@ class Judge:
 
 
 @torch.no_grad()
-def check_packs(judge: Judge) -> bool:
-    """Whether the model's last hidden states from a pack are those of one prompt at a time; warns where they are not.
+def check_model(judge: Judge) -> None:
+    """Holds label scores against the model's own forward, and packs against single prompts; decides judge.packs.
 
-    Packs rest on a causal mask and position ids that the model honours; where an architecture has other ideas, prompts
-    are run as padded rows. The probes are longer than a sliding window of up to 1,024 tokens (on CUDA of any length). An
-    architecture with another kind of window is not packed. Unsloth, which treats masks otherwise in training, is checked
-    in both modes.
+    Raises InputError where scores are not finite, or differ from the model's own: then it changes its logits in a way
+    that add_label_readout does not know. Packs rest on a causal mask and position ids that the model honours; where an
+    architecture has other ideas, a warning says so and prompts are run as padded rows. The probes are longer than a
+    sliding window of up to 1,024 tokens (on CUDA of any length); an architecture with another kind of window is not
+    packed. Unsloth, which treats masks otherwise in training, is checked in both modes.
     """
-    model = judge.model
+    model, name, dtype = judge.model, type(judge.model).__name__, next(judge.model.parameters()).dtype
     if hasattr(model, "meant_for"):  # an outline has no weights to check with
-        return True
-    settings = model.config.get_text_config().to_dict().items()
+        return
+    tolerance, settings = 1e-4 if dtype == torch.float32 else 0.05, model.config.get_text_config().to_dict()
     windows = {
-        name: size for name, size in settings if "window" in name and isinstance(size, int) and size > 1
+        key: size for key, size in settings.items() if "window" in key and isinstance(size, int) and size > 1
     }
-    known = ("sliding_window", "max_window_layers", "_sliding_window_pattern")
     longest = max([0, *(size for size in windows.values() if size <= 1024 or judge.device.type == "cuda")])
     probes = [
         "Is this so?",
@@ -1409,34 +1353,53 @@ def check_packs(judge: Judge) -> bool:
     probes += [words + "one", words + "two"] if longest else []
     encoded = sorted(judge.encoder(probe)[: judge.max_length] for probe in probes)
 
-    def states(prompts: Sequence[list[int]], packed: bool) -> torch.Tensor:
+    def hidden(prompts: Sequence[list[int]], packed: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         judge.packs = packed
         batch = judge.batch(prompts)
-        rows = batch["reads"][:, 0]
-        return model(
-            **{name: tensor for name, tensor in batch.items() if name not in ("reads", "token_ids")}
-        )[rows]
+        rows = batch.pop("reads")[:, 0]
+        return batch, model(**{key: tensor for key, tensor in batch.items() if key != "token_ids"})[rows]
 
+    model.eval()
+    batch, _ = hidden(encoded[:1], False)
+    logits, norm = model(**batch, vocabulary=True)
+    at, columns = batch["answer_at"], batch["token_ids"]
+    own = (
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        .logits[at[:, 0], at[:, 1]]
+        .float()
+    )
+    ours, own = (
+        torch.cat([logits, norm[:, None]], 1),
+        torch.cat([own[:, columns], own.logsumexp(1)[:, None]], 1),
+    )
+    if not torch.isfinite(own).all():
+        why = f"its weights are damaged, or do not fit into {str(dtype).removeprefix('torch.')}"
+        raise InputError(f"{model.name_or_path or name}: model: its scores are not finite numbers: {why}")
+    if not torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+        off = f"off by {(ours - own).abs().max():.2g} in a logit"
+        raise InputError(
+            f"{name}: its label scores cannot be read exactly ({off}): this architecture changes its logits"
+        )
     off, why = 0.0, ""
     try:
-        if unknown := sorted(set(windows) - set(known)):
+        if unknown := sorted(
+            set(windows) - {"sliding_window", "max_window_layers", "_sliding_window_pattern"}
+        ):
             raise NotImplementedError(f"its {unknown[0]} is unknown to us")
         for training in (False, True) if judge.backend == "unsloth" else (False,):
             model.train(training)
-            single = torch.cat([states([ids], False) for ids in encoded])
-            off = max(off, ((states(encoded, True) - single).norm(dim=1) / single.norm(dim=1)).max().item())
+            single = torch.cat([hidden([ids], False)[1] for ids in encoded])
+            gap = (hidden(encoded, True)[1] - single).norm(dim=1) / single.norm(dim=1)
+            off = max(off, gap.nan_to_num(math.inf).max().item())
         why = f"hidden states are off by {off:.1%}"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an architecture can refuse the mask in ways of its own
         off, why = math.inf, first_line(error)
     model.eval()
-    if off <= (1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05):
-        return True
-    log.warning(
-        "%s cannot be run on packed prompts (%s): they are run as padded rows", type(model).__name__, why
-    )
-    return False
+    judge.packs = off <= tolerance
+    if not judge.packs:
+        log.warning("%s cannot be run on packed prompts (%s): they are run as padded rows", name, why)
 
 
 def load_judge(
@@ -1456,37 +1419,36 @@ def load_judge(
     """Loads a judge: from a run folder of save_judge() or run(), or a model (a folder, a hub id) given its labels.
 
     A model is loaded with Unsloth or transformers (see choose_backend), in float32 on a CPU and bfloat16 on CUDA (float16
-    on cards without it), 4-bit (NF4) on request. It gets fresh LoRA adapters of lora_rank and scale 2 on all linear
-    layers of its decoder, or none with lora_rank = 0, when all weights, then in float32, are trained. Prompts may have
-    max_length tokens (2048), or what a saved judge was trained with. Only safetensors are read, and no code from the
-    model's repository is run. gradient_checkpointing: Unsloth's own, which must be known here; transformers' is train()'s.
-    weights=False: an outline for dry runs, on PyTorch's meta device, which can be counted but cannot judge.
+    on cards without it), 4-bit (NF4) on request. It gets fresh LoRA adapters on all linear layers of its decoder, or none
+    with lora_rank = 0, when all weights, then in float32, are trained. Prompts may have max_length tokens (2048), or what
+    a saved judge was trained with. Only safetensors are read, and no code from the model's repository is run.
+    gradient_checkpointing: Unsloth's own, which must be known here; transformers' is train()'s. weights=False: an outline
+    for dry runs, on PyTorch's meta device, which can be counted but cannot judge.
     Raises InputError for a path that holds no model, labels that contradict the run folder's, files of a judge that have
     changed, or a model whose label scores differ from those of its own forward.
     """
-    path = str(path)
-    folder, saved, base = Path(path), None, path
+    folder, path, saved = Path(path), str(path), None
     if (folder / "judge.json").is_file():
         saved = _read_saved(folder, labels, weights)
-        labels, spellings, four_bit, adapter = (
-            saved[key] for key in ("labels", "spellings", "four_bit", "adapter")
-        )
-        base = saved["base"] if adapter else str(folder / "model")
-        lora_rank, max_length = int(adapter), max_length or saved["max_length"]
+        labels, spellings, four_bit, max_length = (
+            saved["labels"], saved["spellings"], saved["four_bit"], max_length or saved["max_length"],
+        )  # fmt: skip
+        base, lora_rank = (saved["base"], 1) if saved["adapter"] else (str(folder / "model"), 0)
     else:
-        _check_folder(path)
+        base = path
         if not labels:
             raise InputError(f"{path}: labels: a model that is not a saved judge needs labels=[...]")
         if four_bit and not lora_rank:
             raise InputError(
                 "four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more"
             )
+    _check_folder(base)
     use, why = choose_backend(backend, device, trained=not lora_rank)  # before transformers is imported
     tokenizer = load_tokenizer(str(folder / "tokenizer") if saved else path)
     encoder = PromptEncoder(tokenizer, saved and saved["frame"])
-    tokens = label_tokens(tokenizer, labels, spellings, encoder)  # before the weights are loaded
-    if saved and tokens.sequences != [(label, tuple(ids)) for label, ids in saved["sequences"]]:
-        raise InputError(f"{path}: labels: their tokens are not those the judge was trained on")
+    label_tokens(
+        tokenizer, labels, spellings, encoder
+    )  # what is wrong with them is said before the weights are loaded
     options = {
         "four_bit": four_bit,
         "device": device,
@@ -1497,14 +1459,14 @@ def load_judge(
     model.backend_reason = why
     if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
         raise InputError(f"{path}: model: has {rows} tokens, its tokenizer {len(tokenizer)}")
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    made = {"base": base, "spellings": spellings, "max_length": max_length, "encoder": encoder}
-    if not saved or not adapter:
-        made |= {"lora_rank": lora_rank, "seed": seed, "gradient_checkpointing": gradient_checkpointing}
-        return make_judge(model, tokenizer, labels, **made)
-    if _fingerprint(model) != saved["base_fingerprint"]:
+    if saved and saved["adapter"] and _fingerprint(model) != saved["base_fingerprint"]:
         raise InputError(f"{path}: base: the weights of {base} are not those the judge was trained on")
-    return make_judge(model, tokenizer, labels, **made, adapter=folder / "adapter")
+    made = {"base": str(Path(base).resolve()) if Path(base).is_dir() else base, "spellings": spellings}
+    made |= {"lora_rank": lora_rank, "max_length": max_length, "seed": seed, "encoder": encoder}
+    adapter = folder / "adapter" if saved and saved["adapter"] else None
+    return make_judge(
+        model, tokenizer, labels, **made, gradient_checkpointing=gradient_checkpointing, adapter=adapter
+    )
 
 
 def make_judge(
@@ -1525,24 +1487,19 @@ def make_judge(
 
     adapter: a folder with a trained adapter, in the place of fresh ones.
     """
-    add_label_readout(model)
     encoder = encoder or PromptEncoder(tokenizer)
     tokens = label_tokens(tokenizer, labels, spellings, encoder)
-    check_readout(model, encoder, tokens)
-    if adapter:
-        model = _load_adapter(model, adapter, gradient_checkpointing)
-    elif lora_rank:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = _add_adapters(model, lora_rank, seed, gradient_checkpointing)
-    return Judge(model, encoder, tokens, base, max_length=max_length, spellings=spellings)
+    add_label_readout(model)
+    if adapter or lora_rank:
+        model = _with_adapters(model, lora_rank, seed, gradient_checkpointing, adapter)
+    judge = Judge(model, encoder, tokens, base, max_length=max_length, spellings=spellings)
+    check_model(judge)
+    return judge
 
 
 def _check_folder(path: str) -> None:
     """Raises InputError if a path names something else than a folder with a model; a hub id passes."""
     folder, wrong = Path(path), ""
-    if not path.strip():
-        raise InputError("model: name a folder or a hub id")
     if folder.is_file():
         wrong = "is a file, not a folder"
     elif (
@@ -1552,7 +1509,7 @@ def _check_folder(path: str) -> None:
     elif folder.is_dir() and not (folder / "config.json").is_file():
         wrong = "cannot be loaded: there is no config.json in it"
     elif not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
-        wrong = "no such folder"
+        wrong = "no such folder" if path.strip() else "name a folder or a hub id"
     if wrong:
         raise InputError(f"{path}: model: {wrong}")
 
@@ -1564,17 +1521,15 @@ def choose_backend(wanted: str = "auto", device: str | None = None, trained: boo
     it imports, so it is imported here, before transformers, and without its download statistics. Raises InputError
     where Unsloth is asked for and cannot be had.
     """
-    if wanted == "transformers":
-        return wanted, "asked for"
-    if wanted not in ("auto", "unsloth"):
-        raise InputError(f"backend: must be auto, unsloth or transformers, not {wanted}")
     why_not = ""
-    if trained:
+    if wanted not in ("auto", "unsloth", "transformers"):
+        raise InputError(f"backend: must be auto, unsloth or transformers, not {wanted}")
+    if wanted == "transformers":
+        why_not = "asked for"
+    elif trained:
         why_not = "all weights are trained, not adapters"
-    elif not torch.cuda.is_available():
-        why_not = "no CUDA device"
-    elif not str(device or "cuda").startswith("cuda"):
-        why_not = f"the model goes to {device}"
+    elif not torch.cuda.is_available() or not str(device or "cuda").startswith("cuda"):
+        why_not = "no CUDA device" if not torch.cuda.is_available() else f"the model goes to {device}"
     else:
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         try:
@@ -1583,15 +1538,20 @@ def choose_backend(wanted: str = "auto", device: str | None = None, trained: boo
             why_not = f"{error.name} is not installed"
         except Exception as error:  # it raises what its many dependencies raise
             why_not = f"Unsloth cannot be imported: {type(error).__name__}: {first_line(error)}"
-    if not why_not:
-        return "unsloth", "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
-    if wanted == "unsloth":
+    if why_not and wanted == "unsloth":
         raise InputError(f"backend: Unsloth cannot be used: {why_not}")
-    return "transformers", why_not
+    if why_not:
+        return "transformers", why_not
+    return "unsloth", "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
 
 
-def _add_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: bool) -> Any:
-    """Fresh LoRA adapters, in float32, on every linear layer of the decoder (not on a vision tower beside it)."""
+def _with_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: bool, saved: Path | None) -> Any:
+    """The model with adapters, in float32: those of a folder, or fresh ones on every linear layer of the decoder.
+
+    A vision tower beside the decoder gets none. Raises InputError for a folder whose adapter does not load.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
     inside = {id(module) for module in model.get_decoder().modules()}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     targets = sorted({name.rsplit(".", 1)[-1] for name, module in linear.items() if id(module) in inside})
@@ -1602,29 +1562,33 @@ def _add_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: bool
         "bias": "none",
         "target_modules": targets,
     }
-    if getattr(model, "backend", "") == "unsloth" and not hasattr(model, "meant_for"):
-        from unsloth import FastLanguageModel
+    unsloth = getattr(model, "backend", "") == "unsloth" and not hasattr(model, "meant_for")
+    # Unsloth's way of recomputing activations keeps what it must keep in main memory, through CUDA
+    recompute = "unsloth" if gradient_checkpointing and torch.cuda.is_available() else gradient_checkpointing
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if saved:
+            try:
+                model = PeftModel.from_pretrained(model, str(saved), is_trainable=True)
+            except Exception as error:  # a damaged file can fail in any way
+                raise InputError(f"{saved}: the adapter cannot be loaded: {first_line(error)}") from error
+            if unsloth:  # its fused layers, as its own loader puts them over an adapter
+                from unsloth import FastLanguageModel
 
-        recompute = _unsloth_checkpointing(gradient_checkpointing)
-        model = FastLanguageModel.get_peft_model(
-            model, random_state=seed, **settings, use_gradient_checkpointing=recompute
-        )
-    else:
-        from peft import LoraConfig, get_peft_model
+                model = FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=recompute)
+        elif unsloth:
+            from unsloth import FastLanguageModel
 
-        outside = "|".join(re.escape(name) for name, module in linear.items() if id(module) not in inside)
-        model = get_peft_model(
-            model, LoraConfig(**settings, task_type="CAUSAL_LM", exclude_modules=outside or None)
-        )
+            options = {"random_state": seed, "use_gradient_checkpointing": recompute}
+            model = FastLanguageModel.get_peft_model(model, **settings, **options)
+        else:
+            outside = "|".join(re.escape(name) for name, module in linear.items() if id(module) not in inside)
+            lora = LoraConfig(**settings, task_type="CAUSAL_LM", exclude_modules=outside or None)
+            model = get_peft_model(model, lora)
     for weight in model.parameters():
         if weight.requires_grad:  # rounded to 16 bits, small steps would be lost
             weight.data = weight.data.float()
     return model
-
-
-def _unsloth_checkpointing(wanted: bool) -> Any:
-    """Unsloth's way of recomputing activations keeps what it must keep in main memory, through CUDA."""
-    return "unsloth" if wanted and torch.cuda.is_available() else wanted
 
 
 def half_precision(device: str | torch.device) -> torch.dtype:
@@ -1640,24 +1604,24 @@ def half_precision(device: str | torch.device) -> torch.dtype:
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a folder or hub id, as its tokenizer.json has it. Raises InputError where it has none.
 
-    AutoTokenizer rebuilds some tokenizers by the model's type (a Qwen2 model always gets Qwen2's splitting rule and end
-    of text), which is not always what the file says.
+    AutoTokenizer, which is for folders without that file, rebuilds some tokenizers by the model's type: a Qwen2 model
+    always gets Qwen2's splitting rule and end of text, whatever the file says.
     """
-    import transformers
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-    _, options = _check_folder(path) if not Path(path).is_dir() else None, {"trust_remote_code": False}
     what = "config.json cannot be used"
     try:
         if (Path(path) / "config.json").is_file():  # a fault in it is not the tokenizer's
-            transformers.AutoConfig.from_pretrained(path, **options)
-        here = Path(path).is_dir()
-        what = f"{'its tokenizer' if here else 'no such folder, and it'} cannot be loaded{'' if here else ' from a model hub'}"
+            AutoConfig.from_pretrained(path, trust_remote_code=False)
+        what = "its tokenizer cannot be loaded"
+        if not Path(path).is_dir():
+            what = "no such folder, and it cannot be loaded from a model hub"
         try:
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        except (OSError, ValueError):  # no tokenizer.json: it is converted from another format
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        except (OSError, ValueError):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not set(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
-            raise InputError(
+            raise ValueError(
                 "it has no vocabulary (tokenizer.json is missing)"
             )  # transformers makes an empty one up
     except Exception as error:  # a damaged or contradictory folder can fail in any way
@@ -1677,7 +1641,7 @@ def load_model(
     dtype: torch.dtype | None = None,
 ) -> Any:
     """A causal LM as load_judge() takes it, before adapters; trained: its own weights will be, so they are float32."""
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     device = (
@@ -1685,41 +1649,51 @@ def load_model(
     )  # 4-bit runs are planned for a card, also without one
     dtype = dtype or (torch.float32 if device == "cpu" or trained else half_precision(device))
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
         if not weights:
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             model.meant_for, model.is_loaded_in_4bit = torch.device(device), four_bit
         elif backend == "unsloth":
-            model = _load_unsloth(path, config, four_bit, device, dtype, max_length)
+            from unsloth import FastLanguageModel
+
+            # longer inputs would be cut at their end, where the answer is read, and positions beyond the model's own
+            # rescaled; exactly the weights named, not those of another repository that Unsloth knows for them
+            room = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+            options |= {"max_seq_length": min(max_length + 64, room), "load_in_4bit": four_bit}
+            options |= {
+                "use_exact_model_name": True,
+                "use_gradient_checkpointing": False,
+                "device_map": {"": device},
+            }
+            model, _ = FastLanguageModel.from_pretrained(path, **options)
         else:
             if dtype == torch.float16 and "gemma" in config.model_type:
-                dtype = torch.float32  # its activations do not fit into float16
-            options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+                options["dtype"] = dtype = torch.float32  # its activations do not fit into float16
             if four_bit:
                 nf4 = {
                     "bnb_4bit_quant_type": "nf4",
                     "bnb_4bit_use_double_quant": True,
                     "bnb_4bit_compute_dtype": dtype,
                 }
-                options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
+                options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
                 options["device_map"] = {"": device}
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                path, **options, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, report = AutoModelForCausalLM.from_pretrained(path, **options)
             lost = [
                 *report["missing_keys"],
                 *(k if isinstance(k, str) else k[0] for k in report["mismatched_keys"]),
             ]
             if lost:  # transformers would go on with random numbers in their place
-                of = f"{len(lost)} of its weights are missing or of another shape"
-                raise ValueError(f"{of}, the first {min(lost)}")
+                shape = "of its weights are missing or of another shape"
+                raise ValueError(f"{len(lost)} {shape}, the first {min(lost)}")
+        if four_bit and not getattr(model, "is_loaded_in_4bit", False):  # Unsloth would go on in 16 bits
+            raise ValueError("it was not loaded in 4 bits; bitsandbytes does not work here")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged or contradictory folder can fail in any way
         raise InputError(f"{path}: model: cannot be loaded: {first_line(error)}") from error
-    if four_bit and not getattr(model, "is_loaded_in_4bit", False):  # Unsloth would go on in 16 bits
-        raise InputError(f"{path}: model: was not loaded in 4 bits; bitsandbytes does not work here")
     for module in model.modules():
         if hasattr(
             module, "support_avx512bf16_for_cpu"
@@ -1729,60 +1703,6 @@ def load_model(
         model.to(device)
     model.backend, model.backend_reason = backend, "asked for"
     return model
-
-
-def _load_unsloth(
-    path: str, config: Any, four_bit: bool, device: str, dtype: torch.dtype, max_length: int
-) -> Any:
-    """The model as Unsloth patches it; exactly the weights named, not those of another repository that it knows for them.
-
-    Inputs over max_seq_length would be cut at the end, where the answer is read, and positions beyond the model's own
-    rescaled: label tokens fit in the extra room, and prompts are checked against max_length before they get there.
-    """
-    from unsloth import FastLanguageModel
-
-    room = min(
-        max_length + 64, getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    )
-    options = {"use_exact_model_name": True, "use_gradient_checkpointing": False, "use_safetensors": True}
-    options |= {
-        "dtype": dtype,
-        "load_in_4bit": four_bit,
-        "device_map": {"": device},
-        "trust_remote_code": False,
-    }
-    return FastLanguageModel.from_pretrained(path, max_seq_length=room, **options)[0]
-
-
-@torch.no_grad()
-def check_readout(model: Any, encoder: PromptEncoder, tokens: LabelTokens) -> None:
-    """Compares label logits with the model's own forward, on one prompt; raises InputError where they differ."""
-    model.eval()
-    if hasattr(model, "meant_for"):  # an outline
-        return
-    name, weight = type(model).__name__, next(model.parameters())
-    batch = collate([encoder("Is this so?")], tokens, 0)
-    batch = {key: tensor.to(weight.device) for key, tensor in batch.items() if key != "reads"}
-    (rows, columns), wanted = batch["answer_at"].T, batch["token_ids"]
-    logits, norm = model(**batch, vocabulary=True)
-    own = (
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        .logits[rows, columns]
-        .float()
-    )
-    ours, own = (
-        torch.cat([logits, norm[:, None]], 1),
-        torch.cat([own[:, wanted], own.logsumexp(1)[:, None]], 1),
-    )
-    if not torch.isfinite(own).all():
-        kind = str(weight.dtype).removeprefix("torch.")
-        damaged = f"its scores are not finite numbers: its weights are damaged, or do not fit into {kind}"
-        raise InputError(f"{model.name_or_path or name}: model: {damaged}")
-    tolerance = 1e-4 if weight.dtype == torch.float32 else 0.05
-    if not torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
-        why = "this architecture changes its logits in a way that add_label_readout does not know"
-        off = f"off by {(ours - own).abs().max():.2g} in a logit"
-        raise InputError(f"{name}: its label scores cannot be read exactly ({off}): {why}")
 
 
 def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
@@ -1836,6 +1756,13 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+def _hash_file(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of a judge's files, by their path in its folder; not of what else may lie there."""
     found = {}
@@ -1848,64 +1775,41 @@ def checksums(folder: Path) -> dict[str, str]:
     return found
 
 
-def _hash_file(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def _read_saved(folder: Path, labels: Sequence[str] | None, weights: bool) -> dict[str, Any]:
     """judge.json of a saved judge. Raises InputError, a line for each, if files of it are not those that were saved."""
     if not weights:
         raise InputError(f"{folder}: model: an outline is made of a model, not of a trained judge")
-    about, wrong = folder / "judge.json", []
+    about, since = folder / "judge.json", "compared with when the judge was saved"
     try:
         saved = json.loads(about.read_text(encoding="utf-8"))
         if saved.pop("digest") != _digest(saved):
-            wrong.append(f"{about}: has changed, compared with when the judge was saved")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{about}: not a judge written by distjudge ({why})") from None
-    here, then = checksums(folder), {} if wrong else saved["sha256"]
-    for name in () if wrong else sorted({*here, *then}):
-        if here.get(name) != then.get(name):
-            what = "is missing" if name not in here else "has changed" if name in then else "was not there"
-            wrong.append(f"{folder / name}: {what}, compared with when the judge was saved")
+            raise InputError(f"{about}: has changed, {since}")
+    except (OSError, KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        why = f"not a judge written by distjudge ({type(error).__name__}: {first_line(error)})"
+        raise error if isinstance(error, InputError) else InputError(f"{about}: {why}") from None
+    here, then = checksums(folder), saved["sha256"]
+    kind = lambda name: (
+        "is missing" if name not in here else "has changed" if name in then else "was not there"
+    )  # noqa: E731
+    wrong = [
+        f"{folder / n}: {kind(n)}, {since}" for n in sorted({*here, *then}) if here.get(n) != then.get(n)
+    ]
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # a judge that was saved by itself has none
+        if (
+            json.loads((folder / "config.json").read_text(encoding="utf-8"))["prompt_hash"]
+            != saved["prompt_hash"]
+        ):
+            wrong.append(
+                f"{folder / 'config.json'}: prompt_hash: is that of another judge than the one in judge.json"
+            )
     if wrong:
         raise InputError("\n".join(wrong))
     if labels and [str(label) for label in labels] != saved["labels"]:
         given = f"{listed(saved['labels'])}, not {listed(map(str, labels))}"
         raise InputError(f"{folder}: labels: this judge was trained for {given}")
-    if saved["adapter"] and Path(saved["base"]).is_absolute() and not Path(saved["base"]).is_dir():
-        raise InputError(
-            f"{folder}: base: {saved['base']}, the model that the judge was trained on, is not there"
-        )
     return saved
-
-
-def _load_adapter(model: Any, folder: Path, gradient_checkpointing: bool) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    try:
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            lost = sorted(set(get_peft_model_state_dict(model)) ^ set(file.keys()))
-        if lost:
-            raise ValueError(
-                f"its weights are not those of its model: {len(lost)} differ, the first {lost[0]}"
-            )
-    except Exception as error:  # a damaged file can fail in any way
-        raise InputError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
-    if (
-        getattr(model, "backend", "") == "unsloth"
-    ):  # its fused layers, as its own loader puts them over an adapter
-        from unsloth import FastLanguageModel
-
-        recompute = _unsloth_checkpointing(gradient_checkpointing)
-        model = FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=recompute)
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2128,13 +2032,6 @@ PRESETS: dict[
     "kl": {"alpha": 1.0, "eps": 0.0, "teacher": 0.0},
     "teacher": {"alpha": 1.0, "eps": 0.0, "teacher": 5.0, "schedule": "constant"},
 }
-GROUPS = {  # of --help; each with the common ones first
-    "data": "train test labels spellings overlong".split(),
-    "model": "model four_bit max_length lora_rank backend".split(),
-    "method": "alpha eps teacher loss steps step_size".split(),
-    "training": "epochs learning_rate batch_size pack_tokens gradient_checkpointing schedule warmup weight_decay seed".split(),
-    "output": "out resume save_every eval_every report_to".split(),
-}
 
 
 @dataclasses.dataclass
@@ -2232,11 +2129,6 @@ class Config:
                 raise InputError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)}")
 
 
-def optimizer_is_8bit(judge: Judge) -> bool:
-    """Whether AdamW keeps its moments in 8 bits: where the weights are 4-bit on CUDA."""
-    return judge.device.type == "cuda" and bool(getattr(judge.model, "is_loaded_in_4bit", False))
-
-
 def autocast_type(judge: Judge) -> torch.dtype | None:
     """The 16-bit type that training computes in; None: in float32, as the weights are."""
     held = judge.model.get_input_embeddings().weight.dtype
@@ -2245,22 +2137,47 @@ def autocast_type(judge: Judge) -> torch.dtype | None:
     return half_precision(judge.device) if held == torch.float32 else held
 
 
+def optimizer_is_8bit(judge: Judge) -> bool:
+    """Whether AdamW keeps its moments in 8 bits: where the weights are 4-bit on CUDA."""
+    return judge.device.type == "cuda" and bool(getattr(judge.model, "is_loaded_in_4bit", False))
+
+
+def make_optimizer(judge: Judge, config: Config) -> torch.optim.Optimizer:
+    """AdamW on what is trained; vectors (biases, norms) get no weight decay."""
+    weights = [w for w in judge.model.parameters() if w.requires_grad]
+    groups = [{"params": [w for w in weights if w.dim() > 1], "weight_decay": config.weight_decay}]
+    groups += (
+        [{"params": vectors, "weight_decay": 0.0}] if (vectors := [w for w in weights if w.dim() < 2]) else []
+    )
+    if optimizer_is_8bit(judge):
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    return AdamW(groups, lr=config.learning_rate)
+
+
 def epoch_order(encoded: Sequence[Sequence[int]], config: Config, epoch: int) -> list[int]:
     """The order of the prompts in an epoch: see shuffled()."""
     return shuffled(encoded, config.seed * 1_000_003 + epoch, chunk=config.batch_size)
 
 
 class Teacher:
-    """A running mean of the trained weights, float32, that spans the last tenth of all steps so far.
+    """A running mean of the trained weights, float32, over the last tenth of all steps so far.
 
-    mean += rate * (new - mean) with rate = 10 / (10 + n), n the steps in it, weighs step t by about t^9. Its predictions
-    are worth config.teacher votes an item. Source: mean teachers, Tarvainen and Valpola 2017; weights that are a power
-    of t, Karras et al. 2024; their use as a prior is ours.
+    mean += rate * (new - mean), rate = 10 / (10 + n) with n the steps in it, weighs step t by about t^9. Source: mean
+    teachers, Tarvainen and Valpola 2017; weights that are a power of t, Karras et al. 2024. That its predictions count
+    as votes is ours.
     """
 
     def __init__(self, judge: Judge):
         self.judge, self.number, self.means = judge, 0, []
         self.weights = [w for w in judge.model.parameters() if w.requires_grad]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number, "means": self.means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.number, self.means = state["number"], [mean.to(self.judge.device) for mean in state["means"]]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -2270,32 +2187,21 @@ class Teacher:
         self.number += 1
 
     @torch.no_grad()
-    def take_over(self, values: Sequence[torch.Tensor] = ()) -> None:
-        """Puts the mean, or these values, in the weights' place."""
-        for weight, value in zip(self.weights, values or self.means, strict=False):
+    def put(self, values: Sequence[torch.Tensor]) -> None:
+        for weight, value in zip(self.weights, values, strict=True):
             weight.copy_(value)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The mean in the weights' place while this is open, without dropout."""
-        held = [w.detach().clone() for w in self.weights]
-        self.take_over()
+        held, was_training = [w.detach().clone() for w in self.weights], self.judge.model.training
+        self.put(self.means)
         self.judge.model.eval()
         try:
             yield
         finally:
-            self.take_over(held)
-
-
-def training_rows(judge: Judge, items: Sequence[Item]) -> tuple[list[list[int]], torch.Tensor, list[str]]:
-    """Token ids, votes (M, C) float32 and ids of what is trained on; a pair in the other order is an item of its own."""
-    votes, ids = counts_of(items).float(), [item.id for item in items]
-    pairs = [i for i, item in enumerate(items) if item.swap]
-    encoded = judge.encode([item.prompt for item in items] + [items[i].swap.prompt for i in pairs])
-    if pairs:
-        turned = torch.tensor([items[i].swap.labels for i in pairs])
-        votes = torch.cat([votes, votes[pairs].gather(1, turned)])
-    return encoded, votes, ids + [ids[i] for i in pairs]
+            self.put(held)
+            self.judge.model.train(was_training)
 
 
 def train(
@@ -2307,7 +2213,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains the judge in place with the method's objective; returns the log, a dict a step, losses in nats.
 
-    The loss of a step is the mean over its batch_size items, whatever the passes and the processes (torchrun) they are
+    The loss of a step is the mean over its batch_size items, whatever the passes and processes (torchrun) they are
     divided into. Two runs with one seed on one machine give the same weights. on_step: called with each step's number
     after it. Raises InputError if the items' labels are not the judge's, a prompt is too long, or config.resume finds
     another run's checkpoints or damaged ones only; FloatingPointError when the loss or the weights are no longer
@@ -2318,41 +2224,44 @@ def train(
 
     config.check()
     for some in filter(None, (items, eval_items)):
-        if labels_of(some) != judge.labels:
+        if (labels := labels_of(some)) != judge.labels:
             raise InputError(
-                f"{some[0].where}: labels {listed(labels_of(some))} are not the judge's {listed(judge.labels)}"
+                f"{some[0].where}: labels {listed(labels)} are not the judge's {listed(judge.labels)}"
             )
     encoded, votes, ids = training_rows(judge, items)
     per_epoch = math.ceil(len(encoded) / config.batch_size)
     last = math.ceil(per_epoch * config.epochs)
     save_every, eval_every = (
-        _whole_steps(n, last) or last + 1 for n in (config.save_every, config.eval_every)
+        whole_steps(n, last) or last + 1 for n in (config.save_every, config.eval_every)
     )
     set_seed(config.seed)
     accelerator = _accelerator(judge, config)
     rank, processes = accelerator.process_index, accelerator.num_processes
     model = accelerator.prepare(judge.model) if processes > 1 else judge.model
-    optimizer = make_optimizer(judge, config)
-    schedule = get_scheduler(config.schedule, optimizer, _whole_steps(config.warmup, last), last)
     half = autocast_type(judge)
     autocast = functools.partial(torch.autocast, judge.device.type, half, enabled=half is not None)
     scaler = torch.amp.GradScaler(judge.device.type, enabled=half == torch.float16)
+    optimizer = make_optimizer(judge, config)
+    schedule = get_scheduler(config.schedule, optimizer, whole_steps(config.warmup, last), last)
     teacher = Teacher(judge) if config.teacher else None
-    parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    run = RunState(judge, config, parts, teacher, ids, _made_from(judge, items, eval_items, config), last)
+    parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler} | (
+        {"teacher": teacher} if teacher else {}
+    )
+    run = Run(judge, config, parts, _made_from(judge, items, eval_items, config), last)
+    adversary, hybrid = inspect.unwrap(worst_case), inspect.unwrap(hybrid_loss)  # without their checks
 
     def backward(rows: list[int], said: torch.Tensor | None, share: float) -> torch.Tensor | None:
-        """Adds the gradient of `share` times these items' losses. None, and smaller passes from here on, without memory."""
+        """Adds the gradient of `share` times these items' losses; None where a pass does not fit into memory."""
         total, passes = torch.zeros((), device=judge.device), judge.plan([encoded[i] for i in rows])
         for members in passes:
             chosen = [rows[k] for k in members]
             batch, n = judge.batch([encoded[i] for i in chosen]), votes[chosen].to(judge.device)
-            p, out_of_memory = n / n.sum(1, keepdim=True), False
+            p = n / n.sum(1, keepdim=True)
             try:  # processes exchange their gradients with the last pass only
                 with contextlib.nullcontext() if members is passes[-1] else accelerator.no_sync(model):
                     with autocast():
                         logq, _ = label_logprobs(model, batch, judge.tokens)
-                    run.check_finite(logq, chosen)
+                    run.check_finite(logq, [ids[i] for i in chosen])
                     worst = adversary(logq, p, config.eps, config.steps, config.step_size)
                     if said is not None:  # the votes are moved first, and the teacher's are added to them
                         worst = shrink_votes(
@@ -2361,88 +2270,86 @@ def train(
                     loss = share * hybrid(logq, p, config.alpha, worst, config.loss).sum()
                     scaler.scale(loss * processes).backward()  # processes average their gradients
                     total += loss.detach()
+                    continue
             except torch.OutOfMemoryError:
-                out_of_memory = True
-            if out_of_memory:
-                judge.model.zero_grad()  # the backward pass may have stopped half way: the whole step starts again
-                judge.shrink(members, batch["input_ids"].numel())
-                return None
+                pass
+            judge.shrink(members, batch["input_ids"].numel())
+            return None
         return total
 
-    adversary, hybrid = (
-        inspect.unwrap(worst_case),
-        inspect.unwrap(hybrid_loss),
-    )  # without the checks of their arguments
     with run:
-        done = run.first
-        while done < last:
-            epoch, k = divmod(done, per_epoch)
-            if k == 0 or done == run.first:
+        while run.done < last:
+            epoch, k = divmod(run.done, per_epoch)
+            if k == 0 or run.done == run.first:
                 order = epoch_order(encoded, config, epoch)
             step_items = order[k * config.batch_size : (k + 1) * config.batch_size]
             mine = step_items[rank * len(step_items) // processes : (rank + 1) * len(step_items) // processes]
-            share, mine = (
-                len(mine) and 1 / len(step_items),
-                mine or step_items[:1],
-            )  # no items: a gradient of zero
-            said = None
+            share = (
+                1 / len(step_items) if mine else 0.0
+            )  # a process without items exchanges a gradient of zero
+            mine, said, loss = mine or step_items[:1], None, None
             if teacher and teacher.number:
                 with teacher.in_place(), autocast():
-                    said = judge.judge_encoded([encoded[i] for i in mine], with_mass=False)[0]
-                run.check_finite(said, mine)
-                said = said.exp()
+                    said = judge.judge_encoded([encoded[i] for i in mine], with_mass=False)[0].exp()
+                run.check_finite(said, [ids[i] for i in mine])
             judge.model.train()
-            while (loss := backward(mine, said, share)) is None:
-                pass
+            while loss is None:  # out of memory: the whole step starts again, in smaller passes
+                optimizer.zero_grad()
+                loss = backward(mine, said, share)
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(run.weights.values(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(run.weights.values(), 1.0).item()
             scale, rate = scaler.get_scale(), schedule.get_last_lr()[0]
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad()
             if (
                 scaler.get_scale() >= scale
             ):  # or the step was left out: its gradients did not fit into float16
                 schedule.step()
             if teacher:
                 teacher.update()
-            done, loss = done + 1, accelerator.reduce(loss, "sum").item()
-            row = {
-                "step": done,
-                "epoch": done / per_epoch,
-                "loss": loss,
-                "learning_rate": rate,
-                "grad_norm": norm.item(),
-            }
-            if eval_items and done % eval_every == 0:
+            run.done += 1
+            row = {"epoch": run.done / per_epoch, "loss": accelerator.reduce(loss, "sum").item()}
+            row |= {"learning_rate": rate, "grad_norm": norm}
+            if eval_items and run.done % eval_every == 0:
                 with teacher.in_place() if teacher else contextlib.nullcontext():
                     row |= evaluate_judge(judge, eval_items, items)
             run.log(row, accelerator)
-            if run.signals or done % save_every == 0 or done == last:
-                run.save(done, step_items, write=rank == 0 and bool(config.save_every))
+            if run.signals or run.done % save_every == 0 or run.done == last:
+                run.save([ids[i] for i in step_items])
             if on_step:
-                on_step(done)
-            run.stop_if_asked(done, last)
+                on_step(run.done)
+            run.stop_if_asked()
         if teacher:
-            teacher.take_over()
+            teacher.put(teacher.means)
     accelerator.end_training()
     return run.rows
 
 
-def _whole_steps(value: float, last: int) -> int:
-    """A setting that is a share of all steps if below 1, else a number of steps; 0 is never (for a warm-up: none)."""
+def whole_steps(value: float, last: int) -> int:
+    """A setting that is a share of all steps if below 1, else a number of steps."""
     return math.ceil(last * value) if value < 1 else int(value)
+
+
+def training_rows(judge: Judge, items: Sequence[Item]) -> tuple[list[list[int]], torch.Tensor, list[str]]:
+    """Token ids, votes (M, C) float32 and ids of what is trained on; a pair in the other order is an item of its own."""
+    votes, pairs = counts_of(items).float(), [i for i, item in enumerate(items) if item.swap]
+    encoded = judge.encode([item.prompt for item in items] + [items[i].swap.prompt for i in pairs])
+    if pairs:
+        turned = torch.tensor([items[i].swap.labels for i in pairs])
+        votes = torch.cat([votes, votes[pairs].gather(1, turned)])
+    return encoded, votes, [item.id for item in items] + [items[i].id for i in pairs]
 
 
 def _accelerator(judge: Judge, config: Config) -> Any:
     """accelerate's processes and loggers; precision is train()'s own. Raises InputError for a logger that is not there."""
     from accelerate import Accelerator
 
-    on_cpu = judge.device.type == "cpu" and "WORLD_SIZE" in os.environ
+    on_cpu, loggers = judge.device.type == "cpu" and "WORLD_SIZE" in os.environ, list(config.report_to)
     try:
-        loggers = list(config.report_to) or None
         accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, log_with=loggers, project_dir=config.out)
-        if lost := sorted(set(config.report_to) - {str(name) for name in accelerator.log_with}):
+        if lost := sorted(
+            set(loggers) - {str(getattr(name, "value", name)) for name in accelerator.log_with}
+        ):
             raise ValueError(f"{lost[0]} is not installed")
         if loggers:
             accelerator.init_trackers("distjudge", {k: str(v) for k, v in dataclasses.asdict(config).items()})
@@ -2451,62 +2358,36 @@ def _accelerator(judge: Judge, config: Config) -> Any:
     return accelerator
 
 
-def make_optimizer(judge: Judge, config: Config) -> torch.optim.Optimizer:
-    """AdamW on what is trained; vectors (biases, norms) get no weight decay."""
-    weights = [w for w in judge.model.parameters() if w.requires_grad]
-    groups = [{"params": [w for w in weights if w.dim() > 1], "weight_decay": config.weight_decay}]
-    groups += [{"params": rest, "weight_decay": 0.0}] if (rest := [w for w in weights if w.dim() < 2]) else []
-    if not optimizer_is_8bit(judge):
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(groups, lr=config.learning_rate)
-
-
-class RunState:
-    """What training keeps beside the loop: checkpoints, the log, signals, and what must be put back when it ends.
-
-    A checkpoint is one file of tensors, numbers and text, named by its step and its SHA-256. It is read with
-    torch.load(weights_only=True), which runs no code.
-    """
+class Run:
+    """What training keeps beside its loop: steps done, log, checkpoints, signals; and what must be put back at its end."""
 
     def __init__(
-        self,
-        judge: Judge,
-        config: Config,
-        parts: dict[str, Any],
-        teacher: Teacher | None,
-        ids: list[str],
-        made_from: dict[str, Any],
-        last: int,
+        self, judge: Judge, config: Config, parts: dict[str, Any], made_from: dict[str, Any], last: int
     ):
-        self.judge, self.config, self.parts, self.teacher = judge, config, parts, teacher
-        self.ids, self.made_from, self.last, self.first, self.rows = ids, made_from, last, 0, []
+        self.judge, self.config, self.parts, self.made_from, self.last = judge, config, parts, made_from, last
         self.folder, self.log_file = Path(config.out) / "checkpoints", Path(config.out) / "log.jsonl"
         self.weights = {name: w for name, w in judge.model.named_parameters() if w.requires_grad}
         self.recompute = (
             config.gradient_checkpointing and judge.backend != "unsloth"
         )  # whose layers have their own
-        self.writes = os.environ.get("RANK", "0") == "0"
+        self.writes, self.before = os.environ.get("RANK", "0") == "0", (judge.packs, judge.pack_tokens)
+        self.first, self.rows, self.signals, self.handlers = 0, [], [], {}
 
-    def __enter__(self) -> RunState:
+    def __enter__(self) -> Run:
         from tqdm.auto import tqdm
 
-        self.before = self.judge.packs, self.judge.pack_tokens
-        pack_tokens = self.config.pack_tokens or self.judge.pack_tokens
-        if self.config.resume and (state := self._newest()):
-            self.first, pack_tokens = self._take_up(state), state["pack_tokens"]
-            for line in (
-                self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.exists() else ()
-            ):
-                with contextlib.suppress(ValueError, KeyError):  # a line that was cut
-                    self.rows += [row] if (row := json.loads(line))["step"] <= self.first else []
+        state = newest_checkpoint(self.folder, self.made_from) if self.config.resume else None
+        if state:
+            self._take_up(state)
         if self.writes:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             write_lines(self.log_file, map(json.dumps, self.rows))
             for path in [] if self.config.resume else checkpoints_in(self.folder):
                 path.unlink()
-        self.judge.pack_tokens, self.signals, self.handlers = pack_tokens, [], {}
+        self.done = self.first
+        self.judge.pack_tokens = (
+            state["pack_tokens"] if state else self.config.pack_tokens or self.judge.pack_tokens
+        )
         if self.recompute:
             self.judge.model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -2514,7 +2395,7 @@ class RunState:
         if threading.current_thread() is threading.main_thread():
             self.handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(
-            total=self.last, initial=self.first, desc="training", unit="step", disable=not self.writes
+            total=self.last, initial=self.done, desc="training", unit="step", disable=not self.writes
         )
         return self
 
@@ -2531,153 +2412,148 @@ class RunState:
         self.signals.append(number)
         signal.signal(number, self.handlers[number])  # a second one stops at once
 
-    def stop_if_asked(self, done: int, last: int) -> None:
-        if self.signals and done < last:
+    def stop_if_asked(self) -> None:
+        if self.signals and self.done < self.last:
             saved = f"a checkpoint is saved, --resume goes on from it ({self.config.out})"
             saved = saved if self.config.save_every else "no checkpoint: save_every is 0"
             name = signal.Signals(self.signals[0]).name
-            raise Stopped(f"stopped by {name} after step {done} of {last}; {saved}", self.signals[0])
+            raise Stopped(
+                f"stopped by {name} after step {self.done} of {self.last}; {saved}", self.signals[0]
+            )
 
     def log(self, row: dict[str, Any], accelerator: Any) -> None:
-        self.rows.append(row)
-        self.bar.set_postfix(loss=f"{row['loss']:.4f}")
+        self.rows.append({"step": self.done} | row)
+        self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         self.bar.update()
         if self.writes:
             with open(self.log_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        accelerator.log({k: v for k, v in row.items() if v is not None and k != "step"}, step=row["step"])
+                file.write(json.dumps(self.rows[-1]) + "\n")
+        accelerator.log(row, step=self.done)
 
-    def check_finite(self, logq: torch.Tensor, rows: Sequence[int]) -> None:
-        bad, done = (
-            (~torch.isfinite(logq)).any(1),
-            max([self.first, *(row["step"] for row in self.rows[-1:])]),
-        )
+    def check_finite(self, logq: torch.Tensor, ids: Sequence[str]) -> None:
+        bad = (~torch.isfinite(logq)).any(1)
         if bool(bad.any()):
-            of = itertools.compress(rows, bad.tolist())
-            raise self._diverged(f"the loss is not finite at step {done + 1}, for", of, done)
+            wrong = f"the loss is not finite at step {self.done + 1}, for"
+            raise self._diverged(wrong, itertools.compress(ids, bad.tolist()))
 
-    def _diverged(self, what: str, rows: Iterable[int], done: int) -> FloatingPointError:
+    def _diverged(self, what: str, ids: Iterable[str]) -> FloatingPointError:
         """Good is a checkpoint whose weights a later step has used, with a finite loss."""
-        names = list(dict.fromkeys(short(self.ids[i]) for i in rows))
-        good = [path for path in checkpoints_in(self.folder) if int(path.name[5:14]) < done]
+        names = list(dict.fromkeys(map(short, ids)))
         items = f"item{'s' * (len(names) > 1)} {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
+        good = [path for path in checkpoints_in(self.folder) if int(path.name[5:14]) < self.done]
         return FloatingPointError(f"{what} {items}; last good checkpoint: {good[0] if good else 'none'}")
 
-    def save(self, done: int, step_items: Sequence[int], write: bool = True) -> None:
-        """Writes a checkpoint under a temporary name, makes sure it is on the disk, renames it, and keeps the newest two."""
+    def save(self, ids: Sequence[str]) -> None:
+        """Writes a checkpoint and keeps the newest two. Raises FloatingPointError for weights that are not finite."""
         if not all(bool(torch.isfinite(w).all()) for w in self.weights.values()):
-            raise self._diverged(f"the weights are not finite after step {done}, of", step_items, done)
-        if not write:
+            raise self._diverged(f"the weights are not finite after step {self.done}, of", ids)
+        if not self.writes or not self.config.save_every:
             return
-        state = {
-            "made_from": self.made_from,
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {
             "weights": {name: w.detach() for name, w in self.weights.items()},
+            "made_from": self.made_from,
         }
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": done, "pack_tokens": self.judge.pack_tokens, "random": _random_states()}
-        state |= {"teacher": [self.teacher.number, *self.teacher.means] if self.teacher else []}
-        part = self.folder / f"step-{done:09d}.part"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(part, "w+b") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-                file.seek(0)
-                name = f"step-{done:09d}-{_hash_file(file)}.pt"
-            os.replace(part, self.folder / name)
-        except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
-            why = f"{first_line(error)}; earlier ones are whole"
-            raise OSError(f"{self.folder / part.stem}: the checkpoint cannot be written: {why}") from None
+        state |= {"random": [random.getstate(), torch.get_rng_state(), cuda]}
+        save_checkpoint(
+            self.folder, self.done, state | {"step": self.done, "pack_tokens": self.judge.pack_tokens}
+        )
         for old in checkpoints_in(self.folder)[2:]:
             old.unlink()
 
-    def _newest(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint; None where there is none. Raises InputError if it is another run's."""
-        found = checkpoints_in(self.folder)
-        for path in found:
-            try:
-                state = load_checkpoint(path)
-            except InputError as error:
-                log.warning("%s; trying the one before", error)
-                continue
-            then, now = state["made_from"], self.made_from
-            if different := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
-                change = f"{short(then.get(different[0]))} then, {short(now.get(different[0]))} now"
-                others = f"; so do {', '.join(different[1:])}" if different[1:] else ""
-                raise InputError(f"resume: {path}: {different[0]} differs: {change}{others}")
-            return state
-        if found:
-            raise InputError(f"{self.folder}: resume: none of its checkpoints is whole")
-        log.warning("%s: no checkpoint yet: starting from the beginning", self.folder)
-        return None
-
     @torch.no_grad()
-    def _take_up(self, state: dict[str, Any]) -> int:
+    def _take_up(self, state: dict[str, Any]) -> None:
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        if self.teacher:
-            self.teacher.number, *means = state["teacher"]
-            self.teacher.means = [mean.to(self.judge.device) for mean in means]
-        _set_random_states(state["random"])
-        return state["step"]
+        python, cpu, cuda = state["random"]
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda)
+        self.first = state["step"]
+        for line in self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.exists() else ():
+            with contextlib.suppress(ValueError, KeyError):  # a line that was cut
+                self.rows += [row] if (row := json.loads(line))["step"] <= self.first else []
 
 
+# A checkpoint is one file of tensors, numbers and text, named by its step and its SHA-256. It is read with
+# torch.load(weights_only=True), which runs no code.
 def checkpoints_in(folder: Path) -> list[Path]:
     """Finished checkpoints, the newest first."""
     return sorted(
-        (p for p in folder.glob("step-*.pt") if re.fullmatch(r"step-\d{9}-\w{64}\.pt", p.name)), reverse=True
+        (p for p in folder.glob("*") if re.fullmatch(r"step-\d{9}-\w{64}\.pt", p.name)), reverse=True
     )
 
 
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Writes under a temporary name, makes sure it is on the disk, and renames it. Raises OSError, leaving nothing."""
+    part = folder / f"step-{step:09d}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(part, "w+b") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            name = f"step-{step:09d}-{_hash_file(file)}.pt"
+        os.replace(part, folder / name)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        why = f"{first_line(error)}; earlier ones are whole"
+        raise OSError(f"{folder / part.stem}: the checkpoint cannot be written: {why}") from None
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, tensors on the CPU. Raises InputError for a file that is cut or changed."""
+    """What a checkpoint holds, tensors on the CPU. Raises InputError for a file that is cut, changed or planted."""
     try:
         with open(path, "rb") as file:
             if _hash_file(file) != path.stem[15:]:
-                raise InputError(f"{path}: is damaged: its checksum is another")
+                raise ValueError("is damaged: its checksum is another")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # what unpickling refuses can have any name
+    except Exception as error:  # what torch.load refuses can have any name
         raise InputError(f"{path}: is no whole checkpoint: {first_line(error)}") from None
 
 
-def _random_states() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+def newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest whole checkpoint; None where there is none. Raises InputError if none is whole, or another run's."""
+    for path in checkpoints_in(folder):
+        try:
+            state = load_checkpoint(path)
+        except InputError as error:
+            log.warning("%s; trying the one before", error)
+            continue
+        then = state["made_from"]
+        if different := [name for name in {**then, **made_from} if then.get(name) != made_from.get(name)]:
+            change = f"{short(then.get(different[0]))} then, {short(made_from.get(different[0]))} now"
+            others = f"; so do {', '.join(different[1:])}" if different[1:] else ""
+            raise InputError(f"resume: {path}: {different[0]} differs: {change}{others}")
+        return state
+    if checkpoints_in(folder):
+        raise InputError(f"{folder}: resume: none of its checkpoints is whole")
+    log.warning("%s: no checkpoint yet: starting from the beginning", folder)
+    return None
 
 
 def _made_from(
     judge: Judge, items: Sequence[Item], eval_items: Sequence[Item], config: Config
 ) -> dict[str, Any]:
     """What a run depends on, by name: resuming with anything else is refused."""
-    rows = lambda some: _digest([dataclasses.astuple(dataclasses.replace(item, where="")) for item in some])[
-        :16
-    ]  # noqa: E731
-    free = ("train", "test", "out", "resume", "report_to", "save_every", "labels")
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in free}
-    named = {
+    free = "train test labels out resume report_to save_every eval_every".split()
+    named = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in free}
+    named |= {
         "labels": judge.labels,
         "label tokens": judge.tokens.sequences,
         "prompt template": judge.encoder.frame,
     }
     named |= {"base model": judge.base, "device": judge.device.type, "versions": versions()}
     named |= {"base weights": _fingerprint(judge.model) if hasattr(judge.model, "peft_config") else None}
-    named |= {"training items": rows(items), "test items": rows(eval_items)}
-    named |= {"processes": int(os.environ.get("WORLD_SIZE", 1))}
-    return json.loads(json.dumps(named | settings))
+    for name, some in (("training items", items), ("test items", eval_items)):
+        named[name] = _digest([dataclasses.astuple(dataclasses.replace(item, where="")) for item in some])
+    return json.loads(json.dumps(named | {"processes": int(os.environ.get("WORLD_SIZE", 1))}))
 
 
 def evaluate_judge(judge: Judge, items: Sequence[Item], train_items: Sequence[Item]) -> dict[str, float]:
@@ -3010,7 +2886,7 @@ def load_data(config: Config) -> tuple[list[Item], list[Item]]:
             return split_items(items, seed=config.seed)
         except InputError as error:
             raise InputError(f"{', '.join(config.train)}: {error}") from None
-    check_apart(items, test)
+    keep_apart(items, test)
     return items, test
 
 
