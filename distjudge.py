@@ -16,6 +16,7 @@ needs torch at import, and transformers, peft, accelerate and tyro only inside t
 
 from __future__ import annotations
 
+import ast
 import collections
 import contextlib
 import dataclasses
@@ -36,6 +37,7 @@ import signal
 import sys
 import threading
 import types
+import typing
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -626,7 +628,7 @@ class PromptEncoder:
         """Token ids of the rendered prompt, with `answer` written where the judge's answer begins."""
         if not answer:
             return self.many([message])[0]
-        written = self._text(message) + (answer if not self._tail else "")
+        written = self.render_parts(message) + (answer if not self._tail else "")
         return self._around(message, self._plain.encode(written, add_special_tokens=False).ids, answer)
 
     def many(self, messages: Sequence[str]) -> list[list[int]]:
@@ -636,7 +638,7 @@ class PromptEncoder:
         for start in range(0, len(new), 2048):
             chunk = new[start : start + 2048]
             try:
-                texts = [self._text(message) for message in chunk]
+                texts = [self.render_parts(message) for message in chunk]
                 found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
             except (TypeError, UnicodeEncodeError):
                 wrong = next((message for message in chunk if not is_text(message)), chunk[0])
@@ -651,7 +653,7 @@ class PromptEncoder:
     def _trimmed(self, message: str) -> str:
         return message.strip() if self.frame["trim"] else message
 
-    def _text(self, message: str) -> str:
+    def render_parts(self, message: str) -> str:
         return self._lead + self._trimmed(message) + self._trail
 
     def _around(self, message: str, ids: list[int], answer: str = "") -> list[int]:
@@ -1275,9 +1277,6 @@ class Judge:
                     i for group in (*todo, members) for i in group
                 ]  # those still waiting are too large as well
                 todo = [[left[i] for i in group] for group in self.plan([encoded[i] for i in left])][::-1]
-        if not torch.isfinite(mass).all() or torch.isnan(logq).any():
-            wrong = int(logq.isnan().any(1).sum())
-            raise FloatingPointError(f"the model gives NaN for {wrong} of {len(encoded)} prompts")
         return logq, mass
 
     def stream(
@@ -1301,6 +1300,8 @@ class Judge:
                     logq, mass = self.judge_encoded(self.encode(chunk, start), bar.update)
                 finally:
                     self.model.train(was_training)
+                if bad := int((logq.isnan().any(1) | ~mass.isfinite()).sum()):
+                    raise FloatingPointError(f"the model gives NaN for {bad} of {len(chunk)} prompts")
                 yield from zip(logq, mass.tolist(), strict=True)
 
     def score(self, prompts: Sequence[str], progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2053,26 +2054,26 @@ class Config:
     """Model folder or hub id."""
     four_bit: bool = False
     """Load the weights in 4 bits (NF4)."""
-    backend: Literal["auto", "unsloth", "transformers"] = "auto"
-    """What loads and runs the model: Unsloth on CUDA where it works, transformers elsewhere ("auto"), or one of the two."""
     lora_rank: int = 16
     """Rank of the LoRA adapters, whose scale is 2; 0 trains all weights."""
     max_length: int = 2048
     """Longest prompt in tokens, chat template included."""
+    backend: Literal["auto", "unsloth", "transformers"] = "auto"
+    """What loads and runs the model: Unsloth on CUDA where it works, transformers elsewhere ("auto"), or one of the two."""
 
     alpha: float = 0.8
     """Weight of the loss against the human distribution; the rest is cross-entropy with the majority label."""
     eps: float = 0.25
     """Radius of the l2 ball in which the adversary moves the human distribution; 0 is no adversary."""
-    steps: int = 5
-    """Steps of the adversary."""
-    step_size: float = 0.05
-    """Step size of the adversary."""
     teacher: float = 0.0
     """How many votes an item a teacher's prediction counts as, beside the item's own. The teacher is a running mean of the
     weights, and gives the answers in the end. 0 is no teacher; 5 is what the preset takes. Up to half more computing."""
     loss: str = "kl"
     """What alpha weighs: an entry of LOSSES."""
+    steps: int = 5
+    """Steps of the adversary."""
+    step_size: float = 0.05
+    """Step size of the adversary."""
 
     epochs: float = 2.0
     """Passes over the training items."""
@@ -2082,14 +2083,14 @@ class Config:
     """Items an optimizer step. How many go through the model at once is pack_tokens' affair."""
     pack_tokens: int = 0
     """Tokens a forward pass, at most; sets the memory needed. 0: 1,024 on a CPU, 8,192 on CUDA."""
-    warmup: float = 0.03
-    """Linear warm-up: a share of all steps if below 1, else a number of steps. Schedule "constant" has none."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """What the learning rate does after the warm-up."""
-    weight_decay: float = 0.0
-    """Weight decay of AdamW, on matrices only."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """What the learning rate does after the warm-up."""
+    warmup: float = 0.03
+    """Linear warm-up: a share of all steps if below 1, else a number of steps. Schedule "constant" has none."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW, on matrices only."""
     seed: int = 0
     """Seed of LoRA weights, data order and split."""
 
@@ -2314,11 +2315,13 @@ def train(
                 with teacher.in_place() if teacher else contextlib.nullcontext():
                     row |= evaluate_judge(judge, eval_items, items)
             run.log(row, accelerator)
-            if run.signals or run.done % save_every == 0 or run.done == last:
-                run.save([ids[i] for i in step_items])
             if on_step:
                 on_step(run.done)
-            run.stop_if_asked()
+            stopping = bool(run.signals) and run.done < last
+            if stopping or run.done % save_every == 0 or run.done == last:
+                run.save([ids[i] for i in step_items])
+            if stopping:
+                raise run.stopped()
         if teacher:
             teacher.put(teacher.means)
     accelerator.end_training()
@@ -2346,7 +2349,9 @@ def _accelerator(judge: Judge, config: Config) -> Any:
 
     on_cpu, loggers = judge.device.type == "cpu" and "WORLD_SIZE" in os.environ, list(config.report_to)
     try:
-        accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, log_with=loggers, project_dir=config.out)
+        accelerator = Accelerator(
+            mixed_precision="no", cpu=on_cpu, log_with=loggers or None, project_dir=config.out
+        )
         if lost := sorted(
             set(loggers) - {str(getattr(name, "value", name)) for name in accelerator.log_with}
         ):
@@ -2412,14 +2417,11 @@ class Run:
         self.signals.append(number)
         signal.signal(number, self.handlers[number])  # a second one stops at once
 
-    def stop_if_asked(self) -> None:
-        if self.signals and self.done < self.last:
-            saved = f"a checkpoint is saved, --resume goes on from it ({self.config.out})"
-            saved = saved if self.config.save_every else "no checkpoint: save_every is 0"
-            name = signal.Signals(self.signals[0]).name
-            raise Stopped(
-                f"stopped by {name} after step {self.done} of {self.last}; {saved}", self.signals[0]
-            )
+    def stopped(self) -> Stopped:
+        saved = f"a checkpoint is saved, --resume goes on from it ({self.config.out})"
+        saved = saved if self.config.save_every else "no checkpoint: save_every is 0"
+        name = signal.Signals(self.signals[0]).name
+        return Stopped(f"stopped by {name} after step {self.done} of {self.last}; {saved}", self.signals[0])
 
     def log(self, row: dict[str, Any], accelerator: Any) -> None:
         self.rows.append({"step": self.done} | row)
@@ -3040,12 +3042,44 @@ def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception
     import tyro
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    failures = (FloatingPointError, *failures)
+    failures, about = (FloatingPointError, *failures), sys.modules["__main__"].__doc__
     try:
-        main(tyro.cli(config, description=sys.modules["__main__"].__doc__, use_underscores=True))
+        given = tyro.cli(_grouped(config), description=about, use_underscores=True)
+        if issubclass(config, Config):
+            given = config(
+                **{name: value for group in vars(given).values() for name, value in vars(group).items()}
+            )
+        main(given)
     except (InputError, OSError, *failures) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, failures) else 2)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
+
+
+def _grouped(config: type) -> type:
+    """Config's settings as dataclasses by group, in Config's order, so that --help shows groups; what a script adds first."""
+    from tyro.conf import OmitArgPrefixes, arg
+
+    if not issubclass(config, Config):
+        return config
+    first = {"train": "data", "model": "model", "alpha": "method", "epochs": "training", "out": "output"}
+    own = {field.name for field in dataclasses.fields(Config)}
+    types, texts, group = typing.get_type_hints(config, include_extras=True), {}, ""
+    sources = [
+        cls for cls in config.__mro__[-2::-1] if cls.__module__ != "types"
+    ]  # not those made by make_dataclass()
+    for cls in sources:  # the texts under the fields
+        for field, text in itertools.pairwise(ast.parse(inspect.getsource(cls)).body[0].body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                texts[field.target.id] = " ".join(text.value.value.split())
+    groups: dict[str, list[tuple]] = {"command": [], **{name: [] for name in first.values()}}
+    for field in dataclasses.fields(config):
+        group = first.get(field.name, group)
+        kind = typing.Annotated[types[field.name], arg(help=texts.get(field.name))]
+        groups[group if field.name in own else "command"].append((field.name, kind, field))
+    made = {name: dataclasses.make_dataclass(name, fields) for name, fields in groups.items() if fields}
+    return dataclasses.make_dataclass(
+        "Settings", [(name, OmitArgPrefixes[cls]) for name, cls in made.items()]
+    )

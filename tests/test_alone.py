@@ -1,4 +1,5 @@
 """distjudge.py copied alone into an empty folder: it needs torch, transformers, peft and what those need, and nothing else."""
+
 import importlib.metadata
 import os
 import shutil
@@ -21,7 +22,7 @@ rows = [{"id": i, "prompt": f"Rate {i}: soup", "counts": {"1": i % 3, "2": 1, "3
 items = distjudge.load_items(rows)
 judge = distjudge.load_judge(sys.argv[1], labels=distjudge.labels_of(items), lora_rank=4)
 before = judge.predict(["Rate 9: soup"])
-log = distjudge.train(judge, items, distjudge.Config(out="run", learning_rate=1e-2, log_every=1, epochs=2.0, batch_size=2))
+log = distjudge.train(judge, items, distjudge.Config(out="run", learning_rate=1e-2, epochs=2.0, batch_size=2))
 q = judge.predict(["Rate 9: soup"])
 assert q.shape == (1, 3) and abs(q - before).max() > 1e-3 and log[0]["loss"] > 0
 distjudge.save_judge(judge, "run")
@@ -45,7 +46,9 @@ def link_packages(names, into):
         done.add(package.metadata["Name"])
         wanted = [Requirement(text) for text in package.requires or ()]
         todo += [r.name for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
-        for top in {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}:
+        for top in {
+            file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")
+        }:
             source = Path(package.locate_file(top))
             if source.exists() and not (into / top).exists():
                 (into / top).symlink_to(source)
@@ -58,9 +61,25 @@ def test_distjudge_copied_alone_trains_predicts_saves_and_loads(tiny_model, tmp_
     (tmp_path / "packages").mkdir()
     (tmp_path / "empty").mkdir()
     packages = link_packages(["torch", "transformers", "peft"], tmp_path / "packages")
-    assert not packages & {"tyro", "matplotlib", "datasets", "trl", "unsloth", "bitsandbytes", "scipy", "pandas"}
+    assert not packages & {
+        "tyro",
+        "matplotlib",
+        "datasets",
+        "trl",
+        "unsloth",
+        "bitsandbytes",
+        "scipy",
+        "pandas",
+    }
     shutil.copy(ROOT / "distjudge.py", tmp_path / "empty")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "packages"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-S", "-c", SCRIPT, str(tiny_model)], capture_output=True, text=True, cwd=tmp_path / "empty", env=environment, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", SCRIPT, str(tiny_model)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "empty",
+        env=environment,
+        timeout=900,
+    )
     assert done.returncode == 0 and float(done.stdout.splitlines()[-1]) > 0, done.stderr[-3000:]
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["distjudge.py", "run"]

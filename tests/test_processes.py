@@ -1,4 +1,5 @@
-"""Several processes: training under torchrun with gloo, and (in an environment with Ray) the judge over Ray Data."""
+"""Several processes: training under torchrun with gloo, and how it scales."""
+
 import itertools
 import json
 import os
@@ -23,8 +24,8 @@ judge, given = distjudge.load_judge({model!r}, distjudge.labels_of(items), lora_
 plan = judge.plan
 seen = lambda encoded: [tuple(ids) for ids in encoded]
 judge.plan = lambda encoded: given[-1:] != [seen(encoded)] and given.append(seen(encoded)) or plan(encoded)  # a teacher plans them too
-log = distjudge.train(judge, items, distjudge.Config(out=sys.argv[1], batch_size=4, grad_accum=2, epochs=2.0, learning_rate=1e-2, warmup=0.0,
-                                                     schedule="constant", log_every=1, prior=sys.argv[2], concentration=5.0))
+settings = {{"batch_size": 8, "epochs": 2.0, "learning_rate": 1e-2, "schedule": "constant", "save_every": 3.0}}
+log = distjudge.train(judge, items, distjudge.Config(out=sys.argv[1], teacher=float(sys.argv[2]), **settings))
 number = {{tuple(ids): i for i, ids in enumerate(judge.encode([item.prompt for item in items]))}}
 weights = torch.cat([p.detach().flatten() for p in judge.model.parameters() if p.requires_grad])
 with open(sys.argv[1] + "/rank" + os.environ.get("RANK", "0") + ".json", "w") as file:
@@ -35,7 +36,8 @@ RUN = """
 import sys
 sys.path.insert(0, {root!r})
 import distjudge
-found = distjudge.run(distjudge.Config(train=("items.jsonl",), model={model!r}, out=sys.argv[1], epochs=1.0, batch_size=6, min_mass=0.0))
+config = distjudge.Config(train=("items.jsonl",), model={model!r}, out=sys.argv[1], epochs=1.0, batch_size=6)
+found = distjudge.run(config)
 print("metrics", len(found))
 """
 
@@ -44,31 +46,51 @@ print("metrics", len(found))
 def launch(tiny_model, votes, tmp_path):
     """A function that runs a script on n processes and returns its standard output."""
     items = votes(25)  # steps of 8, 8, 8 and 1: in the last one a process of two has nothing to do
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps({"id": i.id, "prompt": i.prompt, "counts": i.counts}) + "\n" for i in items))
+    (tmp_path / "items.jsonl").write_text(
+        "".join(json.dumps({"id": i.id, "prompt": i.prompt, "counts": i.counts}) + "\n" for i in items)
+    )
 
     def run(script, out, processes, *arguments):
         (tmp_path / "script.py").write_text(script.format(root=str(ROOT), model=str(tiny_model)))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
-        done = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), "script.py", out, *arguments], cwd=tmp_path, capture_output=True, text=True,
-                              timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(port),
+        ]
+        done = subprocess.run(
+            [sys.executable, *(torchrun if processes > 1 else []), "script.py", out, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
+
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "prior"), [(2, "model"), (3, "model"), (2, "teacher")])
-def test_processes_train_as_one_does(launch, tmp_path, processes, prior):
-    """Same losses and weights as one process: batch_size * grad_accum items a step altogether, dealt without repeats or losses."""
-    launch(TRAIN, "one", 1, prior)
-    launch(TRAIN, "several", processes, prior)
+@pytest.mark.parametrize(("processes", "teacher"), [(2, "0"), (3, "0"), (2, "5")])
+def test_processes_train_as_one_does(launch, tmp_path, processes, teacher):
+    """Same losses and weights as one process: batch_size items a step altogether, dealt without repeats or losses."""
+    launch(TRAIN, "one", 1, teacher)
+    launch(TRAIN, "several", processes, teacher)
     read = lambda name: json.loads((tmp_path / name).read_text())  # noqa: E731
     one, ranks = read("one/rank0.json"), [read(f"several/rank{k}.json") for k in range(processes)]
     steps = [8, 8, 8, 1] * 2
-    assert [len(step) for step in one["given"]] == steps and sorted(itertools.chain(*one["given"][:4])) == list(range(25))
+    assert [len(step) for step in one["given"]] == steps and sorted(
+        itertools.chain(*one["given"][:4])
+    ) == list(range(25))
     for k, step in enumerate(one["given"]):
         dealt = [rank["given"][k] for rank in ranks]
         if steps[k] == 8:
@@ -89,102 +111,42 @@ def test_a_run_of_two_processes_writes_one_folder(launch, tmp_path):
     assert metrics[0].keys() == metrics[1].keys() and metrics[0]["items"] == 5
     for name, value in metrics[0].items():
         assert metrics[1][name] == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), name
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
-
-
-# --- Ray ---------------------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def run_folder(tiny_model, tmp_path_factory):
-    import distjudge
-
-    folder = tmp_path_factory.mktemp("ray") / "run"
-    distjudge.save_judge(distjudge.load_judge(tiny_model, ["a", "b", "tie"], max_length=80), folder)
-    return folder
-
-
-def rows(n):
-    swap = {"prompt": "Second or first?", "labels": {"a": "b", "b": "a"}}
-    return [{"id": f"i{i}", "prompt": f"Is soup {i} fine? " + "good " * (i % 7), "note": {"n": i}} | ({"swap": swap} if i % 5 == 0 else {}) for i in range(n)]
-
-
-def by_ray(run_folder, tmp_path, items, out, *arguments):
-    return subprocess.Popen([sys.executable, ROOT / "recipes" / "judge_ray.py", "--run", run_folder, "--items", items, "--out", out, *map(str, arguments)],
-                            cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def judged_here(run_folder, tmp_path):
-    """What recipes/judge.py writes for in.jsonl."""
-    done = subprocess.run([sys.executable, ROOT / "recipes" / "judge.py", "--run", run_folder, "--items", "in.jsonl", "--out", "here.jsonl"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (tmp_path / "here.jsonl").read_text().splitlines()]
-
-
-def assert_same(found, expected):
-    assert [row["id"] for row in found] == [row["id"] for row in expected]
-    for row, other in zip(found, expected, strict=True):
-        assert row["predicted"] == pytest.approx(other["predicted"], abs=1e-5) and row["key"] == other["key"] and row.get("flipped") == other.get("flipped")
-
-
-@pytest.mark.slow
-def test_a_killed_worker_costs_no_row_and_doubles_none(run_folder, tmp_path):
-    pytest.importorskip("ray", reason="needs Ray: pip install 'ray[data]'")
-    import time
-
-    import psutil
-
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(1500)))
-    running = by_ray(run_folder, tmp_path, "in.jsonl", "out.jsonl", "--judges", 2, "--batch_size", 4, "--blocks", 8)
-    killed = None
-    while running.poll() is None and killed is None:
-        time.sleep(0.02)
-        if (tmp_path / "out.jsonl.part").exists() and (tmp_path / "out.jsonl.part").stat().st_size:  # some rows are written
-            workers = [p for p in psutil.Process(running.pid).children(recursive=True) if p.name().startswith("ray::MapWorker")]
-            killed = workers[0].pid
-            workers[0].kill()
-    said = running.communicate()[1]
-    assert killed and running.returncode == 0, said[-3000:]
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert len(found) == 1500 and all(row["note"] == {"n": i} for i, row in enumerate(found)) and "judged 1500 items with 2 judges" in said
-    assert_same(found, judged_here(run_folder, tmp_path))
-    assert not (tmp_path / "out.jsonl.part").exists()
-
-
-@pytest.mark.slow
-def test_parquet_in_and_out_and_bad_rows(run_folder, tmp_path):
-    pytest.importorskip("ray", reason="needs Ray: pip install 'ray[data]'")
-    import pyarrow
-    import pyarrow.parquet
-
-    some = rows(20)
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), tmp_path / "in.parquet")
-    running = by_ray(run_folder, tmp_path, "in.parquet", "out.parquet", "--batch_size", 6)
-    assert running.wait() == 0, running.stderr.read()[-3000:]
-    expected = judged_here(run_folder, tmp_path)
-    found = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
-    assert_same(found, expected)
-    assert [row["low_mass"] for row in found] == [row.get("low_mass", False) for row in expected] and json.loads(found[3]["fields"]) == {"note": {"n": 3}}
-    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some[:2]) + '{"id": "odd", "prompt": 5}\n{broken\n' + json.dumps({"prompt": "soup " * 99}) + "\n")
-    running = by_ray(run_folder, tmp_path, "bad.jsonl", "bad.out.jsonl")
-    said = running.communicate()[1]
-    assert running.returncode == 2 and "bad.jsonl: item 'odd': prompt: not text but int" in said and not (tmp_path / "bad.out.jsonl").exists()
-    running = by_ray(run_folder, tmp_path, "bad.jsonl", "bad.out.jsonl", "--skip_bad")
-    said = running.communicate()[1]
-    assert running.returncode == 0 and "skipped 3 bad rows" in said and "broken JSON" in said and "more than the judge's max_length 80" in said
-    assert_same([json.loads(line) for line in (tmp_path / "bad.out.jsonl").read_text().splitlines()], expected[:2])
 
 
 @pytest.mark.slow
 def test_scaling_is_measured(tmp_path):
     """Every count of processes took the same items once, in steps of the same items; nothing is said of how fast."""
-    command = [sys.executable, str(ROOT / "recipes" / "scaling.py"), "--number", "60", "--batch_size", "16", "--hidden", "16", "--layers", "1",
-               "--repeats", "1", "--out", str(tmp_path / "s")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "scaling.py"),
+        "--number",
+        "60",
+        "--batch_size",
+        "16",
+        "--hidden",
+        "16",
+        "--layers",
+        "1",
+        "--repeats",
+        "1",
+        "--out",
+        str(tmp_path / "s"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "s" / "scaling.json").read_text())
     training = found["runs"]["training, torchrun"]
-    assert [len(training[n]) for n in ("1", "2")] == [1, 1] and all(runs[0]["rate"] > 0 for runs in training.values())
-    assert training["2"][0]["tokens"] > training["1"][0]["tokens"]  # two shares of a step have less in common than the whole
+    assert [len(training[n]) for n in ("1", "2")] == [1, 1] and all(
+        runs[0]["rate"] > 0 for runs in training.values()
+    )
+    assert (
+        training["2"][0]["tokens"] > training["1"][0]["tokens"]
+    )  # two shares of a step have less in common than the whole
     assert len((tmp_path / "s" / "scaling.md").read_text().splitlines()) == 2 + 2 * len(found["runs"])

@@ -1,6 +1,9 @@
-"""A run that is stopped goes on to the same bits; checkpoints are whole or not used; nothing is unpickled."""
+"""A run that is stopped goes on to the same bits; checkpoints are whole or not used; no code of theirs is run."""
+
+import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -11,79 +14,70 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import distjudge
 from distjudge import Config, InputError, load_judge, train
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def trained(judge):
-    return torch.cat([w.detach().flatten() for w in judge.model.parameters() if w.requires_grad])
+TEACHER = distjudge.PRESETS["teacher"]
 
 
 @pytest.fixture
 def go(tiny_model, votes, tmp_path):
-    """Trains 10 steps in two epochs and a bit; with `stop`, raises after so many."""
-    import transformers
-
+    """Trains 10 steps in two epochs and a bit; with `stop`, raises after so many, before their checkpoint."""
     items = votes(14)
 
-    class Crash(transformers.TrainerCallback):
-        def __init__(self, at):
-            self.at = at
-
-        def on_log(self, args, state, control, **kwargs):  # before the checkpoint of the step is written
-            if state.global_step == self.at:
-                raise KeyboardInterrupt
-
-    def run(out, stop=None, items=items, labels=("1", "2", "3"), callbacks=(), **changes):
+    def run(out, stop=None, items=items, labels=("1", "2", "3"), at=None, **changes):
         judge = load_judge(tiny_model, labels, lora_rank=4)
-        fixed = {"batch_size": 4, "epochs": 2.5, "learning_rate": 1e-2, "save_every": 1, "log_every": 1}
-        config = Config(out=str(tmp_path / out), **(fixed | changes))
-        log = train(judge, items, config, callbacks=[*([Crash(stop)] if stop else []), *callbacks])
-        return trained(judge), log
+        fixed = {"batch_size": 4, "epochs": 2.5, "learning_rate": 1e-2, "save_every": 1}
+
+        def on_step(n):
+            if n == stop:
+                raise KeyboardInterrupt
+            if at and n in at:
+                at[n](judge)
+
+        log = train(judge, items, Config(out=str(tmp_path / out), **(fixed | changes)), on_step=on_step)
+        return torch.cat([w.detach().flatten() for w in judge.model.parameters() if w.requires_grad]), log
+
     return run
 
 
+def checkpoints(folder):
+    return distjudge.checkpoints_in(folder / "checkpoints")
+
+
 def steps(folder):
-    return [path.name for path in distjudge.checkpoints_in(folder / "checkpoints")]
+    return [int(path.name[5:14]) for path in checkpoints(folder)]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(go, tmp_path):
-    whole, _ = go("whole")
-    lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
-    assert steps(tmp_path / "whole") == ["step-000000010", "step-000000009"] and len(lines) == 11
+    whole, log = go("whole")
+    assert steps(tmp_path / "whole") == [10, 9] and log == lines(tmp_path / "whole")
+    assert [row["step"] for row in log] == list(range(1, 11))
     for stop in (1, 2, 4, 5, 9):  # before the first checkpoint, at an epoch's last step, and between
         with pytest.raises(KeyboardInterrupt):
             go(f"s{stop}", stop)
-        again, _ = go(f"s{stop}", resume=True)
-        assert torch.equal(again, whole)
-        losses = lambda name: [json.loads(line).get("loss") for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]  # noqa: E731
-        assert losses(f"s{stop}") == losses("whole")
+        again, log_again = go(f"s{stop}", resume=True)
+        assert torch.equal(again, whole) and log_again == log == lines(tmp_path / f"s{stop}")
 
 
-@pytest.mark.parametrize("means", [{"average": 0.6, "prior": "model"}, {"prior": "teacher"}])
-def test_with_checkpoints_now_and_then_and_packs_in_random_order(go, tmp_path, means):
-    settings = {"save_every": 3, "shuffle": "packs", "warmup": 0.3, "schedule": "cosine", "log_every": 2, **means}
-    whole, _ = go("whole", **settings)
+@pytest.mark.parametrize("method", [{}, TEACHER])
+def test_with_checkpoints_now_and_then(go, tmp_path, method):
+    settings = {"schedule": "cosine", **method, "save_every": 3, "warmup": 0.3}
+    whole, log = go("whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         go("stopped", 8, **settings)
-    assert steps(tmp_path / "stopped") == ["step-000000006", "step-000000003"]
-    again, _ = go("stopped", **settings, resume=True)
-    assert torch.equal(again, whole)
-    logs = [[{k: v for k, v in json.loads(line).items() if k in ("step", "loss", "learning_rate")} for line in (tmp_path / name / "log.jsonl").open()]
-            for name in ("whole", "stopped")]
-    assert logs[0][:-1] == logs[1][:-1]
-
-
-@pytest.mark.parametrize("settings", [{}, distjudge.PRESETS["teacher"], {"average": 0.5, "schedule": "constant"}])
-def test_resuming_a_finished_run_changes_nothing(go, tmp_path, settings):
-    once = go("run", **settings)[0]
-    before = steps(tmp_path / "run")
-    assert torch.equal(once, go("run", resume=True, **settings)[0]) and steps(tmp_path / "run") == before
+    assert steps(tmp_path / "stopped") == [6, 3]
+    again, log_again = go("stopped", **settings, resume=True)
+    assert torch.equal(again, whole) and log_again == log
+    before = steps(tmp_path / "stopped")
+    once_more, _ = go("stopped", **settings, resume=True)  # a finished run: nothing is left to do
+    assert torch.equal(once_more, whole) and steps(tmp_path / "stopped") == before == [10, 9]
 
 
 def test_a_new_run_does_not_see_the_checkpoints_of_the_last(go, tmp_path):
@@ -93,75 +87,37 @@ def test_a_new_run_does_not_see_the_checkpoints_of_the_last(go, tmp_path):
     assert steps(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize(("damage", "what"), [("cut", "is damaged"), ("changed", "is damaged"), ("gone", "no whole checkpoint"), ("sums", "no whole checkpoint")])
-def test_a_damaged_checkpoint_is_passed_over(go, tmp_path, caplog, damage, what):
+def plant(path, content):
+    """Another checkpoint of the same step, whose name has the right checksum."""
+    name = f"{path.name[:15]}{hashlib.sha256(content).hexdigest()}.pt"
+    path.unlink()
+    (path.parent / name).write_bytes(content)
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "changed": lambda path: path.write_bytes((b := path.read_bytes())[:-1] + bytes([b[-1] ^ 1])),
+    "changed within a tensor": lambda path: path.write_bytes(
+        (b := path.read_bytes())[:4096] + b"xx" + b[4098:]
+    ),
+    "no checkpoint": lambda path: plant(path, b"hello"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(go, tmp_path, caplog, damage):
     whole, _ = go("whole")
     with pytest.raises(KeyboardInterrupt):
         go("run", 6)
-    newest = tmp_path / "run" / "checkpoints" / "step-000000005"
-    weights = newest / "weights.safetensors"
-    content = weights.read_bytes()
-    if damage == "cut":
-        weights.write_bytes(content[:-100])
-    elif damage == "changed":
-        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    elif damage == "gone":
-        weights.unlink()
-    else:
-        (newest / "sha256.json").write_text('{"state.json"')
+    assert steps(tmp_path / "run") == [5, 4]
+    DAMAGES[damage](checkpoints(tmp_path / "run")[0])
     again, _ = go("run", resume=True)
-    assert torch.equal(again, whole) and what in caplog.text and "trying the one before" in caplog.text
-    for folder in distjudge.checkpoints_in(tmp_path / "run" / "checkpoints"):
-        (folder / "state.json").write_text("{}")
+    assert torch.equal(again, whole) and "is no whole checkpoint" in caplog.text
+    assert "trying the one before" in caplog.text
+    for path in checkpoints(tmp_path / "run"):
+        DAMAGES[damage](path)
     with pytest.raises(InputError, match="none of its checkpoints is whole"):
         go("run", resume=True)
-
-
-def test_resuming_another_run_is_refused_by_name(go, votes, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        go("run", 6)
-    for changes, message in (({"alpha": 0.5}, "alpha differs: 0.8 then, 0.5 now"), ({"seed": 3}, "seed differs: 0 then, 3 now"),
-                             ({"items": votes(14, seed=5)}, "training items differs"), ({"epochs": 3.0}, "epochs differs"),
-                             ({"labels": ("1", "2", "4"), "items": votes(14, labels=("1", "2", "4"))}, "labels differs")):
-        with pytest.raises(InputError, match=message):
-            go("run", resume=True, **changes)
-    judge = json.loads((tmp_path / "run" / "checkpoints" / "step-000000005" / "about.json").read_text())
-    assert judge["versions"] == distjudge.versions() and judge["prompt template"]["before"]
-
-
-def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay(go, tmp_path, monkeypatch):
-    import safetensors.torch
-
-    plain, calls = safetensors.torch.save_file, []
-
-    def full(tensors, path, *args):
-        calls.append(path)
-        if len(calls) == 8:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        return plain(tensors, path, *args)
-    whole, _ = go("whole")
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match=r"cannot be written: .*No space left.*earlier ones are whole"):
-        go("run")
-    assert steps(tmp_path / "run") == ["step-000000003", "step-000000002"] and not list((tmp_path / "run" / "checkpoints").glob("*.part"))
-    monkeypatch.undo()
-    assert torch.equal(go("run", resume=True)[0], whole)
-
-
-def test_a_signal_saves_and_stops_and_the_handlers_are_put_back(go, tmp_path):
-    import transformers
-
-    class Signal(transformers.TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-    before = signal.getsignal(signal.SIGTERM)
-    whole, _ = go("whole", save_every=0.5)
-    with pytest.raises(distjudge.Stopped, match=r"stopped by SIGTERM after step 4 of 10; a checkpoint is saved, --resume") as caught:
-        go("run", save_every=0.5, callbacks=[Signal()])
-    assert caught.value.number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before and steps(tmp_path / "run") == ["step-000000004"]
-    assert torch.equal(go("run", save_every=0.5, resume=True)[0], whole)
 
 
 class Trap:
@@ -174,93 +130,139 @@ class Trap:
         return (open, (self.path, "w"))
 
 
-def test_nothing_is_unpickled(go, tmp_path):
-    """Planted where transformers' own loading would look for optimizer, schedule and random states."""
-    import pickle
-
+@pytest.mark.parametrize("by", ["pickle", "torch"])
+def test_no_code_of_a_planted_checkpoint_is_run(go, tmp_path, caplog, by):
+    whole, _ = go("whole")
     with pytest.raises(KeyboardInterrupt):
         go("run", 6)
-    sprung = tmp_path / "sprung"
-    for folder in distjudge.checkpoints_in(tmp_path / "run" / "checkpoints"):
-        assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "pytorch_model.bin", "scaler.pt", "adapter_model.bin"):
-            (folder / name).write_bytes(pickle.dumps(Trap(str(sprung))))
-    go("run", resume=True)
-    assert not sprung.exists()
-    pickle.loads(pickle.dumps(Trap(str(sprung)))).close()
+    newest, sprung, content = checkpoints(tmp_path / "run")[0], tmp_path / "sprung", tmp_path / "content"
+    state = torch.load(newest, weights_only=True) | {"random": Trap(str(sprung))}
+    if by == "torch":
+        torch.save(state, content)
+    else:
+        content.write_bytes(pickle.dumps(state))
+    plant(newest, content.read_bytes())
+    again, _ = go("run", resume=True)
+    assert torch.equal(again, whole) and "trying the one before" in caplog.text and not sprung.exists()
+    if by == "pickle":
+        pickle.loads(content.read_bytes())
+    else:
+        torch.load(content, weights_only=False)
     assert sprung.exists()  # the trap does work
 
 
-values = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5)),
-                      lambda inner: st.one_of(st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple),
-                                              st.dictionaries(st.one_of(st.integers(), st.text(max_size=3)), inner, max_size=3)), max_leaves=12)
+def test_resuming_another_run_is_refused_by_name(go, votes, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        go("run", 6)
+    four = ("1", "2", "4")
+    for changes, message in (
+        ({"alpha": 0.5}, "alpha differs: 0.8 then, 0.5 now"),
+        ({"seed": 3}, "seed differs: 0 then, 3 now"),
+        ({"items": votes(14, seed=5)}, "training items differs"),
+        ({"epochs": 3.0}, "epochs differs"),
+        ({"labels": four, "items": votes(14, labels=four)}, "labels differs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            go("run", resume=True, **changes)
+    made_from = distjudge.load_checkpoint(checkpoints(tmp_path / "run")[0])["made_from"]
+    assert made_from["versions"] == distjudge.versions() and made_from["prompt template"]["before"]
 
 
-@settings(max_examples=100, deadline=None)
-@given(values)
-def test_states_come_back_as_they_were(value):
-    tensors = {}
-    packed = json.loads(json.dumps(distjudge._pack_state({"x": value, 3: torch.arange(3)}, tensors)))
-    back = distjudge._unpack_state(packed, tensors)
-    assert back["x"] == value and type(back["x"]) is type(value) and torch.equal(back[3], torch.arange(3))
-    with pytest.raises(TypeError, match="cannot hold a set"):
-        distjudge._pack_state({"x": {1}}, {})
+def test_the_map_of_a_pair_s_labels_decides_what_is_resumed(tiny_model, tmp_path):
+    def go(labels, **more):
+        swap = {"prompt": "second, first", "labels": labels}
+        items = distjudge.load_items(
+            [{"prompt": f"p{i}", "counts": {"a": 2, "b": 1, "tie": 1}, "swap": swap} for i in range(3)]
+        )
+        judge = load_judge(tiny_model, ["a", "b", "tie"], lora_rank=2)
+        train(judge, items, Config(out=str(tmp_path / "run"), epochs=1.0, **more))
+
+    go({"a": "b", "b": "a"})
+    with pytest.raises(InputError, match="training items differs"):
+        go({"a": "tie", "tie": "a"}, resume=True)
 
 
-def test_a_diverging_run_names_step_items_and_checkpoint(go, tmp_path, tiny_model, votes):
-    import transformers
+def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_stay(go, tmp_path, monkeypatch):
+    plain, calls = torch.save, []
 
-    class Poison(transformers.TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 6:
-                with torch.no_grad():
-                    next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"not finite at step 7, for items i\d+, .*; last good checkpoint: .*step-000000005"):
-        go("run", callbacks=[Poison()])
+    def full(state, file):
+        calls.append(file)
+        if len(calls) == 4:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        return plain(state, file)
 
-
-def test_a_teacher_that_diverges_names_them_too(go):
-    import transformers
-
-    class Poison(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 6:
-                next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"not finite at step 8, for items i\d+, .*; last good checkpoint: .*step-000000006"):
-        go("run", callbacks=[Poison()], save_every=3, max_grad_norm=0.0, **distjudge.PRESETS["teacher"])
+    whole, _ = go("whole")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"cannot be written: .*No space left.*earlier ones are whole"):
+        go("run")
+    assert steps(tmp_path / "run") == [3, 2] and not list((tmp_path / "run" / "checkpoints").glob("*.part"))
+    monkeypatch.undo()
+    assert torch.equal(go("run", resume=True)[0], whole)
 
 
-# --- the same with real processes --------------------------------------------------------------------------------------
-SCRIPT = """
-import sys
-import distjudge
-distjudge.cli(lambda config: distjudge.run(config), distjudge.Config)
-"""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_handlers_are_put_back(go, tmp_path, number):
+    before = signal.getsignal(number)
+    whole, _ = go("whole", save_every=0.5)
+    said = rf"stopped by {number.name} after step 4 of 10; a checkpoint is saved, --resume"
+    with pytest.raises(distjudge.Stopped, match=said) as caught:
+        go("run", save_every=0.5, at={4: lambda judge: os.kill(os.getpid(), number)})
+    assert caught.value.number == number and signal.getsignal(number) is before
+    assert steps(tmp_path / "run") == [4]
+    assert torch.equal(go("run", save_every=0.5, resume=True)[0], whole)
+
+
+def poison(judge):
+    with torch.no_grad():
+        next(p for p in judge.model.parameters() if p.requires_grad).fill_(float("nan"))
+
+
+@pytest.mark.parametrize("method", [{}, TEACHER])
+def test_a_diverging_run_names_step_items_and_checkpoint(go, method):
+    named = r"not finite at step 7, for items i\d+, .*; last good checkpoint: .*step-000000005"
+    with pytest.raises(FloatingPointError, match=named):
+        go("run", at={6: poison}, save_every=5, **method)
+    with pytest.raises(FloatingPointError, match=r"weights are not finite after step 5, of items i\d+"):
+        go("other", at={5: poison}, save_every=5, **method)
+
+
+# --- the same with real processes -----------------------------------------------------------------------------------
+SCRIPT = "import distjudge; distjudge.cli(distjudge.run, distjudge.Config)"
 
 
 def start(tmp_path, model, out, *more):
-    command = [sys.executable, "-c", SCRIPT, "--train", str(tmp_path / "items.jsonl"), "--model", str(model), "--out", str(tmp_path / out), "--lora_rank", "4",
-               "--epochs", "6", "--batch_size", "3", "--learning_rate", "0.01", "--save_every", "1",
-               "--min_mass", "0", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    settings = (
+        f"--train {tmp_path}/items.jsonl --model {model} --out {tmp_path}/{out} --lora_rank 4 --epochs 6"
+    )
+    settings += " --batch_size 3 --learning_rate 0.01 --save_every 1"
+    command = [sys.executable, "-c", SCRIPT, *settings.split(), *more]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **pipe, env=environment)
 
 
-def write_items(tmp_path, votes):
+@pytest.fixture
+def written(tmp_path, votes):
     rows = [{"id": item.id, "prompt": item.prompt, "counts": item.counts} for item in votes(37)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_points(tiny_model, votes, tmp_path):
+def test_killed_at_twenty_random_points(tiny_model, written, tmp_path):
     """SIGKILL somewhere between the start and the end of the process, writing of checkpoints and results included."""
-    write_items(tmp_path, votes)
     process = start(tmp_path, tiny_model, "whole")
     assert process.wait() == 0, process.stdout.read()
     draw, killed = random.Random(0), 0
     for n in range(20):
         out, process = tmp_path / f"run{n}", start(tmp_path, tiny_model, f"run{n}")
-        step = draw.randint(0, 61)  # 60 steps; 0 is before the first, 61 after the last, when the results are written
-        while process.poll() is None and (max([int(name[5:]) for name in steps(out)], default=0) < min(step, 60) or (step > 60 and not (out / "judge.json").exists())):
+        step = draw.randint(
+            0, 61
+        )  # 60 steps; 0 is before the first, 61 after the last, when results are written
+        there = lambda out=out, step=step: (  # noqa: E731
+            (out / "judge.json").exists() if step > 60 else max(steps(out), default=0) >= step
+        )
+        while process.poll() is None and not there():
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.08))  # a step and its checkpoint take about as long
         process.kill()
@@ -274,8 +276,7 @@ def test_killed_at_twenty_random_points(tiny_model, votes, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigint_to_the_command_ends_in_130(tiny_model, votes, tmp_path):
-    write_items(tmp_path, votes)
+def test_sigint_to_the_command_ends_in_130(tiny_model, written, tmp_path):
     process = start(tmp_path, tiny_model, "run", "--epochs", "300")
     while not steps(tmp_path / "run"):
         time.sleep(0.05)
@@ -286,17 +287,19 @@ def test_sigint_to_the_command_ends_in_130(tiny_model, votes, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(tiny_model, votes, tmp_path):
+def test_a_disk_that_is_really_full(tiny_model, written, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:
-        write_items(tmp_path, votes)
         process = start(tmp_path, tiny_model, "disk/run")
         text = process.communicate()[0]
-        assert process.returncode == 2 and "the checkpoint cannot be written" in text and "Traceback" not in text, text
-        kept = distjudge.checkpoints_in(disk / "run" / "checkpoints")
-        assert kept and all(distjudge.load_checkpoint(path) for path in kept) and not list((disk / "run" / "checkpoints").glob("*.part"))
+        assert process.returncode == 2 and "the checkpoint cannot be written" in text, text
+        assert "Traceback" not in text
+        kept = checkpoints(disk / "run")
+        assert kept and all(distjudge.load_checkpoint(path) for path in kept)
+        assert not list((disk / "run" / "checkpoints").glob("*.part"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
