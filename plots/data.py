@@ -1,12 +1,13 @@
 """Look at a file of items before any training.
 
-    python plots/data.py votes/snli/train.jsonl                      # text, and votes/snli/train.png and train.txt beside the file
-    python plots/data.py votes.jsonl --model models/qwen --out look  # lengths and shared beginnings in the tokens of a judge
+    python plots/data.py votes/snli/train.jsonl                        # prints; train.png and .txt beside it
+    python plots/data.py votes.jsonl --model models/qwen --out look    # lengths in the tokens of a judge
 
-Shows the labels and how often each was chosen, votes an item, how much people disagree (entropy of an item's votes, in nats;
-Krippendorff's alpha, which needs the package krippendorff), how long the prompts are, what share of them stands in common
-beginnings that packs compute once, and the items most and least agreed on.
+Shows the labels and how often each was chosen, votes an item, how much people disagree (entropy of an item's
+votes in nats; Krippendorff's alpha), how long the prompts are, what share of them stands in beginnings that
+packs compute once, and the items most and least agreed on.
 """
+
 import dataclasses
 import math
 import random
@@ -18,31 +19,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import pandas
 import torch
 import tyro
 
 import distjudge
 from distjudge import InputError, Item, short
+from plots.figures import HUMAN, MODEL, NEUTRAL, TRUTH, name_labels, plt
 
-VOTES, MAJORITY, LINE, NEUTRAL = "#4878a8", "#e08214", "#222222", "#777777"
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150,
-         "axes.titlesize": 9}
+PACK_TOKENS = 8192  # beginnings are shared within packs of this size
 
 
 @dataclasses.dataclass
 class Look:
-    """What is shown of a data set. entropy (N,) in nats; lengths (N,) in `unit`; shared is a share of `packed` items' lengths."""
+    """What is shown of a data set: votes counts and p (N, C), entropy (N,) in nats, lengths (N,) in `unit`.
+
+    alpha: a number, or why there is none. shared: the share of `packed` items' lengths that is computed once.
+    """
 
     items: list[Item]
     labels: list[str]
     counts: torch.Tensor
+    p: torch.Tensor
     entropy: torch.Tensor
-    majority: torch.Tensor
-    ordered: bool
     alpha: float | str
     floor: float | None
     lengths: list[int]
@@ -50,151 +49,153 @@ class Look:
     shared: float
     packed: int
 
-    @property
-    def p(self) -> torch.Tensor:
-        return self.counts / self.counts.sum(1, keepdim=True)
-
-    def extremes(self, each: int) -> tuple[list[int], list[int]]:
+    def extremes(self, each: int) -> list[list[int]]:
         """Items most and least agreed on, one a group; of equals, those with more votes, then the earlier."""
-        votes, entropy = self.counts.sum(1).tolist(), [round(e, 9) for e in self.entropy.tolist()]
-        found: list[list[int]] = []
-        for sign in (1, -1):
-            chosen: dict[str, int] = {}
-            for i in sorted(range(len(self.items)), key=lambda i: (sign * entropy[i], -votes[i])):
-                if len(chosen) < each:
-                    chosen.setdefault(self.items[i].group or f"item {i}", i)
-            found.append(list(chosen.values()))
-        return found[0], found[1]
+        columns = {"group": groups_of(self.items), "entropy": self.entropy.numpy().round(9)}
+        table = pandas.DataFrame(columns | {"votes": self.counts.sum(1)})
+        by_entropy = [table.sort_values(["entropy", "votes"], ascending=[up, False]) for up in (True, False)]
+        return [rows.drop_duplicates("group").index[:each].tolist() for rows in by_entropy]
+
+
+def groups_of(items: list[Item]) -> list[str | int]:
+    """The group of each item; one without a group is a group of its own."""
+    return [i if item.group is None else item.group for i, item in enumerate(items)]
 
 
 def krippendorff_alpha(counts: torch.Tensor, ordered: bool) -> float | str:
-    """Krippendorff's alpha of counts (N, C), nominal or ordinal: 1 is full agreement, 0 what chance gives. Or why there is none."""
-    try:
-        import krippendorff
-    except ImportError:
-        return "not computed: it needs the package krippendorff (pip install krippendorff)"
-    if (counts.sum(1) < 2).all():
-        return "none: every item has one vote"
+    """Krippendorff's alpha of counts (N, C), 1 full agreement and 0 chance, or why there is none.
+
+    Source: Krippendorff (2011), Computing Krippendorff's alpha-reliability.
+    """
+    pairs = counts[counts.sum(1) >= 2]  # a single vote cannot be compared
+    if not len(pairs):
+        return "none: no item has two votes"
     if (counts != counts.round()).any():
         return "none: the panels are weighted"
-    if (counts.sum(0) > 0).sum() < 2:
-        return "none: all votes are for one label"
-    pairable = counts[counts.sum(1) >= 2].long().numpy()
-    if (pairable.sum(0) > 0).sum() < 2:
+    total, size = pairs.sum(0), pairs.sum()
+    if (total > 0).sum() < 2:
         return "none: all votes that can be compared are for one label"
-    return float(krippendorff.alpha(value_counts=pairable, level_of_measurement="ordinal" if ordered else "nominal"))
+    weighted = pairs / (pairs.sum(1, keepdim=True) - 1)
+    observed = weighted.T @ pairs - weighted.sum(0).diag()  # how often two labels meet in an item
+    expected = (total.outer(total) - total.diag()) / (size - 1)
+    distance = 1 - torch.eye(len(total), dtype=torch.float64)
+    if ordered:
+        middle = total.cumsum(0) - total / 2
+        distance = (middle[:, None] - middle) ** 2
+    return 1 - ((observed * distance).sum() / (expected * distance).sum()).item()
 
 
 def some_groups(items: list[Item], most: int, seed: int = 0) -> list[Item]:
     """At most `most` items, of whole groups drawn at random, so that what they share can be seen."""
     if len(items) <= most:
         return items
-    groups: dict[str, list[Item]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault(item.group or f"item {i}", []).append(item)
-    drawn, order = [], list(groups.values())
-    random.Random(seed).shuffle(order)
-    for group in order:
-        drawn += group[: most - len(drawn)]
-    return drawn
+    groups = groups_of(items)
+    drawn = list(dict.fromkeys(groups))
+    random.Random(seed).shuffle(drawn)
+    place = {group: k for k, group in enumerate(drawn)}
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: place[groups[i]])[:most]]
 
 
-def look(items: list[Item], model: str = "", pack_tokens: int = 8192, most: int = 2000) -> Look:
+def look(items: list[Item], model: str = "", most: int = 2000) -> Look:
     """Computes what is shown. model: a folder with a tokenizer; without, lengths are in characters."""
     counts, labels = distjudge.counts_of(items), distjudge.labels_of(items)
     p = counts / counts.sum(1, keepdim=True)
-    encode = distjudge.PromptEncoder(distjudge.load_tokenizer(model)) if model else None
-    lengths = [len(encode(item.prompt)) if encode else len(item.prompt) for item in items]
-    sample = [encode(item.prompt) if encode else list(map(ord, item.prompt)) for item in some_groups(items, most)]
-    packs = distjudge.pack_prompts(sample, pack_tokens)
+    encode = distjudge.PromptEncoder(distjudge.load_tokenizer(model)) if model else list
+    lengths = [len(encode(item.prompt)) for item in items]
+    sample = [encode(item.prompt) for item in some_groups(items, most)]
+    packs = distjudge.pack_prompts(sample, PACK_TOKENS)
     shared = 1 - sum(len(pack.ids) for pack in packs) / sum(map(len, sample))
-    ordered = distjudge.are_numeric(labels)
-    return Look(items, labels, counts, distjudge.entropy(p), distjudge.majority(p), ordered, krippendorff_alpha(counts, ordered),
-                distjudge.noise_floor(some_groups(items, 10_000)), lengths, "tokens" if model else "characters", shared, len(sample))
-
-
-def describe(data: Look, each: int = 3) -> list[str]:
-    """The lines of text."""
-    n, votes = len(data.items), data.counts.sum(1)
-    groups = len({item.group for item in data.items if item.group is not None})
-    width = max(map(len, [short(label, 24) for label in data.labels])) + 2
-    lines = [f"{n:,} items, {votes.sum():,.0f} votes, {len(data.labels)} labels" + (f", {groups:,} groups" if groups else ""), "",
-             f"{'label':<{width}}{'votes':>10}{'share':>9}{'majority of':>14}"]
-    for label, given, share, most in zip(data.labels, data.counts.sum(0), data.p.mean(0), data.majority.mean(0), strict=True):
-        lines.append(f"{short(label, 24):<{width}}{given:>10,.0f}{share:>9.1%}{most:>14.1%}")
-    tally = Counter(f"{v:g}" for v in votes.tolist())
-    shown = sorted(tally.items(), key=lambda pair: float(pair[0]))
-    shown = [f"{v}: {k:,}" for v, k in shown] if len(shown) <= 12 else [f"from {shown[0][0]} to {shown[-1][0]}"]
-    alpha = f"{data.alpha:.3f} ({'ordinal' if data.ordered else 'nominal'})" if isinstance(data.alpha, float) else data.alpha
-    several = votes >= 2
-    if several.any():
-        tied = ((data.majority[several] > 0).sum(1) > 1).double().mean()
-        panels = f"; of {several.sum():,} items with two votes or more {(data.entropy[several] < 1e-9).double().mean():.1%} are unanimous"
-        panels += f", {tied:.1%} tied"
-    else:
-        panels = ""
-    floor = "none: no item has two votes" if data.floor is None else f"{data.floor:.3f} nats, KL of the true distributions to such votes"
-    lines += ["", f"votes an item      {', '.join(shown)}",
-              f"entropy            mean {data.entropy.mean():.3f} nats of {math.log(len(data.labels)):.3f} at most{panels}",
-              f"agreement          Krippendorff's alpha {alpha}",
-              f"noise floor        {floor}",
-              f"prompt length      {min(data.lengths):,} to {max(data.lengths):,} {data.unit}, "
-              f"median {statistics.median(data.lengths):,.0f}",
-              f"common beginnings  {data.shared:.0%} of the {data.unit}" + (f" of {data.packed:,} items drawn" if data.packed < n else "")]
-    for name, chosen in zip(("most", "least"), data.extremes(each), strict=True):
-        lines += ["", f"{name} agreed on"]
-        for i in chosen:
-            item = data.items[i]
-            given = ", ".join(f"{short(label, 20)} {count:g}" for label, count in item.counts.items() if count)
-            lines.append(f"  {short(item.id, 40)}: {given}: {tail(item.prompt, 100)}")
-    return lines
+    alpha = krippendorff_alpha(counts, distjudge.are_numeric(labels))
+    floor = distjudge.noise_floor(some_groups(items, 10_000))
+    entropy, unit = distjudge.entropy(p), "tokens" if model else "characters"
+    return Look(items, labels, counts, p, entropy, alpha, floor, lengths, unit, shared, len(sample))
 
 
 def tail(prompt: str, width: int) -> str:
     """The end of a prompt in one line: instructions come first, the judged text last."""
     text = " ".join(prompt.split())
-    return text if len(text) <= width else "..." + text[3 - width:]
+    return text if len(text) <= width else "..." + text[3 - width :]
+
+
+def describe(data: Look, each: int = 3) -> list[str]:
+    """The lines of text."""
+    votes, majority = data.counts.sum(1), distjudge.majority(data.p)
+    names = [short(label, 24) for label in data.labels]
+    groups, width = len({item.group for item in data.items} - {None}), max(map(len, ["label", *names])) + 2
+    head = f"{len(votes):,} items, {votes.sum():,.0f} votes, {len(names)} labels"
+    lines = [head + (f", {groups:,} groups" if groups else ""), ""]
+    lines.append(f"{'label':<{width}}{'votes':>10}{'share':>9}{'majority of':>14}")
+    for name, n, share, most in zip(names, data.counts.sum(0), data.p.mean(0), majority.mean(0), strict=True):
+        lines.append(f"{name:<{width}}{n:>10,.0f}{share:>9.1%}{most:>14.1%}")
+    panels = ", ".join(f"{v:g}: {n:,}" for v, n in sorted(Counter(votes.tolist()).items()))
+    if len(votes.unique()) > 12:
+        panels = f"from {votes.min():g} to {votes.max():g}"
+    alpha, floor = data.alpha, "none: no item has two votes"
+    if isinstance(alpha, float):
+        alpha = f"{alpha:.3f} ({'ordinal' if distjudge.are_numeric(data.labels) else 'nominal'})"
+    if data.floor is not None:
+        floor = f"{data.floor:.3f} nats, KL of the true distributions to such votes"
+    entropy = f"mean {data.entropy.mean():.3f} nats of {math.log(len(names)):.3f} at most"
+    several = votes >= 2
+    if several.any():
+        sure = (data.entropy[several] < 1e-9).double().mean()
+        tied = ((majority[several] > 0).sum(1) > 1).double().mean()
+        entropy += f"; of {several.sum():,} items with several votes {sure:.1%} unanimous, {tied:.1%} tied"
+    least, most, middle = min(data.lengths), max(data.lengths), statistics.median(data.lengths)
+    drawn = f" of {data.packed:,} items drawn" if data.packed < len(votes) else ""
+    lines += [
+        "",
+        f"votes an item      {panels}",
+        f"entropy            {entropy}",
+        f"agreement          Krippendorff's alpha {alpha}",
+        f"noise floor        {floor}",
+        f"prompt length      {least:,} to {most:,} {data.unit}, median {middle:,.0f}",
+        f"common beginnings  {data.shared:.0%} of the {data.unit}{drawn}",
+    ]
+    for name, chosen in zip(("most", "least"), data.extremes(each), strict=True):
+        lines += ["", f"{name} agreed on"]
+        for item in (data.items[i] for i in chosen):
+            given = ", ".join(f"{short(label, 20)} {n:g}" for label, n in item.counts.items() if n)
+            lines.append(f"  {short(item.id, 40)}: {given}: {tail(item.prompt, 100)}")
+    return lines
 
 
 def draw(data: Look) -> plt.Figure:
     """Labels, votes an item, entropy and prompt lengths; below, two items most and two least agreed on."""
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(11, 6), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
-        labels, votes, entropy, lengths = top.subplots(1, 4)
-        at, given = torch.arange(len(data.labels)), data.counts.sum(1)
-        names, tilt = [short(label, 14) for label in data.labels], 0 if max(map(len, data.labels)) < 5 else 25
-        labels.bar(at - 0.2, data.p.mean(0), 0.4, color=VOTES, label="votes")
-        labels.bar(at + 0.2, data.majority.mean(0), 0.4, color=MAJORITY, label="majorities")
-        labels.set_xticks(at, names, rotation=tilt)
-        labels.set(title="labels", ylabel="share", ylim=(0, 1.22 * max(data.p.mean(0).max().item(), data.majority.mean(0).max().item())))
-        labels.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", columnspacing=1, handlelength=1.2)
-        low, high = round(given.min().item()), round(given.max().item())
-        if high - low <= 20:
-            tally = Counter(given.round().long().tolist())
-            votes.bar(list(tally), list(tally.values()), 0.8, color=VOTES)
-            votes.set_xticks(range(low, high + 1, 1 if high - low <= 10 else 2))
-            votes.set_xlim(low - 1, high + 1)
-        else:
-            votes.hist(given.numpy(), bins=30, color=VOTES)
-        votes.set(title="votes an item", ylabel="items")
-        entropy.hist(data.entropy.numpy(), bins=24, range=(0, math.log(len(data.labels))), color=VOTES)
-        entropy.axvline(data.entropy.mean().item(), color=LINE, linestyle="--", linewidth=1.2)
-        agreed = f", alpha {data.alpha:.2f}" if isinstance(data.alpha, float) else ""
-        entropy.set(title=f"disagreement: mean {data.entropy.mean():.2f}{agreed}", xlabel="entropy of the votes, nats", ylabel="items")
-        lengths.hist(data.lengths, bins=30, color=VOTES)
-        lengths.set(title=f"prompts: {data.shared:.0%} in common beginnings", xlabel=data.unit, ylabel="items")
-        lengths.set_xlim(left=0)
-        most, least = data.extremes(2)
-        for k, (ax, i) in enumerate(zip(bottom.subplots(1, len(most + least), sharey=True, squeeze=False)[0], most + least, strict=True)):
-            ax.bar(at, data.p[i], 0.7, color=VOTES if k < len(most) else MAJORITY)
-            ax.set_xticks(at, names, rotation=tilt)
-            ax.set_ylim(0, 1.02)
-            kind = "most" if k < len(most) else "least"
-            ax.set_title(f"{kind} agreed on: {given[i]:g} votes\n{short(data.items[i].id, 34)}", fontsize=8)
-            words = "\n".join(textwrap.wrap(tail(data.items[i].prompt, 120), 42))
-            ax.set_xlabel(words.replace("$", r"\$"), fontsize=7, color=NEUTRAL)
-            ax.set_ylabel("" if k else "share of votes")
+    figure = plt.figure(figsize=(11, 6))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    labels, votes, entropy, lengths = top.subplots(1, 4)
+    at, given = torch.arange(len(data.labels)), data.counts.sum(1)
+    shares, majorities = data.p.mean(0), distjudge.majority(data.p).mean(0)
+    labels.bar(at - 0.2, shares, 0.4, color=HUMAN, label="votes")
+    labels.bar(at + 0.2, majorities, 0.4, color=MODEL, label="majorities")
+    name_labels(labels, data.labels)
+    labels.set(title="labels", ylabel="share", ylim=(0, 1.22 * max(shares.max(), majorities.max())))
+    labels.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", columnspacing=1, handlelength=1.2)
+    low, high = round(given.min().item()), round(given.max().item())
+    votes.hist(given, min(30, high - low + 1), range=(low - 0.5, high + 0.5), rwidth=0.8, color=HUMAN)
+    votes.set_xlim(low - 1, high + 1)
+    votes.xaxis.get_major_locator().set_params(integer=True)
+    votes.set(title="votes an item", ylabel="items")
+    entropy.hist(data.entropy, bins=24, range=(0, math.log(len(data.labels))), color=HUMAN)
+    entropy.axvline(data.entropy.mean(), color=TRUTH, linestyle="--", linewidth=1.2)
+    agreed = f", alpha {data.alpha:.2f}" if isinstance(data.alpha, float) else ""
+    title = f"disagreement: mean {data.entropy.mean():.2f}{agreed}"
+    entropy.set(title=title, xlabel="entropy of the votes, nats", ylabel="items")
+    lengths.hist(data.lengths, bins=30, color=HUMAN)
+    lengths.set(title=f"prompts: {data.shared:.0%} in common beginnings", xlabel=data.unit, ylabel="items")
+    lengths.set_xlim(left=0)
+    most, least = data.extremes(2)
+    shown = [(i, "most", HUMAN) for i in most] + [(i, "least", MODEL) for i in least]
+    axes = bottom.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for ax, (i, kind, colour) in zip(axes, shown, strict=True):
+        ax.bar(at, data.p[i], 0.7, color=colour)
+        name_labels(ax, data.labels)
+        ax.set_title(f"{kind} agreed on: {given[i]:g} votes\n{short(data.items[i].id, 34)}", fontsize=8)
+        words = textwrap.fill(tail(data.items[i].prompt, 120), 42).replace("$", r"\$")
+        ax.set_xlabel(words, fontsize=7, color=NEUTRAL)
+        ax.set_ylim(0, 1.02)
+    bottom.supylabel("share of votes", fontsize=9)
     return figure
 
 
@@ -203,31 +204,25 @@ class DataConfig:
     files: tyro.conf.Positional[tuple[str, ...]]
     """Files of items, .jsonl or .jsonl.gz."""
     model: str = ""
-    """A folder with a tokenizer: lengths and shared beginnings are then in its tokens, chat template included."""
+    """A folder with a tokenizer: lengths and beginnings are then in its tokens, chat template included."""
     out: str = ""
     """The folder for NAME.png and NAME.txt. Default: that of the first file."""
     labels: tuple[str, ...] = ()
     """Label order, as in training."""
-    pack_tokens: int = 8192
-    """Size of the packs within which beginnings are shared."""
-    examples: int = 3
-    """Items most and least agreed on, each."""
 
 
 def main(config: DataConfig) -> None:
     if not config.files:
         raise InputError("files: name a file of items")
-    if config.pack_tokens < 1 or config.examples < 0:
-        raise InputError(f"pack_tokens: must be 1 or more, not {config.pack_tokens}" if config.pack_tokens < 1 else
-                         f"examples: must be 0 or more, not {config.examples}")
-    data = look(distjudge.load_items(*config.files, labels=config.labels or None), config.model, config.pack_tokens)
-    lines = [" ".join(config.files), *describe(data, config.examples)]
+    first = Path(config.files[0])
+    data = look(distjudge.load_items(*config.files, labels=config.labels or None), config.model)
+    lines = [" ".join(config.files), *describe(data)]
     print("\n".join(lines))
-    out, name = Path(config.out or Path(config.files[0]).parent), Path(config.files[0]).name.split(".jsonl")[0]
+    out, name = Path(config.out or first.parent), first.name.split(".jsonl")[0]
     out.mkdir(parents=True, exist_ok=True)
     distjudge.write_lines(out / f"{name}.txt", lines)
     figure = draw(data)
-    figure.savefig(out / f"{name}.png", bbox_inches="tight")
+    figure.savefig(out / f"{name}.png")
     plt.close(figure)
     print(f"\nwrote {out / f'{name}.png'} and {name}.txt")
 
