@@ -1,279 +1,249 @@
 """Draw the figure of a study from its table.
 
-    python plots/study.py runs/study/sweep.csv                    # writes sweep.png and sweep.svg beside it
+    python plots/study.py runs/study/sweep.csv                    # writes sweep.png beside it
     python plots/study.py runs/study/*.csv --out paper
 
-recipes/study.py calls this; use it to draw again. Error bars and bands are the 95 % intervals of the table.
+recipes/study.py calls this. Error bars are the 95 % intervals of the table.
 """
 
-import csv
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import tyro
 
 import distjudge
 from distjudge import InputError
-from plots.figures import COLOURS, HUMAN, LINES, MARKERS, NEUTRAL, TRUTH, save
+from plots.figures import COLOURS, HUMAN, LINES, MARKERS, NEUTRAL, TRUTH
 
+COLUMNS = [
+    *(
+        "study",
+        "data",
+        "votes",
+        "items",
+        "epochs",
+        "alpha",
+        "eps",
+        "delta",
+        "entropy",
+        "method",
+        "seed",
+        "metric",
+    ),
+    *("value", "std", "low", "high", "against", "difference", "difference_low", "difference_high", "p"),
+]
+WORDS = ("study", "data", "entropy", "method", "seed", "metric", "against")  # the other columns are numbers
 NAMES = {"kl": "KL(votes || judge), nats", "kl_truth": "KL(truth || judge), nats"}
-NUMBERS = ("value", "std", "low", "high", "difference", "difference_low", "difference_high", "p", "alpha", "eps", "delta", "votes", "items")
 
 
-def summary(rows: list[dict], **where) -> list[dict]:
-    """The rows over all seeds that are as named."""
-    return [r for r in rows if r["seed"] == "all" and r["value"] is not None and all(r.get(k) == v for k, v in where.items())]
+def read_table(path: str | Path) -> pd.DataFrame:
+    """The rows of a study's CSV file: COLUMNS, numbers as floats. Raises InputError naming the file."""
+    kinds = {name: str if name in WORDS else float for name in COLUMNS}
+    try:
+        rows = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""], encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a study's table: {error}") from None
+    if missing := {"study", "method", "seed", "metric", "value"} - set(rows):
+        raise InputError(f"{path}: not a study's table: no column {', '.join(sorted(missing))}")
+    if rows.empty or rows["study"][0] not in DRAW:
+        raise InputError(
+            f"{path}: not a study's table: {'no rows' if rows.empty else 'its study is unknown'}"
+        )
+    return rows.reindex(columns=COLUMNS)
 
 
-def measure(rows: list[dict]) -> str:
-    return "kl_truth" if any(r["metric"] == "kl_truth" for r in rows) else "kl"
+def measure(rows: pd.DataFrame) -> str:
+    """The metric to show: KL to the truth where it is known, else to the votes."""
+    return "kl_truth" if (rows["metric"] == "kl_truth").any() else "kl"
 
 
-def title_of(votes: float | None) -> str:
-    return "all votes" if votes in (None, "") else f"{votes:g} vote{'s' if votes > 1 else ''} an item"
+def is_floor(rows: pd.DataFrame) -> pd.Series:
+    return rows["method"].str.startswith("noise floor")
 
 
-def is_reference(row: dict) -> bool:
-    return row["method"] == "marginal" or row["method"].startswith("noise floor")
+def overall(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows over all seeds of one metric. Not of the truth against itself."""
+    rows = rows[(rows["seed"] == "all") & (rows["metric"] == metric) & rows["value"].notna()]
+    return rows[~is_floor(rows)] if metric == "kl_truth" else rows
 
 
-def looks(names: list[str]) -> dict[str, dict]:
-    """One colour, marker and dash for each method, the same in every panel."""
-    return {
-        n: {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "linestyle": LINES[i % 8], "markersize": 4.5} for i, n in enumerate(names)
-    }
+def looks(names: Iterable[Any]) -> dict[Any, dict]:
+    """One colour, marker and dash for each name, the same in every panel."""
+    kinds = zip(COLOURS, MARKERS, LINES, strict=True)
+    styles = [{"color": c, "marker": m, "linestyle": dash, "markersize": 4.5} for c, m, dash in kinds]
+    return {name: styles[i % len(styles)] for i, name in enumerate(names)}
 
 
-def bars(rows: list[dict]) -> list[list[float]] | None:
-    if any(r.get("low") is None for r in rows):
-        return None
-    return [[max(0.0, r["value"] - r["low"]) for r in rows], [max(0.0, r["high"] - r["value"]) for r in rows]]
+def bars(rows: pd.DataFrame) -> list[pd.Series]:
+    """How far each interval reaches below and above its value."""
+    return [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
 
 
-def reference_lines(ax: plt.Axes, rows: list[dict], metric: str, **where) -> None:
-    """The marginal and, for KL to votes, the noise floor, as horizontal lines."""
-    for r in summary(rows, metric=metric, **where):
-        if is_reference(r) and not r.get("entropy") and (metric != "kl_truth" or r["method"] == "marginal"):
-            floor = r["method"].startswith("noise")
-            ax.axhline(r["value"], color=TRUTH if floor else NEUTRAL, linestyle=":" if floor else "--", linewidth=1.1, label=r["method"])
+def draw_points(ax: plt.Axes, at: pd.Series, rows: pd.DataFrame, **look: Any) -> None:
+    ax.errorbar(at, rows["value"], yerr=bars(rows), capsize=2, linewidth=1.2, elinewidth=0.8, **look)
 
 
-def draw_methods(rows: list[dict]) -> plt.Figure:
-    """Above, KL of each method with its interval, a panel for each number of votes; below, KL by human entropy."""
+def draw_lines(ax: plt.Axes, rows: pd.DataFrame, x: str, by: str, look: dict, name: str = "{}") -> None:
+    """Values against the column x, a line for each value of the column `by`, a little apart."""
+    apart = 0.05 * (rows[x].max() - rows[x].min()) / len(look)
+    for i, (kind, style) in enumerate(look.items()):
+        own = rows[rows[by] == kind].sort_values(x)
+        draw_points(ax, own[x] + apart * (i - (len(look) - 1) / 2), own, label=name.format(kind), **style)
+
+
+def panels(number: int, width: float, height: float) -> tuple[plt.Figure, list[plt.Axes]]:
+    size = (1.6 + width * number, height)
+    figure, axes = plt.subplots(1, number, figsize=size, squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def add_legend(figure: plt.Figure, place: str = "right upper", columns: int = 1) -> None:
+    """One legend for all panels."""
+    named = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc=f"outside {place}", ncols=columns, frameon=False)
+
+
+def by_votes(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows for each number of votes, by the title of their panel."""
+    groups = rows.assign(votes=rows["votes"].fillna(0)).groupby("votes", sort=False)
+    titles = {0: "all votes", 1: "1 vote an item"}
+    return {titles.get(n, f"{n:g} votes an item"): own for n, own in groups}
+
+
+def draw_methods(rows: pd.DataFrame) -> plt.Figure:
+    """Above, KL of each method, a panel for each number of votes; below, KL by human entropy."""
     metric = measure(rows)
-    whole = [
-        r for r in summary(rows, metric=metric) if not r.get("entropy") and not (metric == "kl_truth" and r["method"].startswith("noise"))
-    ]
-    votes = list(dict.fromkeys(r.get("votes") for r in whole))
-    names = list(dict.fromkeys(r["method"] for r in whole))
-    first = next(r["method"] for r in whole if not is_reference(r))
-    good = sorted(
-        {n for n in names if n not in ("marginal", first)} - {n for n in names if n.startswith("noise")},
-        key=lambda n: sum(r["value"] for r in whole if r["method"] == n),
-    )
-    lines = [first, *good[:4], "marginal"]
-    look = looks(lines)
-    figure, axes = plt.subplots(
-        2,
-        len(votes),
-        figsize=(2.2 + 2.7 * len(votes), 2.2 + 0.21 * len(names) + 2.6),
-        squeeze=False,
-        layout="constrained",
-        height_ratios=[0.6 + 0.21 * len(names), 2.6],
-        sharey="row",
-    )
-    for column, n in enumerate(votes):
-        ax = axes[0, column]
-        here = {r["method"]: r for r in whole if r.get("votes") == n}
-        for y, name in enumerate(names):
-            if name in here:
-                own = look.get(name, {"color": HUMAN, "marker": "o"}) | {"linestyle": "none", "markersize": 4.5}
-                ax.errorbar(
-                    here[name]["value"], y, xerr=[[v[0]] for v in bars([here[name]])] if bars([here[name]]) else None, capsize=2, **own
-                )
-        if first in here:
-            ax.axvline(here[first]["value"], color=NEUTRAL, linewidth=0.8, linestyle=":")
+    rows = overall(rows, metric)
+    whole = rows[rows["entropy"].isna()]
+    names = list(dict.fromkeys(whole["method"]))
+    judges = whole[~is_floor(whole) & (whole["method"] != "marginal")]
+    first = judges["method"].iloc[0]
+    best = judges[judges["method"] != first].groupby("method")["value"].mean().sort_values()
+    look = looks([first, *best.index[:4], "marginal"])
+    votes, high = by_votes(whole), 0.6 + 0.21 * len(names)
+    size = (2.2 + 2.7 * len(votes), 3.6 + high)
+    shape = {"squeeze": False, "sharey": "row", "height_ratios": [high, 2.6], "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(votes), figsize=size, **shape)
+    for ax, (title, here) in zip(axes[0], votes.items(), strict=True):
+        for _, own in here.groupby("method"):
+            name = own["method"].iloc[0]
+            style = look.get(name, {"color": HUMAN, "marker": "o"}) | {"linestyle": "none", "markersize": 4.5}
+            ax.errorbar(own["value"], [names.index(name)], xerr=bars(own), capsize=2, **style)
+        for value in here.loc[here["method"] == first, "value"]:
+            ax.axvline(value, color=NEUTRAL, linewidth=0.8, linestyle=":")
         ax.set_yticks(range(len(names)), names)
-        ax.invert_yaxis() if column == 0 else None
-        ax.set(xlabel=NAMES[metric], title=title_of(n))
-        ax = axes[1, column]
-        for name in lines:
-            points = [r for r in summary(rows, metric=metric, method=name) if r.get("entropy") and r.get("votes") == n]
-            if points:
-                ax.errorbar(
-                    [r["entropy"] for r in points],
-                    [r["value"] for r in points],
-                    yerr=bars(points),
-                    capsize=2,
-                    linewidth=1.2,
-                    label=name,
-                    **look[name],
-                )
+        ax.set(xlabel=NAMES[metric], title=title)
+    axes[0, 0].invert_yaxis()
+    binned = by_votes(rows[rows["entropy"].notna()])
+    for ax, title in zip(axes[1], votes, strict=True):
+        for name, style in look.items() if title in binned else ():
+            own = binned[title][binned[title]["method"] == name]
+            draw_points(ax, own["entropy"], own, label=name, **style)
         ax.set(xlabel="human entropy, share of log C", ylim=(0, None))
     axes[1, 0].set_ylabel(NAMES[metric])
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, max(1, len(labels))), frameon=False)
+    add_legend(figure, "lower center", 3)
     return figure
 
 
-def draw_lines(rows: list[dict], x: str, by: str, label: str, name=str) -> plt.Figure:
-    """KL against the column `x`, a line for each value of the column `by`."""
-    metrics = [m for m in ("kl", "kl_truth") if any(r["metric"] == m and r.get(x) not in (None, "") for r in rows)]
-    figure, axes = plt.subplots(1, len(metrics), figsize=(1.4 + 4.6 * len(metrics), 3.6), squeeze=False, layout="constrained")
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        points = [r for r in summary(rows, metric=metric) if r.get(x) not in (None, "")]
-        kinds = list(dict.fromkeys(r[by] for r in points))
-        look = looks([name(kind) for kind in kinds])
-        for i, kind in enumerate(kinds):
-            own = sorted((r for r in points if r[by] == kind), key=lambda r: r[x])
-            span = max(r[x] for r in points) - min(r[x] for r in points)
-            shift = (i - (len(kinds) - 1) / 2) * 0.006 * span  # so that error bars do not hide each other
-            ax.errorbar(
-                [r[x] + shift for r in own],
-                [r["value"] for r in own],
-                yerr=bars(own),
-                capsize=2,
-                linewidth=1.3,
-                elinewidth=0.8,
-                label=name(kind),
-                **look[name(kind)],
-            )
-        if by != "method":  # else they are lines among the others
-            reference_lines(ax, [r for r in rows if r.get(x) in (None, "")], metric)
+def draw_grid(rows: pd.DataFrame, x: str, by: str, label: str, name: str = "{}") -> plt.Figure:
+    """KL against the column x, a line for each value of the column `by`, a panel for each kind of KL."""
+    metrics = [m for m in NAMES if (rows["metric"] == m).any()]
+    figure, axes = panels(len(metrics), 4.6, 3.6)
+    for ax, metric in zip(axes, metrics, strict=True):
+        here = overall(rows, metric)
+        points = here[here[x].notna()]
+        draw_lines(ax, points, x, by, looks(dict.fromkeys(points[by])), name)
+        for _, row in here[
+            here[x].isna() & (by != "method")
+        ].iterrows():  # else they are lines among the others
+            floor = row["method"] != "marginal"
+            style = {"color": TRUTH, "linestyle": ":"} if floor else {"color": NEUTRAL, "linestyle": "--"}
+            ax.axhline(row["value"], linewidth=1.1, label=row["method"], **style)
         ax.set(xlabel=label, ylabel=NAMES[metric])
-    named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
+    add_legend(figure)
     return figure
 
 
-def draw_sweep(rows: list[dict]) -> plt.Figure:
-    return draw_lines(rows, "alpha", "eps", "alpha, weight of KL", lambda eps: f"eps = {eps:g}")
+def draw_sweep(rows: pd.DataFrame) -> plt.Figure:
+    return draw_grid(rows, "alpha", "eps", "alpha, weight of KL", "eps = {:g}")
 
 
-def draw_robustness(rows: list[dict]) -> plt.Figure:
-    return draw_lines(rows, "delta", "method", "delta, l2 distance the target is moved")
+def draw_robustness(rows: pd.DataFrame) -> plt.Figure:
+    return draw_grid(rows[rows["delta"].notna()], "delta", "method", "delta, l2 distance the target is moved")
 
 
-def draw_budget(rows: list[dict]) -> plt.Figure:
+def draw_budget(rows: pd.DataFrame) -> plt.Figure:
     """KL of each way to spend the annotations, a line a method."""
-    metrics = [m for m in ("kl", "kl_truth") if any(r["metric"] == m for r in rows)]
-    ways = sorted({(r["votes"], r["items"]) for r in rows})
-    names = list(dict.fromkeys(r["method"] for r in rows if not r["method"].startswith("noise")))
-    look, figure = looks(names), plt.figure(figsize=(4.4 * len(metrics) + 1.4, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(metrics), squeeze=False)
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        for i, name in enumerate(names):
-            points = sorted(summary(rows, metric=metric, method=name), key=lambda r: r["votes"])
-            at = [ways.index((r["votes"], r["items"])) + 0.05 * (i - len(names) / 2) for r in points]
-            ax.errorbar(at, [r["value"] for r in points], yerr=bars(points), capsize=2, linewidth=1.2, label=name, **look[name])
-        ax.set_xticks(range(len(ways)), [f"{items:g} × {votes:g}" for votes, items in ways])
-        ax.set(xlabel="items × votes", ylabel=NAMES[metric])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    rows = rows[~is_floor(rows)].sort_values("votes", kind="stable")
+    ways = [f"{items:g} × {votes:g}" for items, votes in zip(rows["items"], rows["votes"], strict=True)]
+    kinds = list(dict.fromkeys(ways))
+    figure = draw_grid(rows.assign(way=[kinds.index(way) for way in ways]), "way", "method", "items × votes")
+    for ax in figure.axes:
+        ax.set_xticks(range(len(kinds)), kinds)
     return figure
 
 
-def draw_length(rows: list[dict]) -> plt.Figure:
-    """KL by epochs, a line a method and a panel for each number of votes; open marks at the right: epochs chosen on other items' votes."""
+def draw_length(rows: pd.DataFrame) -> plt.Figure:
+    """KL by epochs, a panel for each number of votes; hollow, at the right: the epochs chosen."""
     metric = measure(rows)
-    points = [r for r in summary(rows, metric=metric) if not is_reference(r)]
-    votes, names = list(dict.fromkeys(r.get("votes") for r in points)), list(dict.fromkeys(r["method"] for r in points))
-    lengths = sorted({r["epochs"] for r in points if r.get("epochs")})
-    look = looks(names)
-    figure, axes = plt.subplots(1, len(votes), figsize=(1.6 + 2.9 * len(votes), 3.3), squeeze=False, layout="constrained")
-    for ax, n in zip(axes[0], votes, strict=True):
-        for i, name in enumerate(names):
-            own = sorted((r for r in points if r["method"] == name and r.get("votes") == n and r.get("epochs")), key=lambda r: r["epochs"])
-            shift = 0.07 * (i - (len(names) - 1) / 2)
-            at = [lengths.index(r["epochs"]) + shift for r in own]
-            ax.errorbar(at, [r["value"] for r in own], yerr=bars(own), capsize=2, linewidth=1.2, elinewidth=0.8, label=name, **look[name])
-            best = [r for r in points if r["method"] == name and r.get("votes") == n and not r.get("epochs")]
-            hollow = look[name] | {"linestyle": "none", "markerfacecolor": "none", "capsize": 2, "elinewidth": 0.8}
-            ax.errorbar([len(lengths) + shift] * len(best), [r["value"] for r in best], yerr=bars(best), **hollow)
+    rows = overall(rows, metric)
+    rows = rows[~is_floor(rows) & (rows["method"] != "marginal")]
+    lengths, look = sorted(rows["epochs"].dropna().unique()), looks(dict.fromkeys(rows["method"]))
+    hollow = {"linestyle": "none", "markerfacecolor": "none"}
+    figure, axes = panels(len(by_votes(rows)), 2.9, 3.3)
+    for ax, (title, here) in zip(axes, by_votes(rows).items(), strict=True):
+        here = here.assign(at=here["epochs"].map({e: i for i, e in enumerate(lengths)}))
+        draw_lines(ax, here[here["epochs"].notna()], "at", "method", look)
+        chosen = here[here["epochs"].isna()]
+        for i, (name, style) in enumerate(look.items()):
+            own = chosen[chosen["method"] == name]
+            draw_points(ax, own["at"].fillna(len(lengths) + 0.06 * i), own, **style | hollow)
         ax.axvline(len(lengths) - 0.5, color=NEUTRAL, linewidth=0.6)
         ax.set_xticks(range(len(lengths) + 1), [*(f"{e:g}" for e in lengths), "chosen"])
-        ax.set(xlabel="epochs", title=title_of(n), ylim=(0, None))
-    axes[0, 0].set_ylabel(NAMES[metric])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        ax.set(xlabel="epochs", title=title, ylim=(0, None))
+    axes[0].set_ylabel(NAMES[metric])
+    add_legend(figure, "lower center", len(look))
     return figure
 
 
-def draw_cost(rows: list[dict]) -> plt.Figure:
+def draw_cost(rows: pd.DataFrame) -> plt.Figure:
     """Seconds an epoch: median, and from least to most."""
-    points = summary(rows, metric="seconds_per_epoch")
-    figure, ax = plt.subplots(figsize=(5.5, 0.8 + 0.4 * len(points)), layout="constrained")
-    ax.barh(
-        [r["method"] for r in points],
-        [r["value"] for r in points],
-        color=COLOURS[5],
-        edgecolor="black",
-        linewidth=0.5,
-        xerr=bars(points),
-        capsize=3,
-    )
+    rows = overall(rows, "seconds_per_epoch")
+    figure, (ax,) = panels(1, 3.9, 0.8 + 0.4 * len(rows))
+    look = {"color": COLOURS[5], "edgecolor": "black", "linewidth": 0.5, "capsize": 3}
+    ax.barh(rows["method"], rows["value"], xerr=bars(rows), **look)
     ax.invert_yaxis()
     ax.set(xlabel="seconds an epoch")
     return figure
 
 
-def draw_adversary(rows: list[dict]) -> plt.Figure:
-    """Mean gain of five steps beside that of the exact worst case."""
-    places = list(dict.fromkeys((r["method"], r["votes"]) for r in rows))
-    find = lambda place, metric: summary(rows, method=place[0], votes=place[1], metric=metric)[0]["value"]  # noqa: E731
-    figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.42 * len(places)), layout="constrained")
-    for shift, metric, name, colour, hatch in (
-        (-0.2, "gain_steps", "five steps", COLOURS[5], ""),
-        (0.2, "gain_exact", "exact", COLOURS[1], "//"),
-    ):
-        ax.barh(
-            [i + shift for i in range(len(places))],
-            [find(place, metric) for place in places],
-            0.38,
-            label=name,
-            color=colour,
-            hatch=hatch,
-            edgecolor="black",
-            linewidth=0.5,
-        )
-    ax.set_yticks(range(len(places)), [f"{name}, {f'{votes:g}' if votes else 'all'} votes" for name, votes in places])
-    ax.invert_yaxis()
-    ax.set(xlabel="KL(p' || q) - KL(p || q), nats, mean")
-    ax.legend(frameon=False)
-    return figure
-
-
-DRAW = {
-    "main": draw_methods,
-    "ablation": draw_methods,
-    "ood": draw_methods,
-    "methods": draw_methods,
+DRAW = dict.fromkeys(("main", "ablation", "ood", "methods"), draw_methods) | {
     "sweep": draw_sweep,
     "robustness": draw_robustness,
     "budget": draw_budget,
     "length": draw_length,
     "cost": draw_cost,
-    "adversary": draw_adversary,
 }
 
 
-def read_table(path: str) -> list[dict]:
-    """The rows of a study's CSV file, numbers as numbers. Raises InputError naming the file."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        for row in rows:
-            row.update({k: float(row[k]) if row[k] else None for k in NUMBERS})
-            row["epochs"] = float(row["epochs"]) if row.get("epochs") else None  # a column that older tables lack
-    except (OSError, UnicodeDecodeError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a study's table: {error}") from None
-    if not rows or rows[0]["study"] not in DRAW:
-        raise InputError(f"{path}: not a study's table: {'its study is unknown' if rows else 'no rows'}")
-    return rows
+def draw(table: str | Path, out: str | Path | None = None) -> Path:
+    """Draws a study's CSV file, as a PNG file beside it or in the folder `out`; returns its path."""
+    rows, path = read_table(table), Path(out or Path(table).parent) / f"{Path(table).stem}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = DRAW[rows["study"][0]](rows)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
 
 
 @dataclasses.dataclass
@@ -286,11 +256,7 @@ class PlotConfig:
 
 def main(config: PlotConfig) -> None:
     for table in config.tables:
-        rows = read_table(table)
-        out = Path(config.out or Path(table).parent)
-        out.mkdir(parents=True, exist_ok=True)
-        for path in save(DRAW[rows[0]["study"]](rows), out / Path(table).stem):
-            print(path)
+        print(draw(table, config.out))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,30 @@
 """The paper's studies on any backbone, and ours, each as one command with intervals and rivals.
 
-    python recipes/study.py main                                         # the embedded sample, a small model from nothing
-    python recipes/study.py main --train a.jsonl --test b.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --lora_rank 16 --learning_rate 5e-5
-    python recipes/study.py methods --votes 1 3 5 20 --seeds 5           # our changes to the method, by votes an item
+    python recipes/study.py main                                  # the embedded sample, a model from nothing
+    python recipes/study.py methods --votes 1 3 5 20 --seeds 5    # by votes an item
+    python recipes/study.py main --train a.jsonl --test b.jsonl --model Qwen/Qwen3-4B --lora_rank 16
 
-    main        untrained, single-point and distributional judge, beside the marginal, label smoothing and temperature scaling
+    main        untrained, single-point and distributional judge, label smoothing, temperature scaling
     ablation    the full method without adversary, without KL, without cross-entropy
     sweep       KL over alpha, one line an eps
     robustness  KL when the test targets are moved by delta, at random inside the simplex
     budget      one number of annotations spent as N x 1, N/3 x 3 and N/5 x 5
-    length      each method trained for several numbers of epochs, and for the number that other items' votes favour
-    ood         trained on --train, tested on --test; items in both are refused, or dropped from training on request
+    length      several numbers of epochs, and the number that other items' votes favour
+    ood         trained on --train, tested on --test, which are kept apart
     cost        seconds an epoch and items a second
-    methods     a teacher, the judge's own earlier predictions, shrunken votes, other adversaries, the ranked probability score and
-                calibration, against the paper's method
-    adversary   how far the paper's five steps fall short of the exact worst case, with a proof of it
+    methods     a teacher and other losses against the paper's method
 
-Writes STUDY.csv (tidy: a row for each number), STUDY.md and STUDY.svg/.png into --out, and a folder for each trained judge into
---out/cells, named by a hash of everything that decides its result. A cell that is there is not trained again, so a study
-can be stopped, started again and shared between commands. Intervals are 95 % bootstrap intervals over groups of test items
-and, with several seeds, over seeds (see distjudge.bootstrap); a difference is starred where its interval leaves out 0.
+Writes STUDY.csv (a row for each number), STUDY.md and STUDY.png into --out. Each trained judge has a folder
+in --out/cells, named by a hash of everything that decides its result. What is there is not trained again: a
+study can be stopped and started again, and studies share cells. Intervals are 95 % bootstrap intervals over
+groups of test items and, with several seeds, over seeds (see distjudge.bootstrap). A difference is starred
+where its interval leaves out 0.
 """
 
-import csv
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -34,142 +33,69 @@ from typing import Any, Literal
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import itertools
-
+import common
+import pandas as pd
 import tiny
 import torch
 import tyro
 
 import distjudge
-from distjudge import InputError, Item, bootstrap, counts_of, kl_loss, labels_of, majority, marginal_distribution, noise_floor
+from distjudge import InputError, Item, bootstrap, counts_of, kl_divergence, kl_loss, labels_of
 from plots import study as figures
 
 PAPER = {"alpha": 0.8, "eps": 0.25}
 SINGLE = {"alpha": 0.0, "eps": 0.0}
-METHODS: dict[
-    str, dict[str, Any]
-] = {  # settings of Config; "votes_as" changes the training votes, "calibrate" holds items out for a temperature
+KL = {"alpha": 1.0, "eps": 0.0}
+METHODS: dict[str, dict[str, Any]] = {  # settings of Config, and what a study does beside training
     "untrained": {"untrained": True},
     "single-point": SINGLE,
-    "label smoothing": {"alpha": 1.0, "eps": 0.0, "votes_as": "smoothed"},
+    "label smoothing": KL | {"smoothed": True},
     "temperature": SINGLE | {"calibrate": True},
     "distribution": PAPER,
     "without adversary": PAPER | {"eps": 0.0},
     "without KL": SINGLE,
     "without CE": PAPER | {"alpha": 1.0},
-    "KL alone": {"alpha": 1.0, "eps": 0.0},
-    "KL averaged": {"alpha": 1.0, "eps": 0.0, "average": 0.3},
-    "distribution averaged": PAPER | {"average": 0.3},
-    "KL, constant rate, averaged": {"alpha": 1.0, "eps": 0.0, "average": 0.5, "schedule": "constant"},
-    "distribution, constant rate, averaged": PAPER | {"average": 0.5, "schedule": "constant"},
-    "exact adversary": PAPER | {"adversary": "exact"},
-    "exact adversary, TV": PAPER | {"adversary": "exact", "ball": "tv", "eps": 0.15},
-    "exact adversary, KL ball": PAPER | {"adversary": "exact", "ball": "kl", "eps": 0.1},
-    "annotators' radius": PAPER | {"radius": "annotators"},
-    "RPS": PAPER | {"eps": 0.0, "alpha": 1.0, "loss": "rps"},
-    "KL + RPS": PAPER | {"loss": "mixed"},
-    "EB marginal": {"alpha": 1.0, "eps": 0.0, "prior": "marginal"},
-    "EB marginal, k = 1": {"alpha": 1.0, "eps": 0.0, "prior": "marginal", "concentration": 1.0},
-    "EB marginal, k = 2": {"alpha": 1.0, "eps": 0.0, "prior": "marginal", "concentration": 2.0},
-    "EB group": {"alpha": 1.0, "eps": 0.0, "prior": "group"},
-    "EB model": {"alpha": 1.0, "eps": 0.0, "prior": "model"},
-    "EB model averaged": {"alpha": 1.0, "eps": 0.0, "prior": "model", "average": 0.3},
-    "EB model, constant rate, averaged": {"alpha": 1.0, "eps": 0.0, "prior": "model", "average": 0.5, "schedule": "constant"},
-    "EB model + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "model"},
-    "few": distjudge.PRESETS["few"],
+    "KL alone": KL,
     "teacher": distjudge.PRESETS["teacher"],
-    "teacher + adversary": distjudge.PRESETS["teacher"] | PAPER | {"alpha": 1.0},
-    "EB cross-fitted": {"alpha": 1.0, "eps": 0.0, "prior": "crossfit"},
-    "EB + adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators"},
-    "EB + exact adversary": {"alpha": 1.0, "eps": 0.25, "prior": "marginal", "radius": "annotators", "adversary": "exact"},
-    "KL alone + temperature": {"alpha": 1.0, "eps": 0.0, "calibrate": True},
-    "KL + RPS alone": {"alpha": 1.0, "eps": 0.0, "loss": "mixed"},
-    "EB cross-fitted + RPS": {"alpha": 1.0, "eps": 0.0, "prior": "crossfit", "loss": "mixed"},
-    "EB marginal, k = 0.3": {"alpha": 1.0, "eps": 0.0, "prior": "marginal", "concentration": 0.3},
-    "EB + paper": PAPER | {"prior": "marginal"},
 }
-ROWS = {  # which methods a study compares by default; the first is what the others are compared with
+RIVALS = ("single-point", "label smoothing", "temperature")
+ROWS = {  # the methods a study compares by default; the first is what the others are compared with
     "main": ("single-point", "untrained", "label smoothing", "temperature", "distribution"),
     "ablation": ("distribution", "without adversary", "without KL", "without CE"),
     "sweep": ("distribution",),
-    "robustness": ("single-point", "without adversary", "distribution", "exact adversary", "EB model averaged", "teacher"),
+    "robustness": ("single-point", "without adversary", "distribution", "teacher"),
     "budget": ("distribution", "KL alone", "teacher"),
-    "length": ("distribution", "teacher", "few", "KL alone", "KL, constant rate, averaged"),
+    "length": ("distribution", "teacher", "KL alone"),
     "ood": ("single-point", "untrained", "label smoothing", "temperature", "distribution"),
-    "cost": ("single-point", "without adversary", "distribution", "exact adversary", "teacher"),
-    "methods": (
-        "distribution",
-        "teacher",
-        "few",
-        "EB model averaged",
-        "EB model",
-        "KL alone",
-        "EB marginal, k = 1",
-        "exact adversary",
-        "annotators' radius",
-        "KL + RPS",
-        "single-point",
-        "label smoothing",
-        "temperature",
-    ),
-    "adversary": ("distribution",),
+    "cost": ("single-point", "without adversary", "distribution", "teacher"),
+    "methods": ("distribution", "teacher", "KL alone", "without adversary", *RIVALS),
 }
 METRICS = {
     "kl": "KL to votes",
     "kl_truth": "KL to truth",
     "accuracy": "accuracy",
     "js_divergence": "JS",
-    "total_variation": "TV",
-    "brier": "Brier",
     "entropy_correlation": "entropy r",
-    "emd": "EMD",
     "rps": "RPS",
-    "mean_correlation": "mean r",
 }
-# hashed into a cell's name always; other settings, those of later versions too, only where they are not at their default
-DECIDES = """labels ordered spellings model four_bit lora_rank lora_alpha max_length overlong top_k alpha eps radius adversary ball steps
-    step_size prior concentration loss rps_weight learning_rate epochs batch_size grad_accum shuffle warmup schedule weight_decay
-    max_grad_norm gradient_checkpointing seed hidden layers vocabulary""".split()
-COLUMNS = (
-    "study",
-    "data",
-    "votes",
-    "items",
-    "epochs",
-    "alpha",
-    "eps",
-    "delta",
-    "entropy",
-    "method",
-    "seed",
-    "metric",
-    "value",
-    "std",
-    "low",
-    "high",
-    "against",
-    "difference",
-    "difference_low",
-    "difference_high",
-    "p",
-)
+# settings that decide no result (of train and test the items do)
+IDLE = ["train", "test", "out", "report_to", "seeds", "eval_every", "save_every", "resume", "pack_tokens"]
+SHAPE = ["hidden", "layers", "vocabulary"]
 
 
 @dataclasses.dataclass
 class StudyConfig(tiny.TinyConfig):
-    study: tyro.conf.Positional[
-        Literal["main", "ablation", "sweep", "robustness", "budget", "length", "ood", "cost", "methods", "adversary"]
-    ] = "main"
-    """The study."""
+    study: tyro.conf.Positional[Literal[tuple(ROWS)]] = "main"
+    """What to compare; see above."""
     out: str = "runs/study"
     """The folder for table, figure and cells; studies may share one, and then share cells."""
     seeds: int = 5
     """How many seeds, from `seed` on: first weights, order and, with --votes, the votes themselves."""
     methods: tuple[str, ...] = ()
-    """Rows of the table, the first of which the others are compared with. Default: the study's own. A row brings its alpha and eps."""
+    """Rows of the table; the others are compared with the first. A row brings its own alpha and eps."""
     votes: tuple[int, ...] = ()
-    """Train on so many votes an item: drawn from the true distribution where it is known, else from the item's votes without
-    replacement (items with fewer are left out). Default: all votes as they are."""
+    """Train on so many votes an item: drawn from its truth if known, else from its votes without replacement
+    (items with fewer are left out). Default: all votes as they are."""
     train_items: int = 0
     """Train on a random part of so many items; 0 is all."""
     alphas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -185,7 +111,7 @@ class StudyConfig(tiny.TinyConfig):
     lengths: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)
     """length: the numbers of epochs, each with its own learning-rate schedule to the end."""
     overlap: Literal["error", "drop"] = "error"
-    """ood: what to do when a training item's id, prompt or group is in the test set: stop, or leave it out and say how many."""
+    """ood: with a training item whose id, prompt or group is in the test set: stop, or leave it out."""
     smoothing: float = 0.1
     """What label smoothing spreads over all labels."""
     draws: int = 2000
@@ -193,10 +119,22 @@ class StudyConfig(tiny.TinyConfig):
     report: bool = False
     """Train nothing: write table and figure of the cells that are there."""
 
+    def check(self) -> None:
+        super().check()
+        if unknown := [m for m in self.methods if m not in METHODS]:
+            raise InputError(f"methods: {', '.join(unknown)}: not among {', '.join(METHODS)}")
+        for name, low in (("draws", 100), ("perturbations", 1), ("train_items", 0)):
+            if getattr(self, name) < low:
+                raise InputError(f"{name}: must be {low} or more, not {getattr(self, name)}")
+        if any(v < 1 for v in self.votes):
+            raise InputError(f"votes: must be 1 or more, not {min(self.votes)}")
+        if not self.lengths or min(self.lengths) <= 0 or len(set(self.lengths)) != len(self.lengths):
+            raise InputError("lengths: must be different numbers of epochs above 0")
+        if not 0 <= self.smoothing < 1:
+            raise InputError(f"smoothing: must be 0 or more and below 1, not {self.smoothing}")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+
+# --- data ---
 def read_items(config: StudyConfig) -> tuple[list[Item], list[Item]]:
     """Training and test items; for "ood" apart from each other by id, prompt and group."""
     if config.study != "ood":
@@ -206,30 +144,30 @@ def read_items(config: StudyConfig) -> tuple[list[Item], list[Item]]:
     labels = list(config.labels) or None
     train = distjudge.load_items(*config.train, labels=labels)
     test = distjudge.load_items(*config.test, labels=labels or labels_of(train), complete=labels is None)
-    if config.overlap == "error":
-        distjudge.check_apart(train, test)
-        return train, test
-    kept, _ = distjudge.keep_apart(train, test, "remove", lambda prompt: " ".join(prompt.casefold().split()))
-    print(f"left out {len(train) - len(kept)} of {len(train)} training items whose id, prompt or group is in the test set")
+    how = {"error": "refuse", "drop": "remove"}[config.overlap]
+    kept, _ = distjudge.keep_apart(train, test, how, lambda prompt: " ".join(prompt.casefold().split()))
+    if gone := len(train) - len(kept):
+        print(f"left out {gone} of {len(train)} training items whose id, prompt or group is in the test set")
     if not kept:
         raise InputError(f"{config.train[0]}: every item is in the test set too")
-    distjudge.check_apart(kept, test)
     return kept, test
 
 
 def draw_votes(items: list[Item], votes: int, seed: int) -> list[Item]:
-    """The items with so many votes each: from their truth, or else without replacement from the votes they have."""
-    draw, drawn, known = torch.Generator().manual_seed(10_007 * seed + votes), [], all(item.truth for item in items)
+    """The items with so many votes each: from their truth, or else without replacement from their votes."""
+    draw, drawn = torch.Generator().manual_seed(10_007 * seed + votes), []
+    known = all(item.truth for item in items)
     for item in items:
-        labels = list(item.counts)
         if known:
-            chosen = torch.multinomial(torch.tensor(list(item.truth.values())), votes, replacement=True, generator=draw).tolist()
+            truth = torch.tensor(list(item.truth.values()))
+            chosen = torch.multinomial(truth, votes, replacement=True, generator=draw).tolist()
         else:
             pool = [c for c, n in enumerate(item.counts.values()) for _ in range(round(n))]
             if len(pool) < votes:
                 continue
             chosen = [pool[i] for i in torch.randperm(len(pool), generator=draw)[:votes].tolist()]
-        drawn.append(dataclasses.replace(item, counts={label: chosen.count(c) for c, label in enumerate(labels)}))
+        counts = {label: chosen.count(c) for c, label in enumerate(item.counts)}
+        drawn.append(dataclasses.replace(item, counts=counts))
     if not drawn:
         raise InputError(f"votes: no training item has {votes}")
     return drawn
@@ -239,22 +177,28 @@ def some_of(items: list[Item], number: int, seed: int) -> list[Item]:
     """A random part of the items, in their order; all for 0."""
     if not number or number >= len(items):
         return items
-    chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:number].sort().values.tolist()
-    return [items[i] for i in chosen]
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in sorted(order[:number].tolist())]
 
 
 def smoothed(items: list[Item], share: float) -> list[Item]:
     """The majority label with `share` of its probability spread over all labels, in place of the votes."""
-    p = majority(counts_of(items) / counts_of(items).sum(1, keepdim=True)) * (1 - share) + share / len(labels_of(items))
-    return [dataclasses.replace(item, counts=dict(zip(item.counts, row, strict=True))) for item, row in zip(items, p.tolist(), strict=True)]
+    counts = counts_of(items)
+    p = distjudge.majority(counts / counts.sum(1, keepdim=True)) * (1 - share) + share / counts.shape[1]
+    shares = [dict(zip(labels_of(items), row, strict=True)) for row in p.tolist()]
+    return [dataclasses.replace(item, counts=own) for item, own in zip(items, shares, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cells
-# ---------------------------------------------------------------------------------------------------------------------
+def fingerprint(*parts: Any) -> str:
+    """A hash of plain values and of items, wherever their files lie."""
+    text = json.dumps(parts, default=lambda item: dataclasses.asdict(item) | {"where": ""})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --- cells ---
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One judge to train: a method with one seed on so many votes and items. votes and items 0: as they are."""
+    """One judge to train: a method with one seed on so many votes and items, 0 being as they are."""
 
     method: str
     seed: int
@@ -267,50 +211,41 @@ class Cell:
 
 
 class Workshop:
-    """Trains cells, or finds them trained. `scores(cell)` are its predictions for the test items, (N, C) float64."""
+    """Trains cells, or finds them trained."""
 
     def __init__(self, config: StudyConfig):
         self.config, self.out = config, Path(config.out)
+        self.methods, self.votes = list(config.methods or ROWS[config.study]), config.votes or (0,)
         self.train, self.test = read_items(config)
-        self.labels = labels_of(self.train)
-        self.data = fingerprint([self.train, self.test])
+        self.data = fingerprint(self.train, self.test)
         self.missing = 0
 
-    def settings(self, cell: Cell) -> tuple[dict[str, Any], tiny.TinyConfig]:
-        """A cell's method, and its resolved training configuration."""
-        method = dict(METHODS[cell.method])
-        for name in ("alpha", "eps", "epochs"):
-            if getattr(cell, name) is not None:
-                method[name] = getattr(cell, name)
-        known = {field.name for field in dataclasses.fields(tiny.TinyConfig)}
-        values = {name: getattr(self.config, name) for name in known} | {name: v for name, v in method.items() if name in known}
-        run = tiny.TinyConfig(**values | {"seed": cell.seed})
+    def settings(self, cell: Cell) -> tuple[tiny.TinyConfig, dict[str, Any]]:
+        """A cell's training configuration, and what is done beside training."""
+        method = METHODS[cell.method] | {"seed": cell.seed}
+        method |= {k: v for k in ("alpha", "eps", "epochs") if (v := getattr(cell, k)) is not None}
+        known = [field.name for field in dataclasses.fields(tiny.TinyConfig)]
+        run = tiny.TinyConfig(**{name: method.pop(name, getattr(self.config, name)) for name in known})
         run.check()
-        return method, run
+        return run, method
 
     def folder(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
-        """Where a cell lives, and everything that decides its result. Settings at which a method is another one share its cell."""
-        method, run = self.settings(cell)
-        default = {f.name: f.default for f in dataclasses.fields(run)}
-        decides = {name: v for name, v in dataclasses.asdict(run).items() if name in DECIDES or v != default[name]}
-        for name in ("train", "test", "out", "report_to", "log_every", "seeds", "eval_every", "pack_tokens", "packs", "preset", "min_mass"):
-            decides.pop(name, None)
-        if run.model:  # a model of one's own is not made from these
-            for name in ("hidden", "layers", "vocabulary"):
-                decides.pop(name)
-        method = {name: method[name] for name in ("untrained", "calibrate", "votes_as") if name in method}
-        if method.get("votes_as") == "smoothed":
-            method["smoothing"] = self.config.smoothing
-        decides |= {"data": self.data, "votes": cell.votes, "train_items": cell.items, "repeat": cell.repeat, **method}
-        return self.out / "cells" / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16], decides
+        """Where a cell lives, and everything that decides its result. Equal settings share a cell."""
+        run, decides = self.settings(cell)
+        if "smoothed" in decides:
+            decides["smoothing"] = self.config.smoothing
+        decides |= {name: getattr(cell, name) for name in ("votes", "items", "repeat")} | {"data": self.data}
+        idle = [*IDLE, *SHAPE] if run.model else IDLE  # a model of one's own has its shape
+        decides |= {name: value for name, value in dataclasses.asdict(run).items() if name not in idle}
+        return self.out / "cells" / fingerprint(sorted(decides.items())), decides
 
     def items(self, cell: Cell) -> list[Item]:
-        """The training items of a cell: votes are drawn before items, so that fewer items are a part of more."""
+        """The training items of a cell. Votes are drawn first, so that fewer items are a part of more."""
         items = draw_votes(self.train, cell.votes, cell.seed) if cell.votes else self.train
         return some_of(items, cell.items, cell.seed)
 
     def load(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell: {"predicted": (N, C), "seconds", ...}, trained now if it is not there; None if it may not be."""
+        """A cell, trained now if need be: its cell.json and "predicted" (N, C). None if it is not there."""
         folder, decides = self.folder(cell)
         if not (folder / "cell.json").exists():
             if self.config.report:
@@ -318,613 +253,363 @@ class Workshop:
                 return None
             self.make(cell, folder, decides)
         found = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-        if [row["id"] for row in rows] != [item.id for item in self.test]:
+        rows = [row for _, row, _ in distjudge.read_rows(folder / "predictions.jsonl")]
+        if [row.get("id") for row in rows] != [item.id for item in self.test]:
             raise InputError(f"{folder}: its predictions are not those of the test items; remove the folder")
         found["predicted"] = torch.tensor([row["predicted"] for row in rows], dtype=torch.float64)
         return found
 
     def make(self, cell: Cell, folder: Path, decides: dict[str, Any]) -> None:
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        method, run = self.settings(cell)
+        run, beside = self.settings(cell)
         run.out = str(folder)
-        items, began = self.items(cell), time.perf_counter()
+        items, began, ends = self.items(cell), time.perf_counter(), {}
         base = run.model
-        if not base:  # the tokenizer is made from all training prompts, so cells of one seed share first weights
-            home = self.out / "base" / fingerprint([self.train, [cell.seed, run.hidden, run.layers, run.vocabulary]])
-            base = str(home) if (home / "model.safetensors").exists() else tiny.build_base(home, self.train, run, cell.seed)
-        judge = distjudge.load_judge(
-            base,
-            self.labels,
-            spellings=distjudge.parse_spellings(run.spellings),
-            lora_rank=run.lora_rank,
-            lora_alpha=run.lora_alpha,
-            four_bit=run.four_bit,
-            max_length=run.max_length,
-            top_k=run.top_k,
-            seed=run.seed,
-        )
-        items, test = distjudge.keep_short(judge, items, run.overlong, "training"), distjudge.keep_short(judge, self.test, "error", "test")
+        if not base:  # made from all training prompts, so that cells of one seed share first weights
+            shape = [getattr(run, name) for name in SHAPE]
+            home = self.out / "base" / fingerprint(self.train, cell.seed, shape)
+            made = (home / "tokenizer.json").exists()  # the last file written
+            base = str(home) if made else tiny.build_base(home, self.train, run, cell.seed)
+        judge = tiny.load_base(base, labels_of(self.train), run)
+        items = distjudge.keep_short(judge, items, run.overlong, "training")
+        test = distjudge.keep_short(judge, self.test, "error", "test")
         if run.model:
-            distjudge.check_mass(judge, items, run.min_mass)
+            print("label mass: " + common.check_mass(judge, items, 0.0))
         held: list[Item] = []
-        if method.get("calibrate"):
+        if "calibrate" in beside:
             items, held = distjudge.split_items(items, 0.1, run.seed)
-        if method.get("votes_as") == "smoothed":
+        if "smoothed" in beside:
             items = smoothed(items, self.config.smoothing)
-        print(f"[{time.strftime('%H:%M:%S')}] {cell.method}, seed {cell.seed}, {len(items)} items, {cell.votes or 'all'} votes", flush=True)
-        clock = Clock()
-        if not method.get("untrained"):
-            distjudge.train(judge, items, run, callbacks=[clock.callback()])
-        logq = distjudge.judge_items(judge, test)[0].double().log()
-        temperature = None
+        votes = f"{len(items)} items, {cell.votes or 'all'} votes"
+        print(f"[{time.strftime('%H:%M:%S')}] {cell.method}, seed {cell.seed}, {votes}", flush=True)
+        if "untrained" not in beside:
+            distjudge.train(judge, items, run, on_step=lambda n: ends.update({n: time.perf_counter()}))
+        logq, temperature = distjudge.judge_items(judge, test)[0].double().log(), None
         if held:
-            temperature = fit_temperature(distjudge.judge_items(judge, held)[0].double().log(), counts_of(held))
+            temperature = fit_temperature(distjudge.judge_items(judge, held)[0], counts_of(held))
             logq = (logq / temperature).log_softmax(1)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = zip(test, logq.exp().tolist(), strict=True)
-        distjudge.write_lines(folder / "predictions.jsonl", [json.dumps({"id": item.id, "predicted": q}) for item, q in rows])
-        distjudge.write_json(
-            folder / "cell.json",
-            {  # last: a folder with it is finished
-                "method": cell.method,
-                "settings": decides,
-                "items": len(items),
-                "epochs": run.epochs,
-                "train_seconds": clock.seconds,
-                "seconds": time.perf_counter() - began,
-                "temperature": temperature,
-                "device": str(judge.device),
-                "versions": distjudge.versions(),
-            },
-        )
-        for name in ("checkpoints", "fold-0", "fold-1"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        rows = [{"id": item.id, "predicted": q} for item, q in zip(test, logq.exp().tolist(), strict=True)]
+        distjudge.write_lines(folder / "predictions.jsonl", map(json.dumps, rows))
+        about = {
+            "method": cell.method,
+            "settings": decides,
+            "items": len(items),
+            "train_seconds": train_seconds(began, ends),
+            "seconds": time.perf_counter() - began,
+            "temperature": temperature,
+            "device": str(judge.device),
+            "versions": distjudge.versions(),
+        }
+        distjudge.write_json(folder / "cell.json", about)  # last: a folder with it is finished
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def collect(self, wanted: dict[Any, dict[str, Any]]) -> dict[Any, list[torch.Tensor]]:
+        """Predictions (N, C) of each cell, a tensor for each seed that all have, for seeds are paired."""
+        found: dict[Any, list[torch.Tensor]] = {key: [] for key in wanted}
+        for seed in range(self.config.seed, self.config.seed + self.config.seeds):
+            cells = [{"seed": seed, "items": self.config.train_items} | cell for cell in wanted.values()]
+            loaded = [self.load(Cell(**cell)) for cell in cells]  # a study that is stopped has whole seeds
+            if all(loaded):
+                for key, cell in zip(wanted, loaded, strict=True):
+                    found[key].append(cell["predicted"])
+        return self.some(found)
+
+    def some(self, found: dict[Any, list]) -> dict[Any, list]:
+        """What was found. Raises InputError where there is nothing yet."""
+        if not all(found.values()):
+            raise InputError(f"report: {self.out}: no seed is finished; {self.missing} cells are missing")
+        return found
 
 
-class Clock:
-    """The seconds that the last training of a cell took, from its first step to its last."""
-
-    def __init__(self) -> None:
-        self.began = self.seconds = 0.0
-
-    def callback(self) -> Any:
-        import transformers
-
-        clock = self
-
-        class Callback(transformers.TrainerCallback):
-            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-                clock.began = time.perf_counter()
-
-            def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-                clock.seconds = time.perf_counter() - clock.began
-
-        return Callback()
+def train_seconds(began: float, ends: dict[int, float]) -> float:
+    """Seconds of training, from when each step ended. The first, which warms up, counts like the others."""
+    if len(ends) < 2:
+        return max(ends.values(), default=began) - began
+    first, last = min(ends), max(ends)
+    return (ends[last] - ends[first]) / (last - first) * last
 
 
-def fingerprint(parts: list) -> str:
-    """A hash of items (id, prompt, votes) or plain values."""
-    plain = [[(p.id, p.prompt, p.counts, p.truth, p.group) if isinstance(p, Item) else p for p in part] for part in parts]
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
+def fit_temperature(q: torch.Tensor, counts: torch.Tensor) -> float:
+    """The T, 1/20 to 20, for which softmax(log q / T) is nearest to the votes in KL. q, counts: (N, C)."""
+    logq, p = q.double().log(), counts / counts.sum(1, keepdim=True)
+    cost = lambda log_t: kl_loss((logq / math.exp(log_t)).log_softmax(1), p).mean().item()  # noqa: E731
+    return math.exp(distjudge.golden_section(cost, -3.0, 3.0))
 
 
-def fit_temperature(logq: torch.Tensor, counts: torch.Tensor) -> float:
-    """The T for which softmax(log q / T) has the least cross-entropy with the votes: golden section in log T, 1/20 to 20."""
-    p = counts / counts.sum(1, keepdim=True)
-    cost = lambda log_t: kl_loss((logq / torch.tensor(log_t).exp()).log_softmax(1), p).mean().item()  # noqa: E731
-    return float(torch.tensor(distjudge.golden_section(cost, -3.0, 3.0)).exp())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------------------------------
+# --- tables ---
 class Table:
-    """The numbers of a study, tidy, and as Markdown."""
+    """The numbers of a study: rows of figures.COLUMNS."""
 
     def __init__(self, shop: Workshop):
-        self.shop, self.rows = shop, []
-        config = shop.config
-        self.groups = [item.group for item in shop.test]
-        self.study, self.draws = config.study, config.draws
-        self.name = (
-            Path(config.train[0]).parent.name if Path(config.train[0]).stem in ("train", "test", "valid") else Path(config.train[0]).stem
-        )
+        self.shop, self.config, self.test, self.rows = shop, shop.config, shop.test, []
+        self.groups, self.draws = [item.group for item in shop.test], shop.config.draws
+        first = Path(shop.config.train[0])
+        self.data = first.parent.name if first.stem in ("train", "test", "valid") else first.stem
 
-    def add(self, method: str, metric: str, value: float | None, **more: Any) -> None:
-        self.rows.append({"study": self.study, "data": self.name, "method": method, "metric": metric, "value": value, **more})
+    def add(self, method: str, metric: str, value: float | None, seed: Any = "all", **more: Any) -> None:
+        row = {"study": self.config.study, "data": self.data, "method": method, "metric": metric}
+        row |= {"value": value, "seed": str(seed)} | more
+        self.rows.append(row | {"votes": row.get("votes") or None})
+
+    def add_mean(self, method: str, metric: str, scores: torch.Tensor, groups: list, **more: Any):
+        """A row for the mean of scores (S, N) over seeds and items, with its interval."""
+        found = bootstrap(scores, groups=groups, draws=self.draws)
+        self.add(method, metric, found["mean"], low=found["low"], high=found["high"], **more)
 
     def compare(self, found: dict[str, list[torch.Tensor]], **at: Any) -> None:
-        """Rows for methods, each with predictions (N, C) a seed: every metric, its interval, and its difference from the first method."""
-        scores = {m: [distjudge.item_scores(q, self.shop.test, self.shop.config.ordered) for q in qs] for m, qs in found.items() if qs}
-        first = next(iter(scores), None)
-        for method, runs in scores.items():
-            for metric in runs[0]:
-                own = torch.stack([run[metric] for run in runs])
-                for seed, one in enumerate(own):
-                    mean = distjudge.correlation(one.mean(0)) if one.dim() == 2 else one.mean()
-                    self.add(method, metric, None if mean.isnan() else mean.item(), seed=self.shop.config.seed + seed, **at)
-                self.summary(method, metric, own, first, torch.stack([run[metric] for run in scores[first]]), **at)
+        """Rows for methods with predictions (N, C) for each seed: every metric, and the gap to the first."""
+        scores = {m: [distjudge.item_scores(q, self.test) for q in qs] for m, qs in found.items()}
+        for metric in next(iter(scores.values()))[0]:
+            own = {m: torch.stack([run[metric] for run in runs]) for m, runs in scores.items()}
+            self.summarize(metric, own, **at)
 
-    def summary(self, method: str, metric: str, own: torch.Tensor, first: str, other: torch.Tensor, **at: Any) -> None:
-        whole = bootstrap(own, groups=self.groups, draws=self.draws)
-        values = [row["value"] for row in self.rows[-len(own) :] if row["value"] is not None]
-        row = {
-            "seed": "all",
-            "low": whole["low"],
-            "high": whole["high"],
-            "std": float(torch.tensor(values).std()) if len(values) > 1 else None,
-        }
-        if method != first:
-            runs = min(len(own), len(other))
-            if len(other) == 1 and len(own) > 1:  # what has no seed is compared with each
-                other, runs = other.expand_as(own), len(own)
-            if len(own) == 1 and len(other) > 1:
-                own, runs = own.expand_as(other), len(other)
-            row |= self.gap(own[:runs], other[:runs], first)
-        self.add(method, metric, whole["mean"], **row, **at)
+    def summarize(self, metric: str, scores: dict[str, torch.Tensor], **at: Any) -> None:
+        """Rows for one metric of methods with scores (S, N): a value for each seed, and the mean."""
+        first = next(iter(scores))
+        for method, own in scores.items():
+            means = [distjudge.correlation(s.mean(0)) if s.dim() == 2 else s.mean() for s in own]
+            values = pd.Series([mean.item() for mean in means])
+            for seed, value in enumerate(values, self.config.seed):
+                self.add(method, metric, value, seed, **at)
+            gap = {} if method == first else self.gap(own, scores[first], first)
+            self.add_mean(method, metric, own, self.groups, std=values.std(), **gap, **at)
 
     def gap(self, own: torch.Tensor, other: torch.Tensor, against: str) -> dict[str, Any]:
-        """The columns of a difference between scores (S, N), paired by seed and item."""
-        gap = bootstrap(own, other, groups=self.groups, draws=self.draws)
-        columns = {"difference": gap["mean"], "difference_low": gap["low"], "difference_high": gap["high"], "p": gap["p"]}
-        return {"against": against} | columns
+        """The columns of a difference, paired by seed and item; what has no seed meets each."""
+        gap = bootstrap(*torch.broadcast_tensors(own, other), groups=self.groups, draws=self.draws)
+        ends = {"difference_low": gap["low"], "difference_high": gap["high"]}
+        return {"against": against, "difference": gap["mean"], "p": gap["p"]} | ends
 
-    def references(self, train: list[Item], **at: Any) -> dict[str, list[torch.Tensor]]:
-        """The rival without a model, and the floor as rows; the marginal's predictions come back for compare()."""
-        test = self.shop.test
-        truth = distjudge.truths_of(test)
-        if truth is not None:
-            own = distjudge.item_scores(truth, test, self.shop.config.ordered)
-            for metric, score in own.items():
-                whole = bootstrap(score[None], groups=self.groups, draws=self.draws)
-                self.add("noise floor (the truth)", metric, whole["mean"], seed="all", low=whole["low"], high=whole["high"], **at)
-        elif (floor := noise_floor(test)) is not None:
-            self.add("noise floor (estimated)", "kl", floor, seed="all", **at)
-        return {"marginal": [marginal_distribution(train).expand(len(test), -1)]}
+    def references(self, n: int, **at: Any) -> dict[str, list[torch.Tensor]]:
+        """Adds the noise floor's rows; returns the rival without a model, the mean of the training votes."""
+        if (truth := distjudge.truths_of(self.test)) is not None:
+            for metric, score in distjudge.item_scores(truth, self.test).items():
+                self.add_mean("noise floor (the truth)", metric, score[None], self.groups, **at)
+        elif (floor := distjudge.noise_floor(self.test)) is not None:
+            self.add("noise floor (estimated)", "kl", floor, **at)
+        cell = Cell("marginal", self.config.seed, n, at.get("items", self.config.train_items))
+        mean = distjudge.marginal_distribution(self.shop.items(cell))
+        return {"marginal": [mean.expand(len(self.test), -1)]}
 
     def bins(self, found: dict[str, list[torch.Tensor]], **at: Any) -> None:
-        """KL by human entropy, in shares of log C: of the truth where known, else of the votes. Means and intervals a bin."""
-        test = self.shop.test
-        truth = distjudge.truths_of(test)
-        p = counts_of(test) if truth is None else truth
+        """KL by human entropy in quarters of log C, of the truth where known, else of the votes."""
+        truth, counts = distjudge.truths_of(self.test), counts_of(self.test)
+        metric, p = ("kl", counts) if truth is None else ("kl_truth", truth)
         p = p / p.sum(1, keepdim=True)
-        entropy = distjudge.entropy(p) / torch.tensor(float(p.shape[1])).log()
-        edges = [0.0, 0.25, 0.5, 0.75, 1.0]
-        for low, high in itertools.pairwise(edges):
-            chosen = ((entropy > low) | ((low == 0) & (entropy >= 0))) & (entropy <= high + 1e-9)
-            if chosen.sum() < 10:
-                continue
-            names = [g for g, c in zip(self.groups, chosen.tolist(), strict=True) if c]
-            for method, qs in found.items():
-                if qs:
-                    own = torch.stack([distjudge.kl_divergence(p, q)[chosen] for q in qs])
-                    whole = bootstrap(own, groups=names, draws=self.draws)
-                    self.add(
-                        method,
-                        "kl" if truth is None else "kl_truth",
-                        whole["mean"],
-                        seed="all",
-                        low=whole["low"],
-                        high=whole["high"],
-                        entropy=f"{low:g}-{high:g}",
-                        **at,
-                    )
+        share = distjudge.entropy(p) / math.log(p.shape[1])
+        quarter = torch.bucketize(share - 1e-9, torch.tensor([0.25, 0.5, 0.75], dtype=share.dtype))
+        for n in range(4):
+            here = (quarter == n).nonzero()[:, 0].tolist()
+            groups, at["entropy"] = [self.groups[i] for i in here], f"{n / 4:g}-{(n + 1) / 4:g}"
+            for method, qs in found.items() if len(here) >= 10 else ():
+                scores = torch.stack([kl_divergence(p, q)[here] for q in qs])
+                self.add_mean(method, metric, scores, groups, **at)
 
-    def markdown(self, metrics: list[str], keys: tuple[str, ...] = ()) -> list[str]:
-        """Summary rows as a table: the value with its interval, and a star where the difference from the first method is not 0."""
-        rows = [r for r in self.rows if r["seed"] == "all" and not r.get("entropy")]
-        here = [m for m in metrics if any(r["metric"] == m for r in rows)]
-        lines = [
-            "| " + " | ".join([*keys, "method", *(METRICS.get(m, m) for m in here)]) + " |",
-            "| --- " * (len(keys) + 1 + len(here)) + "|",
-        ]
-        places = list(dict.fromkeys((*(r.get(k) for k in keys), r["method"]) for r in rows))
-        for place in places:
-            cells = []
-            for metric in here:
-                found = [r for r in rows if (*(r.get(k) for k in keys), r["method"]) == place and r["metric"] == metric]
-                cells.append(shown(found[0]) if found else "–")
-            lines.append("| " + " | ".join([*("" if v is None else f"{v}" for v in place), *cells]) + " |")
-        return lines
+    def frame(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows, columns=figures.COLUMNS)
 
-    def write(self, lines: list[str], draw: Any) -> None:
-        config, out = self.shop.config, Path(self.shop.config.out)
+    def whole(self, *metrics: str) -> pd.DataFrame:
+        """The rows over all seeds and all kinds of items, of these metrics."""
+        rows = self.frame()
+        return rows[(rows["seed"] == "all") & rows["entropy"].isna() & rows["metric"].isin(metrics)]
+
+    def write(self, lines: list[str]) -> None:
+        """Writes the .csv, .md and .png of the study, and prints the .md."""
+        config, out, name = self.config, self.shop.out, str(self.shop.out / self.config.study)
         out.mkdir(parents=True, exist_ok=True)
-        part = out / f"{self.study}.csv.part"
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            for row in self.rows:
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        part.replace(out / f"{self.study}.csv")
-        cells = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out / "cells").glob("*/cell.json"))]
-        changed = {
-            f.name: getattr(config, f.name)
-            for f in dataclasses.fields(config)
-            if f.name not in ("out", "study", "train", "test", "report")
-            and getattr(config, f.name) != (f.default if f.default is not dataclasses.MISSING else f.default_factory())
-        }
-        foot = [
-            f"{len(self.shop.train)} training and {len(self.shop.test)} test items of {self.name}; "
-            f"{config.seeds} seed{'s' if config.seeds > 1 else ''} from {config.seed}"
-            + (f"; settings that are not the defaults: {changed}" if changed else "")
-            + "."
-        ]
-        if cells:
-            foot.append(
-                f"{sum(c['seconds'] for c in cells) / 60:.0f} minutes for the {len(cells)} cells of the folder on {cells[0]['device']}; "
-                + ", ".join(f"{k} {v}" for k, v in cells[0]["versions"].items())
-                + "."
-            )
+        text = self.frame().to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        distjudge.write_lines(Path(f"{name}.csv"), [text.rstrip("\n")])
+        default = StudyConfig(train=config.train, test=config.test, study=config.study, out=config.out)
+        changed = {k: v for k, v in vars(config).items() if v != getattr(default, k)}
+        foot = "Stars: the 95 % interval of the difference from the first method leaves out 0. "
+        foot += f"{len(self.shop.train)} training and {len(self.test)} test items of {self.data}; "
+        foot += f"{config.seeds} seeds from {config.seed}; not the defaults: {changed or 'none'}."
+        cells = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(out.glob("cells/*/cell.json"))]
+        minutes = sum(cell["seconds"] for cell in cells) / 60
+        foot += f" {minutes:.0f} minutes for the {len(cells)} cells of the folder on {cells[0]['device']}; "
+        foot += ", ".join(f"{k} {v}" for k, v in cells[0]["versions"].items()) + "."
         if self.shop.missing:
-            foot.append(f"**{self.shop.missing} cells are not finished and not in this table.**")
-        distjudge.write_lines(out / f"{self.study}.md", [*lines, "", *foot])
-        print("\n".join([*lines, "", *foot]))
-        written = [out / f"{self.study}.csv", out / f"{self.study}.md"]
-        written += figures.save(draw(self.rows), out / self.study) if draw else []
-        print("\nwrote " + ", ".join(str(path) for path in written))
+            foot += f" **{self.shop.missing} cells are not finished and not in this table.**"
+        distjudge.write_lines(Path(f"{name}.md"), [*lines, "", foot])
+        print("\n".join([*lines, "", foot]))
+        print(f"\nwrote {name}.csv, {name}.md, {figures.draw(f'{name}.csv')}")
 
 
 def shown(row: dict[str, Any]) -> str:
-    if row["value"] is None:
-        return "–"
-    star = (
-        "*"
-        if row.get("difference") is not None and row["difference_low"] is not None and row["difference_low"] * row["difference_high"] > 0
-        else ""
-    )
-    return f"{row['value']:.3f}{star}" + ("" if row.get("low") is None else f" [{row['low']:.3f}, {row['high']:.3f}]")
+    """A value with its interval, as far as there are any."""
+    value = "–" if pd.isna(row["value"]) else f"{row['value']:.3f}"
+    return value if pd.isna(row["low"]) else f"{value} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Studies
-# ---------------------------------------------------------------------------------------------------------------------
-def seeds(config: StudyConfig) -> range:
-    return range(config.seed, config.seed + config.seeds)
+def shown_gap(row: dict[str, Any]) -> str:
+    low, high = row["difference_low"], row["difference_high"]
+    return f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}], p {row['p']:.4f}"
 
 
-def predictions(shop: Workshop, methods: list[str], **at: Any) -> dict[str, list[torch.Tensor]]:
-    """Predictions of each method, a tensor a seed. Methods vary fastest: a study that is stopped has whole seeds."""
-    found: dict[str, list[torch.Tensor]] = {method: [] for method in methods}
-    for seed in seeds(shop.config):
-        cells = {method: shop.load(Cell(method, seed, **at)) for method in methods}
-        if all(cells.values()):  # a seed counts when all methods have it: they are compared in pairs
-            for method, cell in cells.items():
-                found[method].append(cell["predicted"])
-    return found
-
-
-def compare_methods(shop: Workshop, methods: list[str]) -> None:
-    """main, ablation, ood, methods."""
-    config, table = shop.config, Table(shop)
-    votes = config.votes or (0,)
-    everything = {}
-    for seed in seeds(config):  # in this order, so that stopping early leaves whole seeds
-        for n in votes:
-            for method in methods:
-                shop.load(Cell(method, seed, n, config.train_items))
-    shop.missing = 0
-    for n in votes:
-        at = {"votes": n} if n else {}
-        found = predictions(shop, methods, votes=n, items=config.train_items)
-        everything[n] = found | table.references(shop.items(Cell(methods[0], config.seed, n, config.train_items)), **at)
-        table.compare(everything[n], **at)
-        table.bins(everything[n], **at)
-    metrics = ["kl", "kl_truth", "accuracy", "js_divergence", "entropy_correlation", "rps"]
-    lines = [
-        f"Differences from *{methods[0]}* whose 95 % interval leaves out 0 are starred.",
-        "",
-        *table.markdown(metrics, ("votes",) if config.votes else ()),
-        "",
-        *difference_lines(table, methods[0], bool(config.votes)),
-    ]
-    floor = [r for r in table.rows if r["method"] == "noise floor (estimated)"]
-    if floor:
-        lines += ["", f"KL to votes less its floor of {floor[0]['value']:.3f} estimates KL to the unknown truth; it shifts all rows alike."]
-    table.write(lines, figures.draw_methods)
-
-
-def difference_lines(table: Table, first: str, by_votes: bool) -> list[str]:
-    rows = [r for r in table.rows if r["seed"] == "all" and not r.get("entropy") and r.get("difference") is not None]
-    metric = figures.measure(rows)
-    lines = [
-        f"{METRICS[metric]}, difference from {first} (nats; negative is better):",
-        "",
-        f"| {'votes | ' if by_votes else ''}method | difference | 95 % interval | p |",
-        "| --- " * (5 if by_votes else 4) + "|",
-    ]
-    for r in rows:
-        if r["metric"] == metric and r["difference_low"] is not None:
-            lines.append(
-                f"| {str(r.get('votes', '')) + ' | ' if by_votes else ''}{r['method']} | {r['difference']:+.4f} | "
-                f"[{r['difference_low']:+.4f}, {r['difference_high']:+.4f}] | {r['p']:.4f} |"
-            )
+def markdown(rows: pd.DataFrame, keys: list[str], across: str = "metric", text: Any = shown) -> list[str]:
+    """A Markdown table: a line for each value of `keys` (if they have any), a column for each of `across`."""
+    keys = [key for key in keys if rows[key].notna().any()]
+    rows = rows.assign(star=rows["difference_low"] * rows["difference_high"] > 0)
+    plain = lambda v: v if isinstance(v, str) else "" if pd.isna(v) else f"{v:g}"  # noqa: E731
+    columns = list(dict.fromkeys(map(plain, rows[across])))
+    head = [*keys, *(METRICS.get(column, column) for column in columns)]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for place, own in rows.groupby(keys, sort=False, dropna=False):
+        cells = {plain(row[across]): text(row) + "*" * row["star"] for row in own.to_dict("records")}
+        lines.append(f"| {' | '.join([*map(plain, place), *(cells.get(c, '–') for c in columns)])} |")
     return lines
 
 
-def sweep(shop: Workshop, methods: list[str]) -> None:
-    config, table = shop.config, Table(shop)
-    votes = config.votes[0] if config.votes else 0
-    grid = {(a, e): [] for e in config.epsilons for a in config.alphas}
-    for seed in seeds(config):
-        for alpha, eps in grid:
-            cell = shop.load(Cell(methods[0], seed, votes, config.train_items, alpha=alpha, eps=eps if alpha else 0.0))
-            if cell:
-                grid[alpha, eps].append(cell["predicted"])
-    table.compare(table.references(shop.items(Cell(methods[0], config.seed, votes, config.train_items))))
-    for (alpha, eps), qs in grid.items():
-        if qs:
-            table.compare({methods[0]: qs}, alpha=alpha, eps=eps)
-    table.write(table.markdown(["kl", "kl_truth", "accuracy"], ("eps", "alpha")), figures.draw_sweep)
+def differences(table: Table) -> list[str]:
+    """The table of what separates each method from the first."""
+    rows = table.whole(figures.measure(table.frame()))
+    rows = rows[rows["difference_low"].notna() & rows["epochs"].isna()]
+    if rows.empty:  # one method, or items of one group
+        return []
+    about = f"Differences from {table.shop.methods[0]}, nats; negative is better:"
+    return ["", about, "", *markdown(rows, ["votes", "method"], text=shown_gap)]
+
+
+# --- studies ---
+def compare_methods(shop: Workshop) -> None:
+    """main, ablation, ood, methods."""
+    table = Table(shop)
+    found = shop.collect({(n, m): {"method": m, "votes": n} for n in shop.votes for m in shop.methods})
+    for n in shop.votes:
+        qs = {m: found[n, m] for m in shop.methods} | table.references(n, votes=n)
+        table.compare(qs, votes=n)
+        table.bins(qs, votes=n)
+    rows = table.whole(*METRICS)
+    lines = [*markdown(rows, ["votes", "method"]), *differences(table)]
+    if "noise floor (estimated)" in set(rows["method"]):
+        lines += ["", "KL to votes less its noise floor estimates KL to the unknown truth."]
+    table.write(lines)
+
+
+def sweep(shop: Workshop) -> None:
+    config, table, n, method = shop.config, Table(shop), shop.votes[0], shop.methods[0]
+    grid = {(a, e): {"alpha": a, "eps": e if a else 0.0} for e in config.epsilons for a in config.alphas}
+    found = shop.collect({at: cell | {"method": method, "votes": n} for at, cell in grid.items()})
+    table.compare(table.references(n))
+    for (alpha, eps), qs in found.items():
+        table.compare({method: qs}, alpha=alpha, eps=eps)
+    table.write(markdown(table.whole("kl", "kl_truth", "accuracy"), ["eps", "alpha", "method"]))
 
 
 def perturb(p: torch.Tensor, delta: float, draw: torch.Generator) -> torch.Tensor:
-    """Moves each row of p by delta in l2 toward a uniformly random point of the simplex that is at least so far away."""
+    """Moves each row of p by delta in l2 toward a random point of the simplex at least so far away."""
     target, left = p.clone(), torch.full((len(p),), delta > 0)
     while left.any():
         z = -torch.rand(p.shape, generator=draw, dtype=p.dtype).clamp_min(1e-12).log()
-        z = z / z.sum(1, keepdim=True)
-        target[left] = z[left]
+        target[left] = (z / z.sum(1, keepdim=True))[left]
         left = (target - p).norm(dim=1) < delta
     gap = target - p
     return p + delta * gap / gap.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
-def robustness(shop: Workshop, methods: list[str]) -> None:
-    config, table = shop.config, Table(shop)
-    votes = config.votes[0] if config.votes else 0
-    found = predictions(shop, methods, votes=votes, items=config.train_items)
-    found |= table.references(shop.items(Cell(methods[0], config.seed, votes, config.train_items)))
-    truth = distjudge.truths_of(shop.test)
+def robustness(shop: Workshop) -> None:
+    config, table, n = shop.config, Table(shop), shop.votes[0]
+    found = shop.collect({m: {"method": m, "votes": n} for m in shop.methods}) | table.references(n)
+    truth, counts = distjudge.truths_of(shop.test), counts_of(shop.test)
     if truth is not None:
         found["noise floor (the truth)"] = [truth]
-    counts = counts_of(shop.test)
     p = counts / counts.sum(1, keepdim=True)
     for delta in config.deltas:
         draw = torch.Generator().manual_seed(config.seed)
         moved = [perturb(p, delta, draw) for _ in range(config.perturbations if delta else 1)]
-        scores = {
-            m: torch.stack([torch.stack([distjudge.kl_divergence(t, q) for t in moved]).mean(0) for q in qs])
-            for m, qs in found.items()
-            if qs
-        }
-        first = next(iter(scores), None)
-        for method, own in scores.items():
-            for seed, one in enumerate(own):
-                table.add(method, "kl", one.mean().item(), seed=config.seed + seed, delta=delta)
-            table.summary(method, "kl", own, first, scores[first], delta=delta)
-    table.write(
-        [
-            f"KL to test targets moved by delta, {config.perturbations} random moves an item; stars: against *{methods[0]}*.",
-            "",
-            *table.markdown(["kl"], ("delta",)),
-        ],
-        figures.draw_robustness,
-    )
+        kl = lambda q, moved=moved: torch.stack([kl_divergence(t, q) for t in moved]).mean(0)  # noqa: E731
+        scores = {m: torch.stack([kl(q) for q in qs]) for m, qs in found.items()}
+        table.summarize("kl", scores, delta=delta)
+    about = f"KL to test targets moved by delta, {config.perturbations} random moves an item."
+    rows = table.whole("kl").dropna(subset="delta")
+    table.write([about, "", *markdown(rows, ["delta", "method"])])
 
 
-def budget(shop: Workshop, methods: list[str]) -> None:
+def budget(shop: Workshop) -> None:
     config, table = shop.config, Table(shop)
     most = config.train_items or len(shop.train)
-    spread = {1: most, 3: most // 3, 5: most // 5}
-    for n, items in spread.items():
-        epochs = config.epochs * (most / items if config.budget_equal == "steps" else 1)
-        at = {"votes": n, "items": items}
-        found = predictions(shop, methods, votes=n, items=items, epochs=epochs)
-        table.compare(found | table.references(shop.items(Cell(methods[0], config.seed, n, items)), **at), **at)
-    table.write(
-        [
-            f"{most} annotations spent three ways, equal {config.budget_equal}; stars: against *{methods[0]}* in the same row group.",
-            "",
-            *table.markdown(["kl", "kl_truth", "accuracy"], ("items", "votes")),
-        ],
-        figures.draw_budget,
-    )
+    for n in (1, 3, 5):
+        at = {"votes": n, "items": max(most // n, 1)}
+        longer = most / at["items"] if config.budget_equal == "steps" else 1
+        cells = {m: at | {"method": m, "epochs": config.epochs * longer} for m in shop.methods}
+        table.compare(shop.collect(cells) | table.references(n, **at), **at)
+    about = f"{most} annotations spent three ways, equal {config.budget_equal}."
+    rows = table.whole("kl", "kl_truth", "accuracy")
+    table.write([about, "", *markdown(rows, ["items", "votes", "method"])])
 
 
-def length(shop: Workshop, methods: list[str]) -> None:
-    config, table, votes = shop.config, Table(shop), shop.config.votes or (0,)
-    found = {n: {epochs: {method: [] for method in methods} for epochs in config.lengths} for n in votes}
-    for seed in seeds(config):  # in this order, so that stopping early leaves whole seeds
-        for n in votes:
-            cells = {
-                (epochs, method): shop.load(Cell(method, seed, n, config.train_items, epochs=epochs))
-                for epochs in config.lengths
-                for method in methods
-            }
-            if all(cells.values()):  # a seed counts when all lengths and methods have it
-                for (epochs, method), cell in cells.items():
-                    found[n][epochs][method].append(cell["predicted"])
+def length(shop: Workshop) -> None:
+    """Each method at each number of epochs, and at that chosen for half the items by the others' votes."""
+    config, table, first, lengths = shop.config, Table(shop), shop.methods[0], shop.config.lengths
+    runs = [(n, epochs, m) for n in shop.votes for epochs in lengths for m in shop.methods]
+    found = shop.collect({(n, e, m): {"method": m, "votes": n, "epochs": e} for n, e, m in runs})
     half = {item.id for item in distjudge.split_items(shop.test, 0.5, config.seed)[0]}  # by group
     here = torch.tensor([item.id in half for item in shop.test])
-    picked: dict[tuple[int, str], list[float]] = {}
-    for n in votes:
-        at = {"votes": n} if n else {}
-        for epochs, qs in found[n].items():
-            table.compare(qs, epochs=epochs, **at)
-        chosen: dict[str, list[torch.Tensor]] = {method: [] for method in methods}
-        for method in methods:
-            for runs in zip(*(found[n][epochs][method] for epochs in config.lengths), strict=True):  # a seed each
-                scores = torch.stack([distjudge.item_scores(q, shop.test, config.ordered)["kl"] for q in runs])
-                best = [int(scores[:, part].mean(1).argmin()) for part in (~here, here)]  # for the one half the other decides
-                chosen[method].append(torch.where(here[:, None], runs[best[0]], runs[best[1]]))
-                picked.setdefault((n, method), []).extend(config.lengths[k] for k in best)
-        table.compare(chosen | table.references(shop.items(Cell(methods[0], config.seed, n, config.train_items)), **at), **at)
-        if chosen[methods[0]]:
-            against_chosen(table, found[n], methods, chosen[methods[0]], **at)
-    table.write(length_lines(table, methods, picked), figures.draw_length)
-
-
-def against_chosen(table: Table, found: dict[float, dict[str, list]], methods: list[str], best: list[torch.Tensor], **at: Any) -> None:
-    """Rows with seed "fixed": each other method, with nothing chosen, against the first method with its length chosen by votes.
-
-    Intervals take that choice as given: the bootstrap does not make it again.
-    """
-    metric = figures.measure(table.rows)
-    scores = lambda qs: torch.stack([distjudge.item_scores(q, table.shop.test, table.shop.config.ordered)[metric] for q in qs])  # noqa: E731
-    first = scores(best)
-    for epochs, qs in found.items():
-        for method in methods[1:]:
-            own = scores(qs[method])
-            gap = table.gap(own, first, f"{methods[0]}, chosen")
-            table.add(method, metric, float(own.mean()), seed="fixed", epochs=epochs, **gap, **at)
-
-
-def length_lines(table: Table, methods: list[str], picked: dict[tuple[int, str], list[float]]) -> list[str]:
-    rows = [r for r in table.rows if r["seed"] == "all"]
-    metric, lengths = figures.measure(rows), table.shop.config.lengths
-    rows = [r for r in rows if r["metric"] == metric and not (metric == "kl_truth" and r["method"].startswith("noise"))]
+    metric, picked = "kl" if distjudge.truths_of(shop.test) is None else "kl_truth", []
+    score = lambda qs, m: torch.stack([distjudge.item_scores(q, shop.test)[m] for q in qs])  # noqa: E731
+    for n in shop.votes:
+        for epochs in lengths:
+            table.compare({m: found[n, epochs, m] for m in shop.methods}, epochs=epochs, votes=n)
+        chosen: dict[str, list[torch.Tensor]] = {m: [] for m in shop.methods}
+        for m in shop.methods:
+            best = []
+            for qs in zip(*(found[n, epochs, m] for epochs in lengths), strict=True):  # of one seed
+                kl = score(qs, "kl")
+                mine, other = (int(kl[:, part].mean(1).argmin()) for part in (~here, here))
+                chosen[m].append(torch.where(here[:, None], qs[mine], qs[other]))
+                best += [lengths[mine], lengths[other]]
+            times = ", ".join(f"{e:g} ({best.count(e)} x)" for e in lengths if e in best)
+            picked.append(f"- {n or 'all'} votes, {m}: {times}")
+        table.compare(chosen | table.references(n, votes=n), votes=n)
+        for epochs in lengths:  # the others, nothing chosen, against the first at its best
+            for m in shop.methods[1:]:
+                own = score(found[n, epochs, m], metric)
+                gap = table.gap(own, score(chosen[first], metric), f"{first}, chosen")
+                table.add(m, metric, own.mean().item(), "fixed", epochs=epochs, votes=n, **gap)
+    rows, fixed = table.whole(metric), table.frame()
+    rows = rows.assign(epochs=[f"{e:g}" if e == e else "chosen" for e in rows["epochs"]])
+    fixed = fixed[(fixed["seed"] == "fixed") & fixed["difference_low"].notna()]
     lines = [
-        f"{METRICS[metric]}, nats, by epochs; *chosen*: for one half of the test items the epochs at which the same judge is nearest to "
-        f"the votes of the other half. Stars: against *{methods[0]}* in the same column and with as many votes.",
-        "",
-        f"| votes | method | {' | '.join(f'{epochs:g}' for epochs in lengths)} | chosen | epochs chosen | difference, chosen |",
-        "| --- " * (5 + len(lengths)) + "|",
+        f"{METRICS[metric]}, nats, by epochs. *chosen*: for each half of the test items the epochs at which",
+        "the judge is nearest to the votes of the other half.",
+        *["", *markdown(rows, ["votes", "method"], "epochs"), "", "Epochs chosen:", "", *picked],
+        *differences(table),
     ]
-    for n in dict.fromkeys(r.get("votes", 0) for r in rows):
-        own = [r for r in rows if r.get("votes", 0) == n]
-        for method in dict.fromkeys(r["method"] for r in own):
-            cells = {r.get("epochs"): r for r in own if r["method"] == method}
-            times = picked.get((n, method), [])
-            gap = cells.get(None, {})
-            lines.append(
-                f"| {n or 'all'} | {method} | {' | '.join(shown(cells[e]) if e in cells else '–' for e in (*lengths, None))} | "
-                + (", ".join(f"{e:g} ({times.count(e)} x)" for e in lengths if e in times) or "–")
-                + (f" | {gap['difference']:+.4f} [{gap['difference_low']:+.4f}, {gap['difference_high']:+.4f}], p {gap['p']:.4f} |"
-                   if gap.get("difference") is not None else " | – |")
-            )
-    fixed = [r for r in table.rows if r["seed"] == "fixed" and r["difference_low"] is not None]  # none of one group of items
-    if not fixed:
-        return lines
-    lines += [
-        "",
-        f"{METRICS[metric]}, nats: difference of a method *at a length that nobody chose* from *{methods[0]}* at the length chosen for it; "
-        "starred where its interval leaves out 0.",
-        "",
-        f"| votes | method | {' | '.join(f'{epochs:g}' for epochs in lengths)} |",
-        "| --- " * (2 + len(lengths)) + "|",
-    ]
-    for n, method in dict.fromkeys((r.get("votes", 0), r["method"]) for r in fixed):
-        gaps = {r["epochs"]: r for r in fixed if (r.get("votes", 0), r["method"]) == (n, method)}
-        cells = [
-            f"{r['difference']:+.4f}{'*' * (low * high > 0)} [{low:+.4f}, {high:+.4f}]"
-            for r in (gaps[epochs] for epochs in lengths)
-            for low, high in [(r["difference_low"], r["difference_high"])]
-        ]
-        lines.append(f"| {n or 'all'} | {method} | {' | '.join(cells)} |")
-    return lines
+    if len(fixed):
+        about = f"Differences of methods *at epochs nobody chose* from *{first}*, chosen, nats:"
+        lines += ["", about, "", *markdown(fixed, ["votes", "method"], "epochs", shown_gap)]
+    table.write(lines)
 
 
-def cost(shop: Workshop, methods: list[str]) -> None:
-    """Cells of their own, the methods taking turns, so that a busy minute is shared; the first seed warms up and is not counted."""
+def cost(shop: Workshop) -> None:
+    """Cells of their own. Methods take turns, so that a busy minute is shared; the first warms up."""
     config, table = shop.config, Table(shop)
-    times: dict[str, list[float]] = {method: [] for method in methods}
+    times: dict[str, list[float]] = {m: [] for m in shop.methods}
     for turn in range(config.seeds + 1):
-        for method in methods:
-            cell = shop.load(Cell(method, config.seed, config.votes[0] if config.votes else 0, config.train_items, repeat=turn + 1))
+        for m in shop.methods:
+            cell = shop.load(Cell(m, config.seed, shop.votes[0], config.train_items, repeat=turn + 1))
             if cell and turn:
-                times[method].append(cell["train_seconds"] / cell["epochs"])
+                times[m].append(cell["train_seconds"] / cell["settings"]["epochs"])
+                table.add(m, "seconds_per_epoch", times[m][-1], turn - 1)
                 number = cell["items"]
-    lines = ["| method | seconds an epoch, median (least to most) | items a second | times the first |", "| --- | --- | --- | --- |"]
-    first = None
-    for method, found in times.items():
-        if not found:
-            continue
-        middle = float(torch.tensor(found, dtype=torch.float64).quantile(0.5))
-        first = first or middle
-        for turn, seconds in enumerate(found):
-            table.add(method, "seconds_per_epoch", seconds, seed=turn)
-        table.add(method, "seconds_per_epoch", middle, seed="all", low=min(found), high=max(found))
-        table.add(method, "items_per_second", number / middle, seed="all")
-        lines.append(f"| {method} | {middle:.2f} ({min(found):.2f} to {max(found):.2f}) | {number / middle:.1f} | {middle / first:.3f} |")
-    table.write(lines, figures.draw_cost)
+    medians = {m: pd.Series(own).median() for m, own in shop.some(times).items()}
+    for m, median in medians.items():
+        table.add(m, "seconds_per_epoch", median, low=min(times[m]), high=max(times[m]))
+        table.add(m, "items_per_second", number / median)
+        table.add(m, "times_the_first", median / next(iter(medians.values())))
+    rows = table.whole("seconds_per_epoch", "items_per_second", "times_the_first")
+    table.write(["Median, and from least to most.", "", *markdown(rows, ["method"])])
 
 
-def adversary(shop: Workshop, methods: list[str]) -> None:
-    """Five steps against the exact worst case, on test votes and the predictions of judges, by how far people agree."""
-    config, table = shop.config, Table(shop)
-    votes = config.votes or (0,)
-    lines = [
-        "Gain: the mean of KL(p' || q) - KL(p || q), nats. Missed: items where the steps end over 1e-6 below the maximum. Last column: "
-        "how far at most a proven upper bound lies above the value found.",
-        "",
-        "| q | votes | items | number | gain, 5 steps | gain, exact | reached | missed | missed, mean | bound above |",
-        "| --- " * 10 + "|",
-    ]
-    for name, cell in {"untrained": "untrained", "trained judge": methods[0]}.items():
-        for n in votes:
-            loaded = [shop.load(Cell(cell, seed, n, config.train_items)) for seed in seeds(config)]
-            qs = [c["predicted"] for c in loaded if c]
-            if not qs:
-                continue
-            test = draw_votes(shop.test, n, config.seed + 1) if n else shop.test
-            place = {item.id: i for i, item in enumerate(shop.test)}
-            counts = counts_of(test)
-            p = (counts / counts.sum(1, keepdim=True)).repeat(len(qs), 1)
-            logq = torch.cat([q[[place[item.id] for item in test]] for q in qs]).clamp_min(1e-12).log()
-            size = counts.sum(1).repeat(len(qs))
-            before = kl_loss(logq, p)
-            steps = kl_loss(logq, distjudge.worst_case(logq, p, config.eps, config.steps, config.step_size)) - before
-            exact = kl_loss(logq, distjudge.worst_case_exact(p, logq, config.eps)) - before
-            above = distjudge.worst_case_bound(p, logq, config.eps, exact + before) - before - exact
-            kinds = {"one vote": size == 1, "unanimous": (p.max(1).values == 1) & (size > 1), "disputed": p.max(1).values < 1}
-            for kind, here in kinds.items():
-                if not here.any():
-                    continue
-                missed = (exact - steps)[here] > 1e-6
-                values = {
-                    "gain_steps": steps[here].mean(),
-                    "gain_exact": exact[here].mean(),
-                    "missed_share": missed.double().mean(),
-                    "missed_mean": (exact - steps)[here][missed].mean(),
-                    "bound_above": above[here].max(),
-                }
-                v = {k: None if x.isnan() else x.item() for k, x in values.items()}  # the mean of none
-                for metric, value in v.items():
-                    table.add(f"{name}, {kind}", metric, value, seed="all", votes=n)
-                reached = f"{100 * v['gain_steps'] / v['gain_exact']:.1f} %" if v["gain_exact"] > 1e-9 else "–"
-                lines.append(
-                    f"| {name} | {n or 'all'} | {kind} | {int(here.sum())} | {v['gain_steps']:.4f} | {v['gain_exact']:.4f} | {reached} | "
-                    f"{100 * v['missed_share']:.1f} % | {'–' if v['missed_mean'] is None else format(v['missed_mean'], '.4f')} | "
-                    f"{v['bound_above']:.0e} |"
-                )
-    table.write(lines, figures.draw_adversary)
-
-
-STUDIES = {
-    "main": compare_methods,
-    "ablation": compare_methods,
-    "ood": compare_methods,
-    "methods": compare_methods,
-    "sweep": sweep,
-    "robustness": robustness,
-    "budget": budget,
-    "length": length,
-    "cost": cost,
-    "adversary": adversary,
-}
+STUDIES = dict.fromkeys(("main", "ablation", "ood", "methods"), compare_methods)
+STUDIES |= {"sweep": sweep, "robustness": robustness, "budget": budget, "length": length, "cost": cost}
 
 
 def main(config: StudyConfig) -> None:
     config.check()
-    if config.preset or config.prior != "none":
-        raise InputError("preset, prior: each row has its own; --methods names rows")
-    methods = list(config.methods or ROWS[config.study])
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise InputError(f"methods: {', '.join(unknown)}: not among {', '.join(METHODS)}")
-    for name, low in (("seeds", 1), ("draws", 100), ("perturbations", 1), ("train_items", 0)):
-        if getattr(config, name) < low:
-            raise InputError(f"{name}: must be {low} or more, not {getattr(config, name)}")
-    if any(v < 1 for v in config.votes):
-        raise InputError(f"votes: must be 1 or more, not {min(config.votes)}")
-    if not config.lengths or min(config.lengths) <= 0 or len(set(config.lengths)) != len(config.lengths):
-        raise InputError("lengths: must be different numbers of epochs above 0")
-    if not 0 <= config.smoothing < 1:
-        raise InputError(f"smoothing: must be 0 or more and below 1, not {config.smoothing}")
-    STUDIES[config.study](Workshop(config), methods)
+    if config.teacher:
+        raise InputError("teacher: each row has its own; --methods names rows")
+    STUDIES[config.study](Workshop(config))
 
 
 if __name__ == "__main__":
