@@ -1,4 +1,5 @@
-"""Converters: exact counts on the published files, hand-made files in the published formats for everything else."""
+"""Converters: exact counts on the published files, hand-made files in the published formats for the rest."""
+
 import dataclasses
 import gzip
 import hashlib
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import prepare
+import pyarrow.parquet
 import pytest
 import tyro
 
@@ -16,8 +18,6 @@ import distjudge
 from distjudge import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-SENTENCES = 'id,split,V,A,D,text\n1,train,3,3,3,"So, he said: ""go""."\n2,test,3,3,3,Same words.\n3,train,3,3,3,Same words.\n4,dev,3,3,3,{braces}\n'
-RATINGS = "id,V,A,D\n1,5,1,3\n1,4,1,3\n2,1,1,3\n3,2,2,2\n4,3,3,3\n9,3,3,3\n"
 
 
 def run(*arguments):
@@ -25,8 +25,9 @@ def run(*arguments):
     prepare.main(tyro.cli(prepare.PrepareConfig, args=[str(argument) for argument in arguments]))
 
 
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+def read(folder, *names):
+    paths = [folder / f"{name}.jsonl" for name in names]
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def card_of(folder):
@@ -34,61 +35,50 @@ def card_of(folder):
 
 
 def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
 
-def nli_row(number, votes, premise="A man eats.", hypothesis="A man sleeps.", **more):
-    return {"annotator_labels": votes, "gold_label": "-", "pairID": f"{number}e", "sentence1": premise, "sentence2": hypothesis} | more
+@pytest.fixture
+def convert(tmp_path):
+    """convert(task, rows, ...) -> the items written, in one file unless a --split is named, and the card."""
+
+    def run_on(task, rows, *arguments, name="x.jsonl"):
+        raw = write(tmp_path / name, rows)
+        split = () if "--split" in arguments else ("--split", "none")
+        run(task, "--raw", raw, "--out", tmp_path / "o", *split, *arguments)
+        names = ("train", "test") if "--split" in arguments else ("items",)
+        return read(tmp_path / "o", *names), card_of(tmp_path / "o")
+
+    return run_on
 
 
-# --- EmoBank ----------------------------------------------------------------------------------------------------------
-def emobank(tmp_path, monkeypatch, sentences=SENTENCES, ratings=RATINGS, *more):
-    (tmp_path / "emobank.csv").write_text(sentences)
-    (tmp_path / "ratings.csv").write_text(ratings)
+def published(files, folder, task, *arguments):
+    """The card and all items of files as published; training items are apart from test items."""
+    run(task, "--raw", *files, "--out", folder, *arguments)
+    items = {path.stem: distjudge.load_items(path) for path in sorted(folder.glob("*.jsonl"))}
+    distjudge.keep_apart(items.get("train", []), items.get("test", []))
+    return card_of(folder), [item for side in items.values() for item in side]
+
+
+def check_refused(tmp_path, monkeypatch, words, *arguments):
+    """One line that says so, and nothing written."""
     monkeypatch.chdir(tmp_path)
-    run("emobank", "--raw", "ratings.csv", "emobank.csv", "--out", "o", *more)
-
-
-def test_emobank_by_hand(tmp_path, monkeypatch):
-    emobank(tmp_path, monkeypatch)
-    train, valid, test = (distjudge.load_items(tmp_path / "o" / f"{s}.jsonl") for s in ("train", "valid", "test"))
-    assert [(item.id, item.counts) for item in train] == [("1", {"1": 0, "2": 0, "3": 0, "4": 1, "5": 1})]
-    assert [item.id for item in valid] == ["4"] and [item.id for item in test] == ["2"]
-    assert train[0].prompt == ("How does this sentence make its reader feel? Rate its valence from 1 (very unpleasant) to 5 (very pleasant); "
-                               '3 is neutral. Answer with the number only.\n\nSentence: So, he said: "go".')
-    assert valid[0].prompt.endswith("Sentence: {braces}")
-    card = card_of(tmp_path / "o")
-    assert card["items"] == {"train": 1, "valid": 1, "test": 1} and card["votes_an_item"] == {"1": 2, "2": 1} and card["split"] == "published"
-    assert card["dropped"] == {"rated, without text": 1, "text without ratings": 0, "empty text": 0, "also in test or valid": 1}
-    emobank(tmp_path, monkeypatch, SENTENCES, RATINGS, "--dimension", "arousal")
-    assert distjudge.load_items(tmp_path / "o" / "train.jsonl")[0].counts == {"1": 2, "2": 0, "3": 0, "4": 0, "5": 0}
-
-
-@pytest.mark.parametrize(("sentences", "ratings", "more", "words"), [
-    (SENTENCES, RATINGS + "1,6,1,1\n", [], "ratings.csv: row 8: V: '6' is not 1 to 5"),
-    (SENTENCES, RATINGS + "1,5,1\n", [], "ratings.csv: row 8: fewer fields than columns"),
-    (SENTENCES.replace("dev", "held out"), RATINGS, [], "emobank.csv: row 5: split: 'held out' is not one of"),
-    (SENTENCES, SENTENCES, [], "is emobank.csv, which"),
-    (SENTENCES, "a,b\n1,2\n", [], "ratings.csv: its columns ['a', 'b'] are not those of"),
-    (SENTENCES, RATINGS, ["--raw", "emobank.csv"], "individual_reader_ratings.csv of EmoBank's folder corpus/ must be named too"),
-    (SENTENCES, RATINGS, ["--raw", "gone.csv"], "gone.csv: no such file"),
-    (SENTENCES.replace("1,train", "1,{scale}"), RATINGS, [], "split: '{scale}'"),
-    (SENTENCES, RATINGS, ["--prompts", "gone.txt"], "gone.txt: the template cannot be read"),
-    (SENTENCES, RATINGS, ["--prompts", "ratings.csv"], "the placeholder {text} must stand in it once"),
-    (SENTENCES, RATINGS, ["--dimension", "joy"], "dimension: one of valence, arousal, dominance is needed, not joy"),
-])
-def test_emobank_refusals(tmp_path, monkeypatch, sentences, ratings, more, words):
     with pytest.raises(InputError) as error:
-        emobank(tmp_path, monkeypatch, sentences, ratings, *more)
+        run(*arguments, "--out", "o")
     assert words in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "o").exists()
+
+
+def nli_row(number, votes, premise="A man eats.", hypothesis="A man sleeps.", **more):
+    row = {"annotator_labels": votes, "gold_label": "-", "pairID": f"{number}e"}
+    return row | {"sentence1": premise, "sentence2": hypothesis} | more
 
 
 def test_the_command_line(tmp_path):
     arguments = [sys.executable, ROOT / "data" / "prepare.py", "snli", "--out", "o", "--raw"]
-    write(tmp_path / "x.jsonl", [nli_row(1, ["neutral"] * 5), nli_row(2, ["neutral", "entailment"], premise="Rain.")])
+    rows = [nli_row(1, ["neutral"] * 5), nli_row(2, ["neutral", "entailment"], premise="Rain.")]
+    write(tmp_path / "x.jsonl", rows)
     done = subprocess.run([*arguments, "x.jsonl"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "kept {'train': 1, 'test': 1}" in done.stdout and "wrote o" in done.stdout
@@ -96,69 +86,148 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 2 and done.stderr == "error: gone.jsonl: no such file\n"
 
 
-# --- NLI --------------------------------------------------------------------------------------------------------------
-def test_snli_keeps_the_votes_of_items_without_a_gold_label(tmp_path):
-    raw = write(tmp_path / "x.jsonl.gz", [
+# --- EmoBank ----------------------------------------------------------------------------------------------
+SENTENCES = (
+    'id,split,V,A,D,text\n1,train,3,3,3,"So, he said: ""go""."\n2,test,3,3,3,Same words.\n'
+    "3,train,3,3,3,Same words.\n4,dev,3,3,3,{braces}\n"
+)
+RATINGS = "id,V,A,D\n1,5,1,3\n1,4,1,3\n2,1,1,3\n3,2,2,2\n4,3,3,3\n9,3,3,3\n"
+EMOBANK = ("emobank", "--raw", "ratings.csv", "emobank.csv")
+
+
+@pytest.fixture
+def emobank(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emobank.csv").write_text(SENTENCES)
+    (tmp_path / "ratings.csv").write_text(RATINGS)
+    return tmp_path
+
+
+def test_emobank_by_hand(emobank):
+    run(*EMOBANK, "--out", "o")
+    train, valid, test = (read(emobank / "o", name) for name in ("train", "valid", "test"))
+    assert [(row["id"], row["counts"]) for row in train] == [("1", {"1": 0, "2": 0, "3": 0, "4": 1, "5": 1})]
+    assert [row["id"] for row in valid] == ["4"] and [row["id"] for row in test] == ["2"]
+    assert train[0]["prompt"] == (
+        "How does this sentence make its reader feel? Rate its valence from 1 (very unpleasant) to 5 (very "
+        'pleasant); 3 is neutral. Answer with the number only.\n\nSentence: So, he said: "go".'
+    )
+    assert valid[0]["prompt"].endswith("Sentence: {braces}") and "published" not in train[0]
+    card = card_of(emobank / "o")
+    assert card["items"] == {"train": 1, "valid": 1, "test": 1} and card["split"] == "published"
+    assert card["votes_an_item"] == {"1": 2, "2": 1}
+    dropped = {"no text": 0, "no votes": 0, "rated, without text": 1, "also in test or valid": 1}
+    assert card["dropped"] == dropped
+    run(*EMOBANK, "--out", "o", "--dimension", "arousal")
+    assert read(emobank / "o", "train")[0]["counts"] == {"1": 2, "2": 0, "3": 0, "4": 0, "5": 0}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "more", "words"),
+    [
+        (RATINGS, RATINGS + "1,6,1,1\n", "", "ratings.csv: row 8: V: '6' is not 1 to 5"),
+        (RATINGS, RATINGS + "1,5,1\n", "", "ratings.csv: row 8: fewer fields than columns"),
+        ("dev", "held out", "", "emobank.csv: row 5: split: 'held out' is not one of train, dev, test"),
+        ("1,train", "1,{scale}", "", "split: '{scale}'"),
+        (RATINGS, SENTENCES, "", "emobank.csv: is emobank.csv, by its columns, as a file before"),
+        (RATINGS, "a,b\n1,2\n", "", "ratings.csv: row 2: V: missing; the row has a, b"),
+        ("", "", "--raw emobank.csv", "individual_reader_ratings.csv of EmoBank's folder corpus/ must be"),
+        ("", "", "--raw gone.csv", "gone.csv: no such file"),
+        ("", "", "--prompts gone.txt", "gone.txt: the template cannot be read"),
+        ("", "", "--prompts ratings.csv", "the placeholder {text} must stand in it once"),
+        ("", "", "--dimension joy", "dimension: 'joy' is not one of valence, arousal, dominance"),
+        ("", "", "--dimension valence arousal", "dimension: emobank takes one, not valence arousal"),
+    ],
+)
+def test_emobank_refusals(emobank, monkeypatch, old, new, more, words):
+    for name, text in (("emobank.csv", SENTENCES), ("ratings.csv", RATINGS)):
+        (emobank / name).write_text(text.replace(old, new) if old else text)
+    check_refused(emobank, monkeypatch, words, *EMOBANK, *more.split())
+
+
+def test_emobank_as_published(data_dir, tmp_path):
+    files = [data_dir("emobank") / name for name in ("emobank.csv", "individual_reader_ratings.csv")]
+    card, items = published(files, tmp_path, "emobank")
+    assert card["read"] == {"emobank.csv": 10062, "individual_reader_ratings.csv": 53055}
+    assert card["items"] == {"train": 7984, "valid": 992, "test": 1000} and len(items) == 9976
+    dropped = {"no text": 0, "no votes": 0, "rated, without text": 486, "also in test or valid": 86}
+    assert card["dropped"] == dropped and len(items) + 86 == 10062
+    assert card["votes_an_item"] == {"5": 9681, "6": 286, "7": 9}
+    assert distjudge.labels_of(items) == list("12345")
+
+
+# --- NLI --------------------------------------------------------------------------------------------------
+def test_snli_keeps_the_votes_of_items_without_a_gold_label(convert):
+    rows = [
         nli_row(1, ["neutral", "entailment", "neutral", "entailment", ""]),
-        nli_row(2, ["entailment"], gold_label="entailment"), nli_row(3, ["neutral"] * 3, hypothesis="n/a"), nli_row(4, ["", ""], premise="B"),
-        nli_row(5, ["contradiction", "neutral"], premise="{hypothesis}", hypothesis="{premise}", gold_label="neutral"),
-        nli_row(1, ["neutral"] * 5, premise=" A  man eats. ", hypothesis="It rains.")])
-    run("snli", "--raw", raw, "--out", tmp_path / "o", "--split", "none")
-    one, two, three = read(tmp_path / "o" / "items.jsonl")
+        nli_row(2, ["entailment"], gold_label="entailment"),
+        nli_row(3, ["neutral"] * 3, hypothesis="n/a"),
+        nli_row(4, ["", ""], premise="B"),
+        nli_row(5, ["contradiction", "neutral"], "{hypothesis}", "{premise}", gold_label="neutral"),
+        nli_row(1, ["neutral"] * 5, premise=" A  man eats. ", hypothesis="It rains."),
+    ]
+    (one, two, three), card = convert("snli", rows, name="x.jsonl.gz")
     assert one["id"] == "1e" and one["counts"] == {"entailment": 2, "neutral": 2, "contradiction": 0}
     assert two["prompt"].endswith("Premise: {hypothesis}\nHypothesis: {premise}") and three["id"] == "1e-2"
     assert one["group"] == three["group"] != two["group"] and one["group"].startswith("premise ")
-    card = card_of(tmp_path / "o")
     assert card["read"] == {"rows": 6, "votes": 18, "gold label '-', votes kept": 4}
-    assert card["dropped"] == {"no text": 1, "no label": 1, "fewer than 2 votes": 1} and card["items"] == {"items": 3}
-    assert card["spellings"][0] == "entailment=entailment,Entailment" and card["ordered"] is False and card["groups"] == 2
-    assert card["sha256"]["x.jsonl.gz"] and card["prompt"]["file"] == "snli.txt" and card["source"][0].endswith("snli_1.0.zip")
+    assert card["dropped"] == {"no text": 1, "no votes": 1, "fewer than 2 votes": 1}
+    assert card["items"] == {"items": 3} and card["ordered"] is False and card["groups"] == 2
+    assert card["spellings"][0] == "entailment=entailment,Entailment"
     assert set(distjudge.parse_spellings(card["spellings"])) == set(card["labels"])
-    run("snli", "--raw", raw, "--out", tmp_path / "o", "--split", "none", "--min_votes", 1, "--drop-first-label")
-    assert [row["counts"]["neutral"] for row in read(tmp_path / "o" / "items.jsonl")] == [1, 1, 4]
+    assert card["sha256"]["x.jsonl.gz"] and card["prompt"]["file"] == "snli.txt"
+    assert card["source"][0].endswith("snli_1.0.zip") and card["licence"] == "CC BY-SA 4.0"
+    found, _ = convert("snli", rows, "--min_votes", 1, "--drop-first-label")
+    assert [row["counts"]["neutral"] for row in found] == [1, 1, 4]
 
 
 def test_mnli_as_published(tmp_path):
-    row = {"annotator_labels": ["entailment", "neutral", "entailment", "entailment", "entailment"], "genre": "slate", "gold_label": "entailment",
-           "pairID": "9e", "promptID": "9", "sentence1": "The bus left.", "sentence1_binary_parse": "", "sentence1_parse": "", "sentence2": "It left."}
+    row = nli_row(9, ["entailment", "neutral", *["entailment"] * 3], "The bus left.", genre="slate")
+    parts = {
+        "train": [row | {"annotator_labels": ["neutral"], "pairID": "7n"}],
+        "dev_matched": [row],
+        "dev_mismatched": [row | {"pairID": "8e", "sentence1": "No bus."}],
+    }
     with zipfile.ZipFile(tmp_path / "multinli_1.0.zip", "w") as archive:
-        for name, rows in {"train": [row | {"annotator_labels": ["neutral"], "pairID": "7n"}], "dev_matched": [row],
-                           "dev_mismatched": [row | {"pairID": "8e", "sentence1": "No bus."}]}.items():
-            archive.writestr(f"multinli_1.0/multinli_1.0_{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        for name, rows in parts.items():
+            lines = "".join(json.dumps(r) + "\n" for r in rows)
+            archive.writestr(f"multinli_1.0/multinli_1.0_{name}.jsonl", lines)
             archive.writestr(f"multinli_1.0/multinli_1.0_{name}.txt", "not read")
         archive.writestr("__MACOSX/multinli_1.0/._multinli_1.0_train.jsonl", b"\x00\x05")
     run("mnli", "--raw", tmp_path / "multinli_1.0.zip", "--out", tmp_path / "o")
-    rows = read(tmp_path / "o" / "train.jsonl") + read(tmp_path / "o" / "test.jsonl")
-    assert sorted(row["id"] for row in rows) == ["8e", "9e"] and rows[0]["counts"] == {"entailment": 4, "neutral": 1, "contradiction": 0}
-    assert card_of(tmp_path / "o")["dropped"] == {"no text": 0, "no label": 0, "fewer than 2 votes": 1}
-    assert distjudge.load_items(tmp_path / "o" / "test.jsonl")[0].votes == 5
+    rows = read(tmp_path / "o", "train", "test")
+    assert sorted(row["id"] for row in rows) == ["8e", "9e"]
+    assert rows[0]["counts"] == {"entailment": 4, "neutral": 1, "contradiction": 0}
+    assert card_of(tmp_path / "o")["dropped"] == {"no text": 0, "no votes": 0, "fewer than 2 votes": 1}
 
 
-def test_chaosnli_by_hand_and_what_it_shares_with_snli(tmp_path):
-    chaos = {"uid": "c1", "label_counter": {"n": 70, "e": 30}, "example": {"uid": "c1", "premise": "A man eats.", "hypothesis": "A man sleeps. "},
-             "old_labels": ["neutral"]}
-    other = {"uid": "a1", "label_counter": {"2": 63, "1": 37}, "example": {"obs1": "x", "obs2": "y", "hyp1": "z", "hyp2": "w"}}
-    raw = write(tmp_path / "chaos.jsonl", [chaos, other])
-    run("chaosnli", "--raw", raw, "--out", tmp_path / "c", "--split", "none")
-    (item,) = read(tmp_path / "c" / "items.jsonl")
-    assert item["counts"] == {"entailment": 30, "neutral": 70, "contradiction": 0} and card_of(tmp_path / "c")["dropped"]["abductive (alphaNLI)"] == 1
-    snli = write(tmp_path / "snli.jsonl", [nli_row(1, ["neutral"] * 5, hypothesis="A man sleeps. "), nli_row(2, ["neutral"] * 5, hypothesis="Other."),
-                                           nli_row(3, ["neutral"] * 5, premise="Rain."), nli_row(4, ["neutral"] * 5, premise="Snow.")])
-    run("snli", "--raw", snli, "--out", tmp_path / "s", "--without", tmp_path / "c" / "items.jsonl", "--split", "none")
-    assert [row["id"] for row in read(tmp_path / "s" / "items.jsonl")] == ["3e", "4e"]
-    dropped = card_of(tmp_path / "s")["dropped"]
-    assert [dropped[f"in items.jsonl by {name}"] for name in ("prompt", "group", "id")] == [1, 1, 0]
-    run("snli", "--raw", snli, "--out", tmp_path / "all", "--split", "none")
-    with pytest.raises(InputError, match="item 'c1': prompt: also in the training items"):  # what every run with --test does
-        distjudge.load_data(distjudge.Config(train=(str(tmp_path / "all" / "items.jsonl"),), test=(str(tmp_path / "c" / "items.jsonl"),)))
+def test_chaosnli_by_hand_and_what_it_shares_with_snli(tmp_path, convert):
+    texts = {"uid": "c1", "premise": "A man eats.", "hypothesis": "A man sleeps. "}
+    chaos = {"uid": "c1", "label_counter": {"n": 70, "e": 30}, "example": texts, "old_labels": ["neutral"]}
+    other = {"uid": "a1", "label_counter": {"2": 63, "1": 37}, "example": {"obs1": "x", "obs2": "y"}}
+    (item,), card = convert("chaosnli", [chaos, other])
+    assert item["counts"] == {"entailment": 30, "neutral": 70, "contradiction": 0}
+    assert card["dropped"]["abductive (alphaNLI)"] == 1
+    test = (tmp_path / "o" / "items.jsonl").rename(tmp_path / "chaos.jsonl")
+    rows = [nli_row(1, ["neutral"] * 5, hypothesis="A man sleeps. "), nli_row(2, ["neutral"] * 5)]
+    rows += [nli_row(3, ["neutral"] * 5, premise="Rain."), nli_row(4, ["neutral"] * 5, premise="Snow.")]
+    found, card = convert("snli", rows, "--without", test)
+    assert [row["id"] for row in found] == ["3e", "4e"]
+    shared = [card["dropped"][f"in chaos.jsonl by {name}"] for name in ("prompt", "group", "id")]
+    assert shared == [1, 1, 0]
+    convert("snli", rows)
+    config = distjudge.Config(train=(str(tmp_path / "o" / "items.jsonl"),), test=(str(test),))
+    with pytest.raises(InputError, match="item 'c1': prompt: also in the training items"):
+        distjudge.load_data(config)  # what every run with --test does
 
 
 def test_keep_apart_refuses_or_removes():
     def items(*rows):
-        return distjudge.load_items([{"counts": {"a": 1, "b": 0}} | row for row in rows])
+        fields = ("id", "prompt", "group")
+        named = (dict(zip(fields, row.split(), strict=False)) for row in rows)
+        return distjudge.load_items([{"counts": {"a": 1, "b": 0}} | row for row in named])
 
-    train = items({"id": "1", "prompt": "p"}, {"id": "2", "prompt": "q", "group": "g"}, {"id": "3", "prompt": "r"}, {"id": "4", "prompt": "s"})
-    test = items({"id": "x", "prompt": "p"}, {"id": "y", "prompt": "z", "group": "g"}, {"id": "3", "prompt": "other"})
+    train, test = items("1 p", "2 q g", "3 r", "4 s"), items("x p", "y z g", "3 other")
     kept, counts = distjudge.keep_apart(train, test, overlap="remove")
     assert [item.id for item in kept] == ["4"] and counts == {"prompt": 1, "group": 1, "id": 1}
     with pytest.raises(InputError, match="item 'x': prompt: also in the training items"):
@@ -170,274 +239,309 @@ def test_keep_apart_refuses_or_removes():
 
 def test_nli_as_published(data_dir, tmp_path):
     snli, chaos, linguists = data_dir("snli"), data_dir("chaosnli"), data_dir("ling_in_loop")
-    run("snli", "--raw", *sorted(snli.glob("*.jsonl")), "--out", tmp_path / "snli")
-    card = card_of(tmp_path / "snli")
+    card, items = published(sorted(snli.glob("*.jsonl")), tmp_path / "snli", "snli")
     assert card["read"] == {"rows": 2566, "votes": 12827, "gold label '-', votes kept": 39}
-    assert card["items"] == {"train": 2053, "test": 513} and card["votes_an_item"] == {"4": 3, "5": 2563} and card["groups"] == 852
-    train, test = (distjudge.load_items(tmp_path / "snli" / f"{side}.jsonl") for side in ("train", "test"))
-    distjudge.check_apart(train, test)
-    assert distjudge.counts_of(train + test).sum(0).tolist() == [4313, 4334, 4180]
-    run("chaosnli", "--raw", *sorted(chaos.glob("*.jsonl")), "--out", tmp_path / "chaos", "--split", "none")
-    assert card_of(tmp_path / "chaos")["votes_an_item"] == {"100": 3113}
-    items = distjudge.load_items(tmp_path / "chaos" / "items.jsonl")
-    kept, counts = distjudge.keep_apart(train + test, items, overlap="remove")
+    assert card["items"] == {"train": 2053, "test": 513} and card["votes_an_item"] == {"4": 3, "5": 2563}
+    assert card["groups"] == 852
+    assert distjudge.counts_of(items).sum(0).tolist() == [4313, 4334, 4180]
+    card, test = published(sorted(chaos.glob("*.jsonl")), tmp_path / "chaos", "chaosnli", "--split", "none")
+    assert card["votes_an_item"] == {"100": 3113}
+    kept, counts = distjudge.keep_apart(items, test, overlap="remove")
     assert counts == {"prompt": 381, "group": 573, "id": 0} and len(kept) == 2566 - 954
-    run("mnli", "--raw", *sorted(linguists.glob("*.jsonl")), "--out", tmp_path / "mnli", "--without", tmp_path / "chaos" / "items.jsonl")
-    card = card_of(tmp_path / "mnli")
+    without = ("--without", tmp_path / "chaos" / "items.jsonl")
+    card, items = published(sorted(linguists.glob("*.jsonl")), tmp_path / "mnli", "mnli", *without)
     assert card["read"] == {"rows": 7371, "votes": 36842, "gold label '-', votes kept": 0}
-    assert sum(n for name, n in card["dropped"].items() if name.startswith("in items.jsonl")) == 2378 and sum(card["items"].values()) == 4993
+    shared = [n for name, n in card["dropped"].items() if name.startswith("in items.jsonl")]
+    assert sum(shared) == 2378 and sum(card["items"].values()) == len(items) == 4993
 
 
-# --- SummEval ---------------------------------------------------------------------------------------------------------
+# --- SummEval ---------------------------------------------------------------------------------------------
 def summary(story, system, text, expert=(1, 2, 5), crowd=(3, 3, 3, 3, 3)):
-    votes = lambda numbers: [dict.fromkeys(prepare.QUALITIES["summeval"], n) | {"fluency": 4} for n in numbers]  # noqa: E731
-    row = {"id": story, "model_id": system, "decoded": f"Short {system}.", "expert_annotations": votes(expert), "turker_annotations": votes(crowd)}
+    def votes(numbers):
+        return [dict.fromkeys(prepare.QUALITIES["summeval"], n) | {"fluency": 4} for n in numbers]
+
+    row = {"id": story, "model_id": system, "decoded": f"Short {system}."}
+    row |= {"expert_annotations": votes(expert), "turker_annotations": votes(crowd)}
     return row | ({"text": text} if text else {})
 
 
-def test_summeval_by_hand(tmp_path):
-    raw = write(tmp_path / "x.jsonl", [summary("s-1", "M0", "Long one."), summary("s-2", "M0", "Long two."), summary("s-1", "M8", "Long one.")])
-    run("summeval", "--raw", raw, "--out", tmp_path / "o", "--split", "none")
-    rows = read(tmp_path / "o" / "items.jsonl")
-    assert [row["id"] for row in rows][:4] == ["s-1-M0-coherence", "s-1-M8-coherence", "s-2-M0-coherence", "s-1-M0-consistency"] and len(rows) == 12
-    assert rows[0]["counts"] == {"1": 1, "2": 1, "3": 5, "4": 0, "5": 1} and rows[6]["counts"]["4"] == 8 and rows[6]["id"] == "s-1-M0-fluency"
+def test_summeval_by_hand(tmp_path, convert):
+    raw = [("s-1", "M0", "Long one."), ("s-2", "M0", "Long two."), ("s-1", "M8", "Long one.")]
+    raw = [summary(*row) for row in raw]
+    rows, card = convert("summeval", raw)
+    names = ["s-1-M0-coherence", "s-1-M8-coherence", "s-2-M0-coherence", "s-1-M0-consistency"]
+    assert [row["id"] for row in rows][:4] == names and len(rows) == 12
+    assert rows[0]["counts"] == {"1": 1, "2": 1, "3": 5, "4": 0, "5": 1}
+    assert rows[6]["counts"]["4"] == 8 and rows[6]["id"] == "s-1-M0-fluency"
     assert rows[0]["group"] == rows[1]["group"] == rows[3]["group"] != rows[2]["group"]
-    assert "3 of 3 summaries carry the same crowd ratings five times over" in card_of(tmp_path / "o")["notes"]
+    assert "3 of 3 summaries carry the same crowd ratings five times over" in card["notes"]
+    assert card["ordered"] is True and "spellings" not in card and card["dimension"][1:2] == ["consistency"]
     for votes, counts in (("experts", [1, 1, 0, 0, 1]), ("crowd", [0, 0, 5, 0, 0])):
-        run("summeval", "--raw", raw, "--out", tmp_path / "o", "--votes", votes, "--dimension", "relevance")
-        rows = read(tmp_path / "o" / "train.jsonl") + read(tmp_path / "o" / "test.jsonl")
-        assert len(rows) == 3 and list(rows[0]["counts"].values()) == counts and not (tmp_path / "o" / "items.jsonl").exists()
+        more = ("--votes", votes, "--dimension", "relevance", "--split", "group")
+        rows, _ = convert("summeval", raw, *more)
+        assert len(rows) == 3 and list(rows[0]["counts"].values()) == counts
+        assert not (tmp_path / "o" / "items.jsonl").exists()  # that of the run before
 
 
 def test_summeval_joins_the_published_annotations_with_their_articles(tmp_path):
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"article": ["Long one."], "highlights": ["x"], "id": ["8764fb"]}), tmp_path / "articles.parquet")
-    bare = write(tmp_path / "x.jsonl", [summary("dm-test-8764fb", "M0", ""), summary("dm-test-beef", "M0", "")])
-    run("summeval", "--raw", bare, tmp_path / "articles.parquet", "--out", tmp_path / "o", "--split", "none")
-    assert len(read(tmp_path / "o" / "items.jsonl")) == 4 and card_of(tmp_path / "o")["dropped"]["no article"] == 1
+    table = pyarrow.table({"article": ["Long one."], "highlights": ["x"], "id": ["8764fb"]})
+    pyarrow.parquet.write_table(table, tmp_path / "articles.parquet")
+    rows = [summary("dm-test-8764fb", "M0", ""), summary("dm-test-beef", "M0", "")]
+    bare = write(tmp_path / "x.jsonl", rows)
+    more = ("--out", tmp_path / "o", "--split", "none")
+    run("summeval", "--raw", bare, tmp_path / "articles.parquet", *more)
+    assert len(read(tmp_path / "o", "items")) == 4 and card_of(tmp_path / "o")["dropped"]["no text"] == 4
     with pytest.raises(InputError, match="no article text: the published annotations come without"):
         run("summeval", "--raw", bare, "--out", tmp_path / "n")
 
 
 def test_summeval_as_published(data_dir, tmp_path):
     files = sorted(data_dir("summeval").glob("M*.jsonl"))
-    run("summeval", "--raw", *files, "--out", tmp_path, "--votes", "experts")
-    card = card_of(tmp_path)
-    assert card["read"] == {"summaries": 1200, "votes": 14400} and card["items"] == {"train": 3840, "test": 960} and card["groups"] == 100
-    assert card["votes_an_item"] == {"3": 4800} and card["notes"][1].startswith("542 of 1200 summaries carry the same crowd ratings")
-    items = distjudge.load_items(tmp_path / "train.jsonl") + distjudge.load_items(tmp_path / "test.jsonl")
-    disputed = {q: sum(item.id.endswith(q) and max(item.counts.values()) < 3 for item in items) for q in prepare.QUALITIES["summeval"]}
-    assert disputed == {"coherence": 1046, "consistency": 245, "fluency": 344, "relevance": 1021}  # 87, 20, 29 and 85 %
-    rows, _ = prepare.convert(prepare.PrepareConfig(task="summeval", out="", raw=tuple(map(str, files))))
+    card, items = published(files, tmp_path, "summeval", "--votes", "experts")
+    assert card["read"] == {"summaries": 1200, "votes": 14400} and card["groups"] == 100
+    assert card["items"] == {"train": 3840, "test": 960} and card["votes_an_item"] == {"3": 4800}
+    assert card["notes"][1].startswith("542 of 1200 summaries carry the same crowd ratings")
+    disputed = dict.fromkeys(prepare.QUALITIES["summeval"], 0)
+    for item in items:
+        disputed[item.id.rsplit("-", 1)[1]] += max(item.counts.values()) < 3
+    # 87, 20, 29 and 85 %
+    assert disputed == {"coherence": 1046, "consistency": 245, "fluency": 344, "relevance": 1021}
+    config = prepare.PrepareConfig(task="summeval", out="", raw=tuple(map(str, files)))
+    rows, _ = prepare.convert(config)
     assert len(rows) == 4800 and sum(sum(row["counts"].values()) for row in rows) == 4800 * 8
 
 
-# --- MT-Bench ---------------------------------------------------------------------------------------------------------
-def vote(question, one, other, winner, judge="expert_1", turn=1):
-    return {"question_id": question, "model_a": one, "model_b": other, "winner": winner, "judge": judge, "turn": turn}
+# --- MT-Bench ---------------------------------------------------------------------------------------------
+def vote(question, models, winner, judge="expert_1", turn=1):
+    row = {"question_id": question, "model_a": models[0], "model_b": models[1], "winner": winner}
+    return row | {"judge": judge, "turn": turn}
+
+
+def talk(asked, answered):
+    speakers = [("user", "assistant")] * 2
+    pairs = zip(speakers, zip(asked, answered, strict=True), strict=True)
+    return [
+        {"role": role, "content": text}
+        for roles, texts in pairs
+        for role, text in zip(roles, texts, strict=True)
+    ]
 
 
 def test_mtbench_merges_the_orders_of_a_pair(tmp_path):
-    votes = [vote(81, "y", "x", "model_a"), vote(81, "x", "y", "model_a", "author_1"), vote(81, "x", "y", "tie (inconsistent)", "expert_1"),
-             vote(81, "x", "y", "tie", turn=2), vote(82, "x", "y", "model_b"), vote(81, "x", "y", "model_b", "gpt4_pair")]
-    answers = [{"question_id": q, "model_id": m, "choices": [{"index": 0, "turns": [f"{m} says {q}", "" if m == "y" else "x again"]}]}
-               for q in (81, 82) for m in "xy"]
-    questions = [{"question_id": 81, "category": "c", "turns": ["Why?", "And {answer_a}?"]}, {"question_id": 82, "category": "c", "turns": ["Who?", "So?"]}]
-    raw = [write(tmp_path / name, rows) for name, rows in (("q.jsonl", questions), ("a.jsonl", answers), ("v.jsonl", votes))]
+    votes = [vote(81, "yx", "model_a"), vote(81, "xy", "model_a", "author_1")]
+    votes += [vote(81, "xy", "tie (inconsistent)"), vote(81, "xy", "tie", turn=2)]
+    votes += [vote(82, "xy", "model_b"), vote(81, "xy", "model_b", "gpt4_pair")]
+    asked = {81: ["Why?", "And {answer_a}?"], 82: ["Who?", "So?"]}
+    said = {(m, q): [f"{m} says {q}", "" if m == "y" else "x again"] for q in asked for m in "xy"}
+    questions = [{"question_id": q, "category": "c", "turns": turns} for q, turns in asked.items()]
+    answers = [
+        {"question_id": q, "model_id": m, "choices": [{"index": 0, "turns": turns}]}
+        for (m, q), turns in said.items()
+    ]
+    files = {"q.jsonl": questions, "a.jsonl": answers, "v.jsonl": votes}
+    raw = [write(tmp_path / name, rows) for name, rows in files.items()]
     run("mtbench", "--raw", *raw, "--out", tmp_path / "o", "--split", "none")
-    first, other, second = read(tmp_path / "o" / "items.jsonl")
-    assert first["id"] == "81-1-x-y" and first["counts"] == {"a": 1, "b": 1, "tie": 1} and other["counts"] == {"a": 0, "b": 1, "tie": 0}
-    assert first["prompt"].endswith("Question:\nWhy?\n\nAnswer a:\nx says 81\n\nAnswer b:\ny says 81")
-    assert first["swap"]["prompt"].endswith("Question:\nWhy?\n\nAnswer a:\ny says 81\n\nAnswer b:\nx says 81")
+    first, other, second = items = read(tmp_path / "o", "items")
+    assert first["id"] == "81-1-x-y" and first["counts"] == {"a": 1, "b": 1, "tie": 1}
+    assert other["counts"] == {"a": 0, "b": 1, "tie": 0}
+    ending = "Question:\nWhy?\n\nAnswer a:\n{} says 81\n\nAnswer b:\n{} says 81"
+    assert first["prompt"].endswith(ending.format("x", "y"))
+    assert first["swap"]["prompt"].endswith(ending.format("y", "x"))
     assert first["swap"]["labels"] == {"a": "b", "b": "a"}
     assert second["prompt"].endswith(
-        "Question:\nWhy?\n\nSecond question, after the first was answered:\nAnd {answer_a}?\n\nAnswer a:\nx says 81\n\nTo the second "
-        "question:\nx again\n\nAnswer b:\ny says 81\n\nTo the second question:\n(no answer)")
+        "Question:\nWhy?\n\nSecond question, after the first was answered:\nAnd {answer_a}?\n\n"
+        "Answer a:\nx says 81\n\nTo the second question:\nx again\n\n"
+        "Answer b:\ny says 81\n\nTo the second question:\n(no answer)"
+    )
     assert first["group"] == second["group"] != other["group"]
     card = card_of(tmp_path / "o")
-    assert card["read"] == {"votes": 6} and card["dropped"] == {"judged by a model": 1, "no text": 0}
-    assert card["notes"][1:] == ["votes that are a judge's second on the same pair: 1", "items with an empty answer, shown as (no answer): 1"]
-    talk = lambda m, q, asked: [{"role": role, "content": text} for role, text in (  # noqa: E731
-        ("user", asked[0]), ("assistant", f"{m} says {q}"), ("user", asked[1]), ("assistant", "" if m == "y" else "x again"))]
-    asked = {row["question_id"]: row["turns"] for row in questions}
-    import pyarrow.parquet
-
-    told = [v | {f"conversation_{s}": talk(v[f"model_{s}"], v["question_id"], asked[v["question_id"]]) for s in "ab"} for v in votes]
+    assert card["read"] == {"votes": 6} and card["dropped"]["judged by a model"] == 1
+    assert card["notes"][1:] == [
+        "votes that are a judge's second on the same pair: 1",
+        "items with an empty answer, shown as (no answer): 1",
+    ]
+    told = []  # the same as the published Parquet file has it
+    for row in votes:
+        keys = [(row[f"model_{side}"], row["question_id"]) for side in "ab"]
+        talks = [talk(asked[key[1]], said[key]) for key in keys]
+        told.append(row | {"conversation_a": talks[0], "conversation_b": talks[1]})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(told), tmp_path / "human.parquet")
     run("mtbench", "--raw", tmp_path / "human.parquet", "--out", tmp_path / "p", "--split", "none")
-    assert read(tmp_path / "p" / "items.jsonl") == [first, other, second]
+    assert read(tmp_path / "p", "items") == items
+    few = write(tmp_path / "b.jsonl", answers[:2])
     with pytest.raises(InputError, match=r"v.jsonl:5: question 82: its text or the answer of x is missing"):
-        run("mtbench", "--raw", raw[0], write(tmp_path / "b.jsonl", answers[:2]), raw[2], "--out", tmp_path / "n")
+        run("mtbench", "--raw", raw[0], few, raw[2], "--out", tmp_path / "n")
+    another = write(tmp_path / "c.jsonl", [answers[0] | {"choices": [{"turns": ["else", "no"]}]}])
     with pytest.raises(InputError, match="another answer of x to question 81 was read before"):
-        run("mtbench", "--raw", *raw, write(tmp_path / "c.jsonl", [answers[0] | {"choices": [{"turns": ["else", "no"]}]}]), "--out", tmp_path / "n")
+        run("mtbench", "--raw", *raw, another, "--out", tmp_path / "n")
 
 
 def test_mtbench_as_published(data_dir, tmp_path):
-    files = [path for path in sorted(data_dir("mtbench").glob("*.jsonl")) if not path.name.startswith("reference")]
-    run("mtbench", "--raw", *files, "--out", tmp_path)
-    card = card_of(tmp_path)
-    assert card["read"] == {"votes": 3355} and sum(card["items"].values()) == 1814 and card["groups"] == 80
-    assert card["votes_an_item"] == {"1": 853, "2": 561, "3": 271, "4": 92, "5": 25, "6": 10, "7": 2}  # 961 have two or more
-    rows = read(tmp_path / "train.jsonl") + read(tmp_path / "test.jsonl")
-    assert [sum(row["counts"][label] for row in rows) for label in ("a", "b", "tie")] == [1342, 1233, 780]
-    assert all(sorted(row["swap"]["prompt"]) == sorted(row["prompt"]) for row in rows)
-    assert sum(row["swap"]["prompt"] == row["prompt"] for row in rows) == sum(same_answers(row["prompt"]) for row in rows)
-    distjudge.check_apart(*(distjudge.load_items(tmp_path / f"{side}.jsonl") for side in ("train", "test")))
+    files = sorted(data_dir("mtbench").glob("*.jsonl"))
+    files = [path for path in files if not path.name.startswith("reference")]
+    card, items = published(files, tmp_path, "mtbench")
+    assert card["read"] == {"votes": 3355} and card["groups"] == 80
+    assert sum(card["items"].values()) == len(items) == 1814
+    votes = {"1": 853, "2": 561, "3": 271, "4": 92, "5": 25, "6": 10, "7": 2}  # 961 have two or more
+    assert card["votes_an_item"] == votes
+    assert distjudge.counts_of(items).sum(0).tolist() == [1342, 1233, 780]
+    for item in items:
+        answers = item.prompt.split("\n\nAnswer a:\n", 1)[1].split("\n\nAnswer b:\n", 1)
+        assert sorted(item.swap.prompt) == sorted(item.prompt)
+        assert (item.swap.prompt == item.prompt) == (answers[0] == answers[1])
 
 
-def same_answers(prompt):
-    one, other = prompt.split("\n\nAnswer a:\n", 1)[1].split("\n\nAnswer b:\n", 1)
-    return one == other
+# --- HelpSteer2 -------------------------------------------------------------------------------------------
+def test_helpsteer2_as_published(convert):
+    ratings = {"helpfulness": [3, 3, 4], "correctness": [3, 4, 4], "coherence": [4, 3, 4]}
+    ratings |= {"complexity": [2, 2, 2], "verbosity": [0, 1, 1]}
+    asked = "Hi\n<extra_id_1>Assistant\nHello, you.\n<extra_id_1>User\nWhy is the sky blue?"
+    raw = [{"prompt": asked, "response": reply, **ratings} for reply in ("Air.", "Rayleigh.")]
+    raw += [{"prompt": "c#", "response": "A language.", **ratings, "helpfulness": [1, 0]}]
+    rows, card = convert("helpsteer2", raw, name="disagreements.jsonl.gz")
+    assert len(rows) == 15
+    assert [row["id"] for row in rows[:3]] == ["1-helpfulness", "2-helpfulness", "3-helpfulness"]
+    assert rows[0]["counts"] == {"1": 0, "2": 0, "3": 0, "4": 2, "5": 1}
+    assert rows[2]["counts"] == {"1": 1, "2": 1, "3": 0, "4": 0, "5": 0}
+    assert rows[0]["prompt"].endswith(
+        "Conversation:\nUser:\nHi\n\nAssistant:\nHello, you.\n\nUser:\nWhy is the sky blue?\n\nReply:\nAir."
+    )
+    assert rows[0]["group"] == rows[1]["group"] != rows[2]["group"]
+    assert card["read"] == {"replies": 3, "votes": 44}
+    rows, _ = convert("helpsteer2", raw, "--dimension", "verbosity", "--split", "group")
+    assert len(rows) == 3
 
 
-# --- HelpSteer2 -------------------------------------------------------------------------------------------------------
-def test_helpsteer2_as_published(tmp_path):
-    ratings = {"helpfulness": [3, 3, 4], "correctness": [3, 4, 4], "coherence": [4, 3, 4], "complexity": [2, 2, 2], "verbosity": [0, 1, 1]}
-    talk = "Hi\n<extra_id_1>Assistant\nHello, you.\n<extra_id_1>User\nWhy is the sky blue?"
-    raw = write(tmp_path / "disagreements.jsonl.gz", [{"prompt": talk, "response": "Air.", **ratings}, {"prompt": talk, "response": "Rayleigh.", **ratings},
-                                                      {"prompt": "c#", "response": "A language.", **ratings, "helpfulness": [1, 0]}])
-    run("helpsteer2", "--raw", raw, "--out", tmp_path / "o", "--split", "none")
-    rows = read(tmp_path / "o" / "items.jsonl")
-    assert len(rows) == 15 and [row["id"] for row in rows[:3]] == ["1-helpfulness", "2-helpfulness", "3-helpfulness"]
-    assert rows[0]["counts"] == {"1": 0, "2": 0, "3": 0, "4": 2, "5": 1} and rows[2]["counts"] == {"1": 1, "2": 1, "3": 0, "4": 0, "5": 0}
-    assert rows[0]["prompt"].endswith("Conversation:\nUser:\nHi\n\nAssistant:\nHello, you.\n\nUser:\nWhy is the sky blue?\n\nReply:\nAir.")
-    assert rows[0]["group"] == rows[1]["group"] != rows[2]["group"] and card_of(tmp_path / "o")["read"] == {"replies": 3, "votes": 44}
-    run("helpsteer2", "--raw", raw, "--out", tmp_path / "o", "--dimension", "verbosity")
-    assert len(read(tmp_path / "o" / "train.jsonl") + read(tmp_path / "o" / "test.jsonl")) == 3
-
-
-def test_helpsteer2_pref_folds_strengths(tmp_path):
+def test_helpsteer2_pref_folds_strengths(tmp_path, convert):
     def pair(strengths, split="train", prompt="Why?"):
         votes = [{"strength": s, "justification": "@Response 1 ..."} for s in strengths]
-        return {"split": split, "prompt": prompt, "response_1": "One.", "response_2": "Two.", "preference_strength": 1, "preference_statement": "",
-                "preference_elaboration": "", "three_most_similar_preferences": [], "all_preferences_unprocessed": votes}
+        row = {"split": split, "prompt": prompt, "response_1": "One.", "response_2": "Two."}
+        return row | {"preference_strength": 1, "all_preferences_unprocessed": votes}
 
-    raw = write(tmp_path / "preference.jsonl.gz", [pair([-3, -2, -1, 1, 2]), pair([0, 3, -100]), pair([-100]), pair([3], "val", "Who?")])
-    run("helpsteer2_pref", "--raw", raw, "--out", tmp_path / "o", "--split", "published")
-    one, two = read(tmp_path / "o" / "train.jsonl")
-    assert one["counts"] == {"a": 2, "b": 1, "tie": 2} and two["counts"] == {"a": 0, "b": 1, "tie": 1} and "published" not in one
-    assert one["swap"]["prompt"].endswith("Reply a:\nTwo.\n\nReply b:\nOne.") and one["swap"]["labels"] == {"a": "b", "b": "a"}
-    assert [row["id"] for row in read(tmp_path / "o" / "test.jsonl")] == ["4"]
-    card = card_of(tmp_path / "o")
-    assert card["read"] == {"pairs": 4, "votes": 10} and card["split"] == "published"
-    assert card["dropped"] == {"no text": 0, "no verdict": 1, "votes without a verdict": 2, "also in test or valid": 0}
-
-
-# --- what all share ---------------------------------------------------------------------------------------------------
-@pytest.fixture
-def nli_file(tmp_path):
-    rows = [nli_row(i, ["neutral", "entailment"], premise=f"Premise {i // 4}.", hypothesis=f"Hypothesis {i}.") for i in range(40)]
-    return write(tmp_path / "x.jsonl", rows)
+    raw = [pair([-3, -2, -1, 1, 2]), pair([0, 3, -100]), pair([-100]), pair([3], "val", "Who?")]
+    (one, two, test), card = convert("helpsteer2_pref", raw, "--split", "published", name="p.jsonl.gz")
+    assert one["counts"] == {"a": 2, "b": 1, "tie": 2} and two["counts"] == {"a": 0, "b": 1, "tie": 1}
+    assert one["swap"]["prompt"].endswith("Reply a:\nTwo.\n\nReply b:\nOne.") and "published" not in one
+    assert one["swap"]["labels"] == {"a": "b", "b": "a"} and [test] == read(tmp_path / "o", "test")
+    assert test["id"] == "4" and card["read"] == {"pairs": 4, "votes": 10} and card["split"] == "published"
+    dropped = {"no text": 0, "no votes": 1, "votes without a verdict": 2, "also in test or valid": 0}
+    assert card["dropped"] == dropped
 
 
-def test_splits(tmp_path, nli_file):
-    def sides(name, *more):
-        run("snli", "--raw", nli_file, "--out", tmp_path / name, *more)
-        return [distjudge.load_items(tmp_path / name / f"{side}.jsonl") for side in ("train", "test")]
+# --- what all share ---------------------------------------------------------------------------------------
+FORTY = [nli_row(i, ["neutral", "entailment"], f"Premise {i // 4}.", f"Hypothesis {i}.") for i in range(40)]
 
-    train, test = sides("group")
-    assert (len(train), len(test)) == (32, 8) and not {item.group for item in train} & {item.group for item in test}
-    assert sides("group")[1] == test and [item.id for item in sides("group", "--seed", 1)[1]] != [item.id for item in test]
-    train, test = sides("random", "--split", "random")
+
+def test_splits(convert, tmp_path):
+    def sides(*more):
+        convert("snli", FORTY, *more)
+        return [distjudge.load_items(tmp_path / "o" / f"{side}.jsonl") for side in ("train", "test")]
+
+    train, test = sides("--split", "group")
+    assert (len(train), len(test)) == (32, 8)
+    assert not {item.group for item in train} & {item.group for item in test}
+    assert sides("--split", "group")[1] == test
+    other = sides("--split", "group", "--seed", 1)[1]
+    assert [item.id for item in other] != [item.id for item in test]
+    train, test = sides("--split", "random")
     assert (len(train), len(test)) == (32, 8) and all(item.group is None for item in train)
-    premise = lambda item: item.prompt.split("Premise: ")[1].split("\n")[0]  # noqa: E731
-    assert {premise(item) for item in train} & {premise(item) for item in test}
-    train, test = sides("limit", "--limit", 10)
-    assert len(train) + len(test) == 10 and card_of(tmp_path / "limit")["dropped"]["over the limit"] == 30
+    premises = [{item.prompt.partition("Hypothesis: ")[0] for item in side} for side in (train, test)]
+    assert premises[0] & premises[1]
     with pytest.raises(InputError, match="published: this data set has no split of its own"):
-        sides("no", "--split", "published")
+        sides("--split", "published")
 
 
-@pytest.mark.parametrize(("task", "rows", "more", "words"), [
-    ("snli", [nli_row(1, ["maybe"])], [], "x.jsonl:1: annotator_labels: unknown label {maybe}"),
-    ("snli", [nli_row(1, ["neutral"])], [], "no item has 2 votes or more (--min_votes)"),
-    ("snli", [{"sentence1": "x"}], [], "x.jsonl:1: sentence2: missing; the row has sentence1"),
-    ("snli", [nli_row(1, "neutral")], [], "x.jsonl:1: annotator_labels: must be list, not 'neutral'"),
-    ("snli", [nli_row(1, ["neutral"] * 2)], [], "1 items in 1 group cannot be split; --split none writes one file"),
-    ("snli", [nli_row(1, ["neutral"] * 2)], ["--limit", "-1"], "limit: must be 0 or more"),
-    ("snli", [nli_row(1, ["neutral"] * 2)], ["--without", "gone.jsonl"], "gone.jsonl: no such file"),
-    ("snli", [nli_row(1, [], premise="")], [], "no items in it: read"),
-    ("chaosnli", [{"uid": "u", "example": {"premise": "p", "hypothesis": "h"}, "label_counter": {"x": 1}}], [], "label_counter: unknown label {x}"),
-    ("summeval", [summary("s", "M0", "Long.", expert=(6,))], [], "x.jsonl:1: coherence: '6' is not 1 to 5"),
-    ("summeval", [summary("s", "M0", "Long.")], ["--dimension", "joy"], "dimension: 'joy' is not one of coherence"),
-    ("mtbench", [vote(81, "x", "y", "both")], [], "winner: 'both' is not model_a, model_b or tie"),
-    ("mtbench", [vote(81, "x", "x", "tie")], [], "model_b: the same as model_a, x"),
-    ("mtbench", [vote(81, "x", "y", "tie", turn=3)], [], "turn: 3 is not 1 or 2"),
-    ("helpsteer2", [{"prompt": "p", "response": "r", "helpfulness": [5]}], [], "helpfulness: 5 is not 0 to 4"),
-    ("helpsteer2_pref", [{"prompt": "p", "response_1": "r", "response_2": "s", "all_preferences_unprocessed": [{"strength": 4}]}], [], "strength: 4 is not -3 to 3"),
-])
+TWO = [nli_row(1, ["neutral"] * 2)]
+CHAOS = {"uid": "u", "example": {"premise": "p", "hypothesis": "h"}, "label_counter": {"x": 1}}
+REPLIES = {"prompt": "p", "response_1": "r", "response_2": "s"}
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "more", "words"),
+    [
+        ("snli", [nli_row(1, ["maybe"])], "", "x.jsonl:1: annotator_labels: unknown label {maybe}"),
+        ("snli", [nli_row(1, ["neutral"])], "", "no item has 2 votes or more (--min_votes)"),
+        ("snli", [{"sentence1": "x"}], "", "x.jsonl:1: sentence2: missing; the row has sentence1"),
+        ("snli", [nli_row(1, "neutral")], "", "x.jsonl:1: annotator_labels: must be list, not 'neutral'"),
+        ("snli", TWO, "", "1 items in 1 group cannot be split; --split none writes one file"),
+        ("snli", TWO, "--without gone.jsonl", "gone.jsonl: no such file"),
+        ("snli", [nli_row(1, [], premise="")], "", "x.jsonl: no item is left of 1 rows: {'no text': 1"),
+        ("chaosnli", [CHAOS], "", "x.jsonl:1: label_counter: 'x' is not one of {e, n, c}"),
+        ("summeval", [summary("s", "M0", "L", (6,))], "", "x.jsonl:1: coherence: '6' is not 1 to 5"),
+        ("summeval", [summary("s", "M0", "L")], "--dimension joy", "'joy' is not one of coherence"),
+        ("mtbench", [vote(81, "xy", "both")], "", "winner: 'both' is not model_a, model_b or tie"),
+        ("mtbench", [vote(81, "xx", "tie")], "", "model_b: the same as model_a, x"),
+        ("mtbench", [vote(81, "xy", "tie", turn=3)], "", "turn: 3 is not 1 or 2"),
+        ("helpsteer2", [{"prompt": "p", "response": "r", "helpfulness": [5]}], "", "5 is not 0 to 4"),
+        ("helpsteer2_pref", [REPLIES | {"all_preferences_unprocessed": [4]}], "", "4 is not -3 to 3"),
+    ],
+)
 def test_refusals(tmp_path, monkeypatch, task, rows, more, words):
-    monkeypatch.chdir(tmp_path)
     write(tmp_path / "x.jsonl", rows)
-    with pytest.raises(InputError) as error:
-        run(task, "--raw", "x.jsonl", "--out", "o", *more)
-    assert words in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "o").exists()
+    check_refused(tmp_path, monkeypatch, words, task, "--raw", "x.jsonl", *more.split())
 
 
-def test_a_template_of_ones_own(tmp_path, nli_file):
-    (tmp_path / "mine.txt").write_text('Say {"e": 1} or\n{hypothesis}\n{premise}\n\n')
-    run("snli", "--raw", nli_file, "--out", tmp_path / "o", "--prompts", tmp_path / "mine.txt")
-    assert read(tmp_path / "o" / "train.jsonl")[0]["prompt"] == 'Say {"e": 1} or\nHypothesis 0.\nPremise 0.'
-    for text, words in (("{premise} {hypotesis}", r"unknown placeholder \{hypotesis\}; there are \{premise\}, \{hypothesis\}"),
-                        ("{premise} {premise} {hypothesis}", r"the placeholder \{premise\} must stand in it once")):
-        (tmp_path / "mine.txt").write_text(text)
+def test_a_template_of_ones_own(tmp_path, convert):
+    template = tmp_path / "mine.txt"
+    template.write_text('Say {"e": 1} or\n{hypothesis}\n{premise}\n\n')
+    rows, _ = convert("snli", FORTY, "--prompts", template)
+    assert rows[0]["prompt"] == 'Say {"e": 1} or\nHypothesis 0.\nPremise 0.'
+    there = r"unknown placeholder \{hypotesis\}; there are \{premise\}, \{hypothesis\}"
+    once = r"the placeholder \{premise\} must stand in it once"
+    for text, words in (("{premise} {hypotesis}", there), ("{premise} {premise} {hypothesis}", once)):
+        template.write_text(text)
         with pytest.raises(InputError, match=words):
-            run("snli", "--raw", nli_file, "--out", tmp_path / "o", "--template", tmp_path / "mine.txt")
+            convert("snli", FORTY, "--template", template)
 
 
-def test_emobank_as_published(data_dir, tmp_path):
-    folder = data_dir("emobank")
-    run("emobank", "--raw", folder / "emobank.csv", folder / "individual_reader_ratings.csv", "--out", tmp_path)
-    card = card_of(tmp_path)
-    assert card["read"] == {"emobank.csv": 10062, "individual_reader_ratings.csv": 53055}
-    assert card["items"] == {"train": 7984, "valid": 992, "test": 1000}
-    assert card["dropped"] == {"rated, without text": 486, "text without ratings": 0, "empty text": 0, "also in test or valid": 86}
-    assert sum(card["items"].values()) + card["dropped"]["also in test or valid"] == 10062
-    assert card["votes_an_item"] == {"5": 9681, "6": 286, "7": 9}
-    train, test = distjudge.load_items(tmp_path / "train.jsonl"), distjudge.load_items(tmp_path / "test.jsonl")
-    distjudge.check_apart(train, test)
-    assert distjudge.labels_of(train) == list("12345")
-
-
-# --- prompts ----------------------------------------------------------------------------------------------------------
-PROMPTS = {  # what stands in the placeholders, tokens under Qwen2.5's tokenizer and chat template, beginning of the prompt's sha256
-    "snli": ({"premise": "A cook stirs a pot.", "hypothesis": "Someone is cooking."}, 122, "a18d8099b90bfbaa"),
-    "summeval": ({"quality": prepare.QUALITIES["summeval"]["fluency"], "article": "The bridge opened on Monday.", "summary": "A bridge opened."}, 114, "af457408beceb9ee"),
-    "summeval_rubric_last": ({"quality": prepare.QUALITIES["summeval"]["fluency"], "article": "The bridge opened on Monday.", "summary": "A bridge opened."}, 119, "6b292d2dac74fefd"),
-    "mtbench": ({"question": "How do I boil an egg?", "answer_a": "Seven minutes.", "answer_b": "In water."}, 139, "c2c655b108758763"),
-    "helpsteer2": ({"quality": prepare.QUALITIES["helpsteer2"]["verbosity"], "conversation": prepare.conversation("Hi"), "reply": "Hello."}, 117, "52f46367c77d7b8b"),
-    "helpsteer2_pref": ({"conversation": prepare.conversation("Hi"), "answer_a": "Hello.", "answer_b": "Hi!"}, 104, "1b23753f84208d92"),
-    "emobank": ({"dimension": "valence", "low": "very unpleasant", "high": "very pleasant", "text": "The rain has stopped."}, 74, "db6cb8d737053e43"),
+# --- prompts ----------------------------------------------------------------------------------------------
+FLUENCY, VERBOSITY = prepare.QUALITIES["summeval"]["fluency"], prepare.QUALITIES["helpsteer2"]["verbosity"]
+NEWS = {"quality": FLUENCY, "article": "The bridge opened on Monday.", "summary": "A bridge opened."}
+EGG = {"question": "How do I boil an egg?", "answer_a": "Seven minutes.", "answer_b": "In water."}
+REPLY = {"quality": VERBOSITY, "conversation": prepare.conversation("Hi"), "reply": "Hello."}
+REPLIES = {"conversation": prepare.conversation("Hi"), "answer_a": "Hello.", "answer_b": "Hi!"}
+FEELING = {"dimension": "valence", "low": "very unpleasant", "high": "very pleasant"}
+PROMPTS = {  # what stands in the placeholders, tokens under Qwen2.5's chat template, beginning of the sha256
+    "snli": (
+        {"premise": "A cook stirs a pot.", "hypothesis": "Someone is cooking."},
+        122,
+        "a18d8099b90bfbaa",
+    ),
+    "summeval": (NEWS, 114, "af457408beceb9ee"),
+    "summeval_rubric_last": (NEWS, 119, "6b292d2dac74fefd"),
+    "mtbench": (EGG, 139, "c2c655b108758763"),
+    "helpsteer2": (REPLY, 117, "52f46367c77d7b8b"),
+    "helpsteer2_pref": (REPLIES, 104, "1b23753f84208d92"),
+    "emobank": (FEELING | {"text": "The rain has stopped."}, 74, "db6cb8d737053e43"),
 }
 
 
 @pytest.fixture(scope="module")
 def qwen(tokenizers_dir):
-    import transformers
-
-    return distjudge.PromptEncoder(transformers.AutoTokenizer.from_pretrained(tokenizers_dir("qwen2.5")))
+    return distjudge.PromptEncoder(distjudge.load_tokenizer(str(tokenizers_dir("qwen2.5"))))
 
 
 @pytest.mark.parametrize("task", PROMPTS)
 def test_a_rendered_prompt_is_pinned(task, qwen):
     values, tokens, digest = PROMPTS[task]
-    prompt = prepare.fill(prepare.read_template(prepare.PrepareConfig(task="snli", out=""), task, values), values)
+    template = prepare.read_template(prepare.PROMPTS / f"{task}.txt", list(values), [])
+    prompt = prepare.fill(template, values)
     assert all(str(value) in prompt for value in values.values()) and "{" not in prompt
-    assert (hashlib.sha256(prompt.encode()).hexdigest()[:16], len(qwen(prompt))) == (digest, tokens), prompt
+    assert hashlib.sha256(prompt.encode()).hexdigest()[:16] == digest and len(qwen(prompt)) == tokens, prompt
 
 
 def test_every_template_is_pinned():
-    assert {path.stem for path in (ROOT / "data" / "prompts").iterdir()} == set(PROMPTS)
+    assert {path.stem for path in prepare.PROMPTS.iterdir()} == set(PROMPTS)
 
 
-def test_spellings_are_read_by_their_first_token(qwen):
-    for pairs in prepare.SPELLINGS.values():
-        spellings = distjudge.parse_spellings(pairs)
-        tokens = distjudge.label_tokens(qwen.tokenizer, list(spellings), spellings, qwen)
-        assert not tokens.whole and len(tokens.sequences) == 2 * len(spellings)
+@pytest.mark.parametrize("labels", [prepare.NLI, prepare.PAIR])
+def test_spellings_are_read_by_their_first_token(qwen, labels):
+    spellings = distjudge.parse_spellings(prepare.spellings_of(labels))
+    tokens = distjudge.label_tokens(qwen.tokenizer, list(spellings), spellings, qwen)
+    assert not tokens.whole and len(tokens.sequences) == 2 * len(labels)
 
 
 def test_the_template_of_the_data_format_loads():
     items = distjudge.load_items(ROOT / "data" / "template.jsonl")
-    assert len(items) == 4 and distjudge.labels_of(items) == list("12345") and [item.votes for item in items] == [5, 5, 5, 3]
+    assert len(items) == 4 and distjudge.labels_of(items) == list("12345")
+    assert [item.votes for item in items] == [5, 5, 5, 3]

@@ -1,4 +1,5 @@
 """Fetching: resumed, checked, refused, offline; against a server of our own."""
+
 import hashlib
 import http.server
 import re
@@ -7,7 +8,7 @@ import threading
 import prepare
 import pytest
 import sources
-import tyro
+import test_prepare
 
 from distjudge import InputError
 
@@ -56,82 +57,100 @@ def server(monkeypatch):
         thread.join()
 
 
-def source(url, content=CONTENT):
-    return sources.Source("x.bin", url, hashlib.sha256(content).hexdigest())
+def fetch(url, folder, content=CONTENT, tries=3):
+    return sources.fetch("x.bin", url, folder, hashlib.sha256(content).hexdigest(), tries)
 
 
 def test_a_cut_download_goes_on_where_it_stopped(server, tmp_path):
-    path = sources.fetch(source(f"{server}/cut"), tmp_path)  # 512,000 bytes: three pieces
+    path = fetch(f"{server}/cut", tmp_path)  # 512,000 bytes: three pieces
     assert path.read_bytes() == CONTENT and Server.asked == ["", "bytes=200000-", "bytes=400000-"]
-    assert sources.fetch(source(f"{server}/gone"), tmp_path) == path and len(Server.asked) == 3  # from the cache
+    assert fetch(f"{server}/gone", tmp_path) == path and len(Server.asked) == 3  # from the cache
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
 def test_the_next_run_goes_on_too(server, tmp_path):
-    with pytest.raises(InputError, match=r"x.bin: could not be downloaded .the connection ended after 200000 of 512000 bytes"):
-        sources.fetch(source(f"{server}/cut"), tmp_path, tries=1)
+    with pytest.raises(
+        InputError, match=r"x.bin: could not be downloaded .the connection ended after 200000 of 512000 bytes"
+    ):
+        fetch(f"{server}/cut", tmp_path, tries=1)
     assert (tmp_path / "x.bin.part").stat().st_size == 200_000
-    sources.fetch(source(f"{server}/whole"), tmp_path)
+    fetch(f"{server}/whole", tmp_path)
     assert Server.asked == ["", "bytes=200000-"]
 
 
 def test_a_whole_part_is_taken_and_a_server_without_ranges_starts_again(server, tmp_path):
     (tmp_path / "x.bin.part").write_bytes(CONTENT)
-    assert sources.fetch(source(f"{server}/whole"), tmp_path).read_bytes() == CONTENT
+    assert fetch(f"{server}/whole", tmp_path).read_bytes() == CONTENT
     (tmp_path / "x.bin").rename(tmp_path / "x.bin.part")
     (tmp_path / "x.bin.part").write_bytes(b"something else")
-    assert sources.fetch(source(f"{server}/plain"), tmp_path).read_bytes() == CONTENT
+    assert fetch(f"{server}/plain", tmp_path).read_bytes() == CONTENT
     (tmp_path / "x.bin").rename(tmp_path / "x.bin.part")
-    (tmp_path / "x.bin.part").write_bytes(CONTENT + b"more")  # longer than the file: thrown away, then fetched
-    assert sources.fetch(source(f"{server}/whole"), tmp_path).read_bytes() == CONTENT
+    (tmp_path / "x.bin.part").write_bytes(
+        CONTENT + b"more"
+    )  # longer than the file: thrown away, then fetched
+    assert fetch(f"{server}/whole", tmp_path).read_bytes() == CONTENT
 
 
 def test_a_wrong_checksum_is_refused(server, tmp_path):
-    with pytest.raises(InputError, match=r"x.bin: the download from .*/whole has the checksum .*; it was thrown away"):
-        sources.fetch(source(f"{server}/whole", b"other"), tmp_path)
+    with pytest.raises(
+        InputError, match=r"x.bin: the download from .*/whole has the checksum .*; it was thrown away"
+    ):
+        fetch(f"{server}/whole", tmp_path, b"other")
     assert not list(tmp_path.iterdir())
     (tmp_path / "x.bin").write_bytes(b"put here by hand")
     with pytest.raises(InputError, match=r"x.bin: has the checksum .* delete it to fetch it again"):
-        sources.fetch(source(f"{server}/whole"), tmp_path)
+        fetch(f"{server}/whole", tmp_path)
 
 
 def test_offline_it_says_which_file_to_put_where(tmp_path, monkeypatch, server):
     monkeypatch.setenv("DISTJUDGE_CACHE", str(tmp_path))
     for address in (f"{server}/gone", "http://127.0.0.1:9/x"):
-        monkeypatch.setitem(sources.SOURCES, "chaosnli", (sources.Source("c.zip", address),))
+        monkeypatch.setitem(sources.SOURCES, "chaosnli", {"c.zip": address})
         with pytest.raises(InputError) as error:
-            prepare.main(tyro.cli(prepare.PrepareConfig, args=["chaosnli", "--out", str(tmp_path / "o")]))
+            test_prepare.run("chaosnli", "--out", tmp_path / "o")
         message = str(error.value)
-        assert message.startswith("c.zip: could not be downloaded (") and f"Fetch {address} by other means, put it at" in message
-        assert str(tmp_path / "chaosnli" / "c.zip") in message and "--raw" in message and "\n" not in message
-    assert "404" not in message and not (tmp_path / "o").exists()
+        assert message.startswith("c.zip: could not be downloaded (") and "\n" not in message
+        assert f"Fetch {address} by other means, put it at {tmp_path / 'chaosnli' / 'c.zip'}" in message
+        assert "--raw" in message and ("404" in message) == address.endswith("gone")
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_fetched_file_is_converted(server, tmp_path, monkeypatch):
-    import test_prepare
-
     rows = [test_prepare.nli_row(i, ["neutral"] * 5, premise=f"P{i}") for i in range(5)]
     text = test_prepare.write(tmp_path / "x.jsonl", rows).read_bytes()
     monkeypatch.setitem(globals(), "CONTENT", text)
     monkeypatch.setenv("DISTJUDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(sources.SOURCES, "snli", (sources.Source("s.jsonl", f"{server}/whole", hashlib.sha256(text).hexdigest()),))
-    prepare.main(tyro.cli(prepare.PrepareConfig, args=["snli", "--out", str(tmp_path / "o")]))
-    assert test_prepare.card_of(tmp_path / "o")["items"] == {"train": 4, "test": 1} and (tmp_path / "cache" / "snli" / "s.jsonl").exists()
+    monkeypatch.setitem(sources.SOURCES, "snli", {"s.jsonl": f"{server}/whole"})
+    monkeypatch.setitem(sources.SHA256, "s.jsonl", hashlib.sha256(text).hexdigest())
+    test_prepare.run("snli", "--out", tmp_path / "o")
+    assert test_prepare.card_of(tmp_path / "o")["items"] == {"train": 4, "test": 1}
+    path = tmp_path / "cache" / "snli" / "s.jsonl"
+    path.write_bytes(b"another")
+    with pytest.raises(InputError, match=f"{path}: has the checksum"):
+        test_prepare.run("snli", "--out", tmp_path / "o")
 
 
 def test_every_task_has_a_published_file():
-    assert set(sources.SOURCES) | {"own"} == set(prepare.CONVERTERS)
-    for task in sources.SOURCES.values():
-        for file in task:
-            assert file.url.startswith("https://") and re.fullmatch(r"([0-9a-f]{64})?", file.sha256) and "/" not in file.name
+    assert set(sources.SOURCES) == set(prepare.TASK_NAMES) == set(prepare.TASKS) - {"own"}
+    published = [pair for files in sources.SOURCES.values() for pair in files.items()]
+    assert all(url.startswith("https://") and "/" not in name for name, url in published)
+    assert set(sources.SHA256) < {name for name, _ in published}
+    assert all(re.fullmatch(r"[0-9a-f]{64}", sha256) for sha256 in sources.SHA256.values())
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("x.zip", b"<html>", "x.zip: cannot be read: File is not a zip file"), ("x.jsonl.gz", b"<html>", "x.jsonl.gz: cannot be read: Not a gzipped file"),
-    ("x.jsonl", b'{"a": 1}\n{"a', "x.jsonl:2: broken JSON"), ("x.jsonl", b"[1]\n", "x.jsonl:1: not a JSON object but list"),
-    ("x.parquet", b"<html>", "x.parquet: cannot be read as Parquet"), ("x.jsonl", b'{"a": "\xe9"}\n', "x.jsonl:1: broken JSON"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.zip", b"<html>", "x.zip: cannot be read as JSON lines: File is not a zip file"),
+        ("x.jsonl.gz", b"<html>", "x.jsonl.gz: cannot be read as JSON lines: Not a gzipped file"),
+        ("x.jsonl", b'{"a": 1}\n{"a', "x.jsonl:2: broken JSON"),
+        ("x.jsonl", b"[1]\n", "x.jsonl:1: not a JSON object but list"),
+        ("x.jsonl", b'{"a": "\xe9"}\n', "x.jsonl:1: broken JSON"),
+        ("x.jsonl", b'{"a": {"b": 1, "b": 2}}\n', "x.jsonl:1: b: stands twice in the row"),
+        ("x.parquet", b"<html>", "x.parquet: cannot be read as Parquet"),
+    ],
+)
 def test_files_that_are_not_what_they_say(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=re.escape(words)):
-        list(sources.read_rows(tmp_path / name))
+        list(sources.read_rows([str(tmp_path / name)]))
