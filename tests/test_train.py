@@ -433,3 +433,16 @@ def test_a_run_tokenizes_every_prompt_once(tiny_model, votes, tmp_path, monkeypa
     tested = {json.loads(line)["prompt"] for line in (tmp_path / "run" / "predictions.jsonl").open()}
     assert {prompt for prompt, n in times.items() if n > 1} <= tested  # once more, to be judged at the end
     assert max(times.values()) == 2
+
+
+def test_a_trainer_in_16_bits_before_ours_is_no_obstacle(tiny_model, votes, tmp_path):
+    """accelerate keeps one state a process: what a notebook trained before must not stop train()."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    AcceleratorState(mixed_precision="bf16", cpu=True)
+    try:
+        judge = load_judge(tiny_model, LABELS, lora_rank=2)
+        assert len(train(judge, votes(4), settings(tmp_path, batch_size=2))) == 2
+    finally:
+        AcceleratorState._reset_state()

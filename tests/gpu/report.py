@@ -1,29 +1,30 @@
-"""Everything that only a GPU can tell, in one command: tests, agreement of the backends, 4-bit training, memory and speed.
+"""Everything that only a GPU can tell, in one command: tests, backends, 4-bit training, memory, speed.
 
-    python tests/gpu/report.py --out runs/gpu                   # one card; some 35 GB of disk for models; nothing is downloaded
-    python tests/gpu/report.py --out runs/gpu --stages tests agreement_transformers agreement_unsloth agreement
-    python tests/gpu/report.py --out runs/gpu --cpu_smoke       # the same code with stand-ins, a few minutes: says nothing about a GPU
+    python tests/gpu/report.py --out runs/gpu               # one card; 35 GB of disk; nothing is downloaded
+    python tests/gpu/report.py --out runs/gpu --stages tests model_middle agreement
+    python tests/gpu/report.py --out runs/gpu --cpu_smoke   # stand-ins, minutes: tells nothing of a GPU
 
-Each stage runs in a process of its own, with a limit of time, and whatever becomes of it, report.json and report.md in --out are
-written anew after each. Models have the real architectures and random weights. Prompts are those of the public data sets where
-DISTJUDGE_DATA names them, else made-up ones of the same lengths and shared beginnings (137 tokens of which 80 % are shared for NLI,
-607 and 70 % for SummEval).
+Each stage runs in a process of its own, with a limit of time. Whatever becomes of it, report.json and
+report.md in --out are written anew after each; the short table comes last. Models have the real architectures
+and random weights. Prompts are made up, with the lengths and shared beginnings of real ones (137 tokens of
+which 80 % are shared for NLI, 607 and 70 % for SummEval).
 
     tests                   pytest tests/gpu
-    agreement_*             one saved judge under transformers and Unsloth: probabilities, eight training steps, probabilities again
-    agreement               the two compared: 0.05 in a probability, 0.05 nats in a step's loss, for bfloat16
-    packs, packs_unsloth    packs against one prompt at a time: blocks, SDPA, flex_attention; Unsloth's shared-prefix kernel
+    agreement               one saved judge under each backend: probabilities, eight steps, and again
+    packs, packs_unsloth    packs against one prompt at a time: blocks, SDPA, flex_attention; Unsloth's kernel
     model_*                 writes a model folder with random weights
-    memory_*                trains in 4 bits with the smallest packs, PyTorch being allowed no more memory than the target
-    speed_*                 trains in 4 bits: items a second, peak memory, the adversary's share, the share of the measured matrix rate
-    stock_*                 Unsloth's own way: SFTTrainer on the majority label, same model, items and adapters, at its best rows a pass
+    memory_*                trains in 4 bits with the smallest packs, in no more memory than the target
+    speed_*                 trains in 4 bits: items a second, memory, the adversary, the matrix rate
+    stock_*                 Unsloth's SFTTrainer on the majority label, at its best rows a pass
 """
+
+import concurrent.futures
 import contextlib
 import dataclasses
-import datetime
+import functools
 import json
+import multiprocessing
 import os
-import platform
 import random
 import shutil
 import signal
@@ -32,7 +33,6 @@ import subprocess
 import sys
 import time
 import traceback
-import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,28 +40,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / part) for part in ("", "recipes", "data")]
 
+import bench
+import tiny
 import torch
 
 import distjudge
 from distjudge import InputError, Item, Judge
 
-TOLERANCE = {"probability": 0.05, "loss": 0.05, "packs": 0.05, "cosine": 0.99}
-BACKBONES: dict[str, dict[str, Any]] = {
-    "small": {"kind": "qwen2", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
-              "num_key_value_heads": 4, "vocab_size": 151_936, "initializer_range": 0.04},
-    "qwen7b": {"kind": "qwen2", "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
-               "num_key_value_heads": 4, "vocab_size": 152_064, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-    "llama8b": {"kind": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                "num_key_value_heads": 8, "vocab_size": 128_256, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-}
-STAND_IN = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "vocab_size": 4096, "initializer_range": 0.1}
+TOLERANCE = 0.05  # in a probability, and in nats of a step's loss
+STAND_IN = dict(zip(bench.SIZES, (64, 128, 2, 4, 2), strict=True)) | {"initializer_range": 0.1}
 SHAPES = {  # task: labels, tokens that all share, tokens that groups share, own tokens, items a group
     "nli": (["entailment", "neutral", "contradiction"], 90, 27, 20, 3),
     "summeval": (list("12345"), 150, 350, 107, 12),
 }
-PUBLIC = {"nli": "snli", "summeval": "summeval"}
+WORDS = """the time people way day man thing woman life child world school state family student group country
+problem hand part place case week company system program question work night point home water room mother area
+money story fact month lot right study book""".split()  # common ones: a token each
 LIMITS = {"nli": 8, "summeval": 12}  # GiB, for memory_*
+BATCH = {"nli": 64, "summeval": 32}  # items a training step, for speed_* and stock_*
+ROWS = {"nli": (8, 16, 32, 64), "summeval": (1, 4, 8, 16)}  # rows a pass that stock_* tries
 
 
 @dataclasses.dataclass
@@ -74,8 +71,6 @@ class ReportConfig:
     """Small models and few items, on a CPU: shows that this script works, and nothing else."""
     limit_s: int = 1200
     """Seconds a stage, at most."""
-    keep_models: bool = False
-    """Keep models/ at the end."""
     seed: int = 0
     """Seed of weights, items and adapters."""
     stage: str = ""
@@ -86,70 +81,43 @@ class Skip(Exception):
     """Why a stage cannot run here."""
 
 
-# --- what the stages share -------------------------------------------------------------------------------------------------
-def model_folder(config: ReportConfig, name: str) -> str:
+def made_up(task: str, n: int, seed: int) -> list[Item]:
+    """Items of random words, shaped like a task's, with votes of five people each."""
+    draw, rows = random.Random(f"{task} {seed}"), []
+    labels, common, shared, own, group = SHAPES[task]
+    first = draw.choices(WORDS, k=common)
+    for i in range(n):
+        if i % group == 0:
+            middle = draw.choices(WORDS, k=shared)
+        prompt = "\n".join(" ".join(part) for part in (first, middle, draw.choices(WORDS, k=own)))
+        votes = draw.choices(labels, k=5)
+        counts = {label: votes.count(label) for label in labels}
+        rows.append({"id": f"{task}-{i}", "prompt": prompt, "counts": counts, "group": f"g{i // group}"})
+    return distjudge.load_items(rows, labels=labels)
+
+
+def make_model(name: str, config: ReportConfig) -> dict[str, Any]:
+    """Saves a model of random weights and a tokenizer of the made-up prompts."""
+    folder = Path(config.out) / "models" / name
+    texts = [item.prompt for task in SHAPES for item in made_up(task, 24, 0)]
+    tokenizer = tiny.build_tokenizer(texts, 2000)
+    changes = STAND_IN if config.cpu_smoke else {"initializer_range": 0.04} if name == "middle" else {}
+    model = bench.random_model(name, tokenizer, config.seed, **changes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"parameters": model.num_parameters()}
+
+
+def load(name: str, task: str, config: ReportConfig, **settings: Any) -> Judge:
+    folder = model_folder(name, config)
+    return distjudge.load_judge(folder, SHAPES[task][0], seed=config.seed, max_length=4096, **settings)
+
+
+def model_folder(name: str, config: ReportConfig) -> str:
     folder = Path(config.out) / "models" / name
     if not (folder / "config.json").is_file():
         raise Skip(f"needs the stage model_{name}")
     return str(folder)
-
-
-def make_model(config: ReportConfig, name: str) -> dict[str, Any]:
-    """Saves a model of random weights and a tokenizer: Qwen's where it lies beside the data sets, else one of our own."""
-    import transformers
-    from tiny import build_tokenizer
-
-    settings = BACKBONES[name] | (STAND_IN if config.cpu_smoke else {})
-    kind = settings["kind"]
-    real = Path(os.environ.get("DISTJUDGE_DATA") or ROOT / "no data sets").parent / "tokenizers" / "qwen2.5"
-    if real.is_dir() and kind == "qwen2" and not config.cpu_smoke:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(real)
-    else:
-        tokenizer = build_tokenizer([prompt.prompt for task in SHAPES for prompt in made_up(task, 24, config.seed)], 2000)
-    folder = Path(config.out) / "models" / name
-    family = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[kind]
-    torch.manual_seed(config.seed)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(family(
-            **{k: v for k, v in settings.items() if k != "kind"}, max_position_embeddings=8192, tie_word_embeddings=False,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None), dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {"parameters": model.num_parameters(), "gigabytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e9}
-
-
-def made_up(task: str, n: int, seed: int) -> list[Item]:
-    """Items of random words with the lengths and shared beginnings of a task's prompts, votes of five people each."""
-    draw = random.Random(f"{task} {seed}")
-    labels, common, shared, own, group = SHAPES[task]
-    words = ("the time people way day man thing woman life child world school state family student group country problem hand part place case "
-             "week company system program question work night point home water room mother area money story fact month lot right study book")
-    text = lambda k: " ".join(draw.choice(words.split()) for _ in range(k))  # noqa: E731  # common words: one token each
-    first, rows = text(common), []
-    for i in range(n):
-        if i % group == 0:
-            middle = text(shared)
-        counts = dict.fromkeys(labels, 0)
-        for _ in range(5):
-            counts[draw.choice(labels)] += 1
-        rows.append({"id": f"{task}-{i}", "prompt": f"{first}\n{middle}\n{text(own)}", "counts": counts, "group": f"g{i // group}"})
-    return distjudge.load_items(rows, labels=labels)
-
-
-def shape_items(config: ReportConfig, task: str, n: int) -> tuple[list[Item], str]:
-    """n items of a task, whole groups, and where they are from."""
-    import bench
-
-    public = PUBLIC[task]
-    if (bench.data_folder() / public).is_dir() and not config.cpu_smoke:
-        items = bench.training_items(public, bench.BenchConfig(batch_size=n, steps=1, seed=config.seed))
-        return [dataclasses.replace(item, swap=None) for item in items], public
-    return made_up(task, n, config.seed), "made up"
-
-
-def on_gpu(config: ReportConfig) -> None:
-    if not torch.cuda.is_available() and not config.cpu_smoke:
-        raise Skip("no CUDA device")
 
 
 def need_unsloth() -> None:
@@ -159,335 +127,256 @@ def need_unsloth() -> None:
 
 
 def gigabytes() -> dict[str, float]:
-    """Peak memory of this process on the card, in GiB: what tensors took, and what PyTorch held."""
+    """Peak memory on the card since the last call, in GiB: what tensors took, and what PyTorch held."""
     if not torch.cuda.is_available():
         return {}
-    return {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+    taken, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return {"allocated_gib": taken / 2**30, "held_gib": held / 2**30}
 
 
-def train_steps(judge: Judge, items: list[Item], folder: Path, **settings: Any) -> tuple[list[float], list[float]]:
-    """Seconds and losses of the steps of one epoch over the items."""
-    import bench
-
-    timer = bench.step_timer()
-    made = distjudge.Config(**{"out": str(folder), "epochs": 1.0, "learning_rate": 2e-4, "warmup": 0.0, "save_every": 0.0, "log_every": 1} | settings)
-    log = bench.quietly(lambda: distjudge.train(judge, items, made, callbacks=[timer]))
-    return timer.times, [row["loss"] for row in log if "loss" in row]
-
-
-# --- stages ----------------------------------------------------------------------------------------------------------------
+# --- stages: each returns its result; a "problem" in it is a failure ---
 def run_tests(config: ReportConfig) -> dict[str, Any]:
-    """pytest tests/gpu, its outcome test by test."""
-    found = (Path(config.out) / "stages" / "tests.xml").resolve()
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={found}", "tests/gpu"], cwd=ROOT)
-    cases = list(xml.etree.ElementTree.parse(found).getroot().iter("testcase"))
-    outcome = {case.get("name"): next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed") for case in cases}
-    result = {kind: sum(value == kind for value in outcome.values()) for kind in ("passed", "failure", "error", "skipped")}
-    wrong = [name for name, value in outcome.items() if value in ("failure", "error")]
-    if done.returncode not in (0, 5):
-        result["problem"] = f"{len(wrong)} tests fail: {', '.join(map(str, wrong))}" if wrong else f"pytest ends with exit code {done.returncode}"
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "tests/gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    lines, result = done.stdout.splitlines(), {"pytest": done.stdout.strip().rpartition("\n")[2]}
+    if done.returncode:
+        wrong = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        result["problem"] = "; ".join(wrong) or f"pytest: exit code {done.returncode}"
     return result
 
 
-def agreement_of(config: ReportConfig, backend: str, start: bool = False) -> dict[str, Any]:
-    """Probabilities of one saved judge before and after eight steps, and the losses, under one backend."""
-    on_gpu(config)
-    if backend == "unsloth" and not config.cpu_smoke:
-        need_unsloth()
-    labels, folder = SHAPES["nli"][0], Path(config.out) / "agreement"
-    items, prompts = made_up("nli", 64, config.seed), [item.prompt for item in made_up("nli", 30, config.seed + 1)]
-    if start:
-        first = distjudge.load_judge(model_folder(config, "small"), labels, backend="transformers", seed=config.seed, lora_rank=16)
-        distjudge.save_judge(first, folder / "start")
-        del first
-    if not (folder / "start" / "judge.json").is_file():
-        raise Skip("needs the stage agreement_transformers")
-    judge = distjudge.load_judge(folder / "start", backend="transformers" if config.cpu_smoke else backend)
+def trained_under(backend: str, config: ReportConfig) -> dict[str, Any]:
+    """Probabilities of one saved judge before and after eight steps, and the losses; in a new process."""
+    start = Path(config.out) / "agreement"
+    if backend == "transformers":
+        distjudge.save_judge(load("middle", "nli", config, backend=backend), start)
+    judge = distjudge.load_judge(start, backend="transformers" if config.cpu_smoke else backend)
     if config.cpu_smoke and backend == "unsloth":
         judge.packs = False  # the stand-in for another way to compute the same
+    prompts = [item.prompt for item in made_up("nli", 30, config.seed + 1)]
     before = judge.predict(prompts)
-    _, losses = train_steps(judge, items, folder / backend, batch_size=8, seed=config.seed)
-    return {"backend": judge.backend, "packs": judge.packs, "losses": losses, "before": before.tolist(), "after": judge.predict(prompts).tolist()}
+    settings = {"batch_size": 8, "epochs": 1.0, "learning_rate": 2e-4, "seed": config.seed}
+    _, losses = bench.train_ours(judge, made_up("nli", 64, config.seed), **settings)
+    return {"before": before, "after": judge.predict(prompts), "losses": losses, "backend": judge.backend}
 
 
-def agreement(config: ReportConfig) -> dict[str, Any]:
-    """How far the two backends are apart, beside how far training moved the probabilities and prompts differ from one another."""
-    sides = []
-    for name in ("agreement_transformers", "agreement_unsloth"):
-        path = Path(config.out) / "stages" / f"{name}.json"
-        side = json.loads(path.read_text()) if path.is_file() else {}
-        if side.get("status") != "ok":
-            raise Skip(f"needs the stage {name}")
-        sides.append(side["result"])
-    a, b = sides
-    far = lambda x, y: (torch.tensor(x) - torch.tensor(y)).abs().max().item()  # noqa: E731
-    before = torch.tensor(a["before"])
-    result = {"backends": f"{a['backend']}, {b['backend']}", "probabilities_before": far(a["before"], b["before"]),
-              "probabilities_after": far(a["after"], b["after"]), "losses": far(a["losses"], b["losses"]), "steps": len(a["losses"]),
-              "moved_by_training": far(a["before"], a["after"]), "spread_of_prompts": (before.max(0).values - before.min(0).values).max().item()}
-    over = [f"{name} {result[name]:.3g}" for name, kind in (("probabilities_before", "probability"), ("probabilities_after", "probability"),
-                                                            ("losses", "loss")) if not result[name] <= TOLERANCE[kind]]
-    if over:
+def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """How far two backends are apart, beside how far training moved the probabilities and prompts differ."""
+    names, sides = ("before", "after", "losses"), (one, other)
+    a, b = ({name: torch.as_tensor(side[name]) for name in names} for side in sides)
+    apart = {name: (a[name] - b[name]).abs().max().item() for name in a}
+    result = {"backends": f"{one['backend']}, {other['backend']}", "steps": len(a["losses"]), "apart": apart}
+    result["moved_by_training"] = (a["before"] - a["after"]).abs().max().item()
+    result["spread_of_prompts"] = (a["before"].max(0).values - a["before"].min(0).values).max().item()
+    over = [f"{name} {value:.3g}" for name, value in apart.items() if not value <= TOLERANCE]
+    if over:  # NaN is
         result["problem"] = f"beyond the tolerance: {', '.join(over)}"
     return result
 
 
+def agreement(config: ReportConfig) -> dict[str, Any]:
+    if not config.cpu_smoke:
+        need_unsloth()
+    model_folder("middle", config)
+    sides = []
+    for backend in ("transformers", "unsloth"):  # the latter patches what it imports
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            sides.append(fresh.submit(trained_under, backend, config).result())
+    return compared(*sides)
+
+
 def packs_against_single(judge: Judge, prompts: list[str]) -> dict[str, float]:
     """Scores and adapter gradients of packs against those of one prompt at a time, in training mode."""
-    encoded, found = judge.encode(prompts), []
-    for packed in (True, False):
+    encoded, scores, grads = judge.encode(prompts), [], []
+    judge.model.train()
+    for packed in (False, True):
         judge.packs = packed
-        judge.model.train()
         judge.model.zero_grad()
-        scores = []
+        q = torch.empty(len(encoded), len(judge.labels))
         for members in judge.plan(encoded) if packed else [[i] for i in range(len(encoded))]:
-            logq, _ = distjudge.label_logprobs(judge.model, judge.batch([encoded[i] for i in members]), judge.tokens)
+            batch = judge.batch([encoded[i] for i in members])
+            logq, _ = distjudge.label_logprobs(judge.model, batch, judge.tokens)
             logq[:, 0].sum().backward()
-            scores += zip(members, logq.detach().float().cpu(), strict=True)
-        grads = torch.cat([w.grad.float().flatten().cpu() for w in judge.model.parameters() if w.grad is not None])
-        found.append((torch.stack([row for _, row in sorted(scores, key=lambda pair: pair[0])]), grads))
-    judge.packs = True
-    (packed_q, packed_grads), (single_q, single_grads) = found
-    return {"probabilities": (packed_q.exp() - single_q.exp()).abs().max().item(),
-            "gradient_cosine": torch.nn.functional.cosine_similarity(packed_grads, single_grads, dim=0).item()}
+            q[members] = logq.detach().float().cpu().exp()
+        scores.append(q)
+        found = [weight.grad for weight in judge.model.parameters() if weight.grad is not None]
+        grads.append(torch.cat([grad.float().flatten() for grad in found]))
+    cosine = torch.nn.functional.cosine_similarity(*grads, dim=0).item()
+    return {"probabilities": (scores[0] - scores[1]).abs().max().item(), "gradient_cosine": cosine}
 
 
-def packs(config: ReportConfig, unsloth: bool = False) -> dict[str, Any]:
-    on_gpu(config)
-    if unsloth:
+def packs(backend: str, config: ReportConfig) -> dict[str, Any]:
+    ways = (distjudge.BLOCKS, "sdpa", "flex_attention")[: 3 if torch.cuda.is_available() else 2]
+    if backend == "unsloth":
         need_unsloth()
-    labels, prompts = SHAPES["nli"][0], [item.prompt for item in made_up("nli", 24, config.seed)]
-    result: dict[str, Any] = {}
-    for implementation in ("unsloth",) if unsloth else (distjudge.BLOCKS, "sdpa", *(("flex_attention",) if torch.cuda.is_available() else ())):
-        judge = distjudge.load_judge(model_folder(config, "small"), labels, backend="unsloth" if unsloth else "transformers", lora_rank=16,
-                                     gradient_checkpointing=unsloth)
+        ways = ("unsloth",)
+    prompts, result = [item.prompt for item in made_up("nli", 24, config.seed)], {}
+    for way in ways:
+        judge = load("middle", "nli", config, backend=backend, gradient_checkpointing=backend == "unsloth")
         if not judge.packs:
-            result["problem"] = f"{implementation}: the check at load refuses packs"
+            result["problem"] = f"{way}: the check at load refuses packs"
             continue
-        if not unsloth:
-            judge.model.get_base_model().set_attn_implementation(implementation)
-        result[implementation] = packs_against_single(judge, prompts)
-        del judge
-        if not (result[implementation]["probabilities"] <= TOLERANCE["packs"] and result[implementation]["gradient_cosine"] >= TOLERANCE["cosine"]):
-            result["problem"] = f"{implementation}: packs are not one prompt at a time"
+        if backend == "transformers":
+            judge.model.get_base_model().set_attn_implementation(way)
+        found = result[way] = packs_against_single(judge, prompts)
+        if not (found["probabilities"] <= TOLERANCE and found["gradient_cosine"] >= 0.99):
+            result["problem"] = f"{way}: packs are not one prompt at a time"
     return result
 
 
-def memory(config: ReportConfig, name: str, task: str) -> dict[str, Any]:
-    """Trains in 4 bits, one prompt a pass, activations recomputed, with no more memory than the target (less 0.5 GiB for CUDA itself)."""
-    on_gpu(config)
-    limit = LIMITS[task]
+def memory(name: str, task: str, config: ReportConfig) -> dict[str, Any]:
+    """Trains one prompt a pass, activations recomputed, in the target less 0.5 GiB for CUDA itself."""
+    limit, items = LIMITS[task], made_up(task, 4 if config.cpu_smoke else 24, config.seed)
     if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - 0.5) * 2**30 / torch.cuda.get_device_properties(0).total_memory))
-    items, source = shape_items(config, task, 4 if config.cpu_smoke else 24)
-    judge = distjudge.load_judge(model_folder(config, name), SHAPES[task][0], four_bit=True, max_length=4096, gradient_checkpointing=True)
-    times, losses = train_steps(judge, items, Path(config.out) / "train", batch_size=len(items) // 2, pack_tokens=1, gradient_checkpointing=True)
-    return {"backend": judge.backend, "items_from": source, "limit_gib": limit, "steps": len(times), "last_loss": losses[-1], **gigabytes()}
+        share = (limit - 0.5) * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    judge = load(name, task, config, four_bit=True, gradient_checkpointing=True)
+    settings = {"batch_size": len(items) // 2, "pack_tokens": 1, "gradient_checkpointing": True}
+    _, losses = bench.train_ours(judge, items, epochs=1.0, **settings)
+    found = {"backend": judge.backend, "limit_gib": limit, "steps": len(losses), "last_loss": losses[-1]}
+    return found | gigabytes()
 
 
-def speed(config: ReportConfig, name: str, task: str) -> dict[str, Any]:
-    """Items a second of 4-bit training with the default packs, and of judging; the adversary; the share of the matrix rate."""
-    import bench
-
-    on_gpu(config)
-    labels = SHAPES[task][0]
-    batch, steps = (4, 3) if config.cpu_smoke else (64, 12) if task == "nli" else (32, 8)
-    items, source = shape_items(config, task, batch * steps)
-    judge = distjudge.load_judge(model_folder(config, name), labels, four_bit=True, max_length=4096)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    times, losses = train_steps(judge, items, Path(config.out) / "train", batch_size=batch)
-    times, full = times[min(3, len(times) - 2) : len(items) // batch], gigabytes()  # kernels are compiled in the first steps
-    step, encoded = statistics.median(times), judge.encode([item.prompt for item in items])
-    planned = judge.plan(encoded[:batch])
-    p = torch.rand(batch, len(labels), device=judge.device).softmax(1)
-    logq = torch.randn(p.shape, device=judge.device).log_softmax(1)
-    adversary = statistics.median([bench.seconds(lambda: distjudge.worst_case(logq, p, 0.25)) for _ in range(20)][5:])
-    judging = statistics.median([bench.seconds(lambda: judge.score([item.prompt for item in items[:batch]])) for _ in range(3)])
-    judge.pack_tokens = 256 if config.cpu_smoke else 16_384  # large packs, for the matrix rate
-    members = max(judge.plan(encoded), key=len)
-    large = [encoded[i] for i in members]
-    judge.model.train()
-    tokens, flops = bench.model_flops(judge, large)
-    measure, rates = bench.pass_seconds(judge, large), []
-    taken = []
-    for repeat in range(3 if config.cpu_smoke else 8):
-        rate, passed = bench.matrix_rate(judge, tokens), measure()
-        if repeat > 1:
-            rates.append(rate)
-            taken.append(passed)
-    reached = flops / statistics.median(taken) / statistics.median(rates)
-    return {"backend": judge.backend, "items_from": source, "items_a_step": batch, "steps_timed": len(times), "seconds_a_step": bench.spread(times),
-            "items_a_second": batch / step, "tokens_a_prompt": statistics.mean(map(len, encoded)), "passes_a_step": len(planned),
-            "adversary_share": len(planned) * adversary / step, "judged_items_a_second": batch / judging, "last_loss": losses[-1],
-            "large_pack_tokens": tokens, "matrix_tflops_a_second": statistics.median(rates) / 1e12, "share_of_matrix_rate": reached, **full}
+def speed(name: str, task: str, config: ReportConfig) -> dict[str, Any]:
+    """Training with the default packs, judging, the adversary, and the matrix rate at large packs."""
+    batch, steps = (4, 3) if config.cpu_smoke else (BATCH[task], 12)
+    items = made_up(task, batch * steps, config.seed)
+    judge, prompts = load(name, task, config, four_bit=True), [item.prompt for item in items]
+    gigabytes()
+    times, _ = bench.train_ours(judge, items, batch_size=batch, epochs=1.0, learning_rate=2e-4)
+    times, peak = bench.spread(times[2:] or times), gigabytes()  # kernels are compiled in the first steps
+    encoded = judge.encode(prompts)
+    passes = len(judge.plan(encoded[:batch]))
+    judging = statistics.median([bench.seconds(lambda: judge.score(prompts[:batch])) for _ in range(3)])
+    adversary = passes * bench.adversary_seconds(judge, batch)
+    judge.pack_tokens = 256 if config.cpu_smoke else 16_384
+    found = {"backend": judge.backend, "items_a_step": batch, "seconds_a_step": times}
+    found |= {"items_a_second": batch / times["median"], "judged_items_a_second": batch / judging}
+    found |= {"passes_a_step": passes, "adversary_share": adversary / times["median"], **peak}
+    return found | {"large_packs": bench.matrix_share(judge, encoded, 1 if config.cpu_smoke else 6)}
 
 
-def stock(config: ReportConfig, name: str, task: str) -> dict[str, Any]:
-    """Unsloth's SFTTrainer on the same items and model, at the rows a pass that suit it best; on a CPU, TRL's with PEFT."""
-    on_gpu(config)
-    if not config.cpu_smoke:
-        need_unsloth()
-    import bench
-
-    folder, labels = model_folder(config, name), SHAPES[task][0]
-    batch, steps = (4, 2) if config.cpu_smoke else (64, 4) if task == "nli" else (32, 4)
-    items, source = shape_items(config, task, batch * steps)
-    items = [item for item in items if list(item.counts) == labels]
-    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "bias": "none"}
-    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+def stock(name: str, task: str, config: ReportConfig) -> dict[str, Any]:
+    """Unsloth's SFTTrainer on the same items and model, without packs; on a CPU, TRL's with PEFT."""
+    folder, tried = model_folder(name, config), {}
+    batch, tries = (4, (2, 4)) if config.cpu_smoke else (BATCH[task], ROWS[task])
+    items = made_up(task, 4 * batch, config.seed)
     if config.cpu_smoke:
-        import peft
         import transformers
 
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        model = peft.get_peft_model(model, peft.LoraConfig(**lora, target_modules=layers, task_type="CAUSAL_LM"))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = bench.with_adapters(model)
+        tokenizer, optimizer = distjudge.load_tokenizer(folder), "adamw_torch"
     else:
+        need_unsloth()
         from unsloth import FastLanguageModel
 
-        model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=4096, load_in_4bit=True, use_exact_model_name=True)
-        model = FastLanguageModel.get_peft_model(model, **lora, target_modules=layers, random_state=config.seed, use_gradient_checkpointing=False)
-    import datasets
-    import trl
-
-    data = bench.majority_rows(items, distjudge.PromptEncoder(tokenizer))
-    if not config.cpu_smoke:  # which no trainer can overlook
-        data = [{"input_ids": row["input_ids"], "labels": [token if counts else -100 for token, counts in
-                                                          zip(row["input_ids"], row["completion_mask"], strict=True)]} for row in data]
-    data = datasets.Dataset.from_list(data)
-    tried: dict[int, Any] = {}
-    for rows in (2, 4) if config.cpu_smoke else (8, 16, 32, 64) if task == "nli" else (1, 4, 8, 16):
-        timer = bench.step_timer()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        arguments = trl.SFTConfig(
-            output_dir=str(Path(config.out) / "train"), per_device_train_batch_size=rows, gradient_accumulation_steps=batch // rows, num_train_epochs=1,
-            learning_rate=2e-4, optim="adamw_torch" if config.cpu_smoke else "adamw_8bit", max_length=4096, completion_only_loss=True,
-            save_strategy="no", report_to="none", use_cpu=config.cpu_smoke, bf16=not config.cpu_smoke, seed=config.seed, logging_steps=1000,
-            gradient_checkpointing=False)
+        layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        lora = {"r": 16, "lora_alpha": 32, "target_modules": layers, "use_gradient_checkpointing": False}
+        loaded = {"max_seq_length": 4096, "load_in_4bit": True, "use_exact_model_name": True}
+        model, tokenizer = FastLanguageModel.from_pretrained(folder, **loaded)
+        model = FastLanguageModel.get_peft_model(model, random_state=config.seed, **lora)
+        optimizer = "adamw_8bit"
+    settings = {"num_train_epochs": 1, "max_length": 4096, "optim": optimizer}
+    for rows in tries:
+        gigabytes()
         try:
-            trainer = bench.quietly(lambda: trl.SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer,  # noqa: B023
-                                                           callbacks=[timer]))  # noqa: B023
-            bench.quietly(trainer.train)
-            tried[rows] = {"seconds_a_step": statistics.median(timer.times[1:]), **gigabytes()}
+            settings["gradient_accumulation_steps"] = batch // rows
+            times = bench.train_stock(model, tokenizer, items, rows, **settings)
+            tried[rows] = {"items_a_second": batch / statistics.median(times), **gigabytes()}
         except torch.OutOfMemoryError:
-            tried[rows] = {"seconds_a_step": None, "out_of_memory": True}
-    fits = {rows: values for rows, values in tried.items() if values["seconds_a_step"]}
-    if not fits:
+            tried[rows] = {"items_a_second": 0.0}
+    best = max(tried, key=lambda rows: tried[rows]["items_a_second"])
+    if not tried[best]["items_a_second"]:
         raise RuntimeError("the stock trainer runs out of memory at any rows a pass")
-    best = min(fits, key=lambda rows: fits[rows]["seconds_a_step"])
-    return {"items_from": source, "items_a_step": batch, "rows_a_pass": best, "items_a_second": batch / fits[best]["seconds_a_step"], **fits[best],
-            "tried": tried}
+    return {"items_a_step": batch, "rows_a_pass": best, **tried[best], "tried": tried}
 
 
 STAGES: dict[str, Callable[[ReportConfig], dict[str, Any]]] = {
     "tests": run_tests,
-    "model_small": lambda config: make_model(config, "small"),
-    "agreement_transformers": lambda config: agreement_of(config, "transformers", start=True),
-    "agreement_unsloth": lambda config: agreement_of(config, "unsloth"),
+    "model_middle": functools.partial(make_model, "middle"),
     "agreement": agreement,
-    "packs": packs,
-    "packs_unsloth": lambda config: packs(config, unsloth=True),
-    "model_qwen7b": lambda config: make_model(config, "qwen7b"),
-    "memory_qwen7b_nli": lambda config: memory(config, "qwen7b", "nli"),
-    "memory_qwen7b_summeval": lambda config: memory(config, "qwen7b", "summeval"),
-    "speed_qwen7b_nli": lambda config: speed(config, "qwen7b", "nli"),
-    "stock_qwen7b_nli": lambda config: stock(config, "qwen7b", "nli"),
-    "speed_qwen7b_summeval": lambda config: speed(config, "qwen7b", "summeval"),
-    "stock_qwen7b_summeval": lambda config: stock(config, "qwen7b", "summeval"),
-    "model_llama8b": lambda config: make_model(config, "llama8b"),
-    "speed_llama8b_nli": lambda config: speed(config, "llama8b", "nli"),
+    "packs": functools.partial(packs, "transformers"),
+    "packs_unsloth": functools.partial(packs, "unsloth"),
+    "model_qwen7b": functools.partial(make_model, "qwen7b"),
 }
+for stage in (memory, speed, stock):
+    STAGES |= {f"{stage.__name__}_qwen7b_{task}": functools.partial(stage, "qwen7b", task) for task in SHAPES}
+STAGES |= {"model_llama8b": functools.partial(make_model, "llama8b")}
+STAGES |= {"speed_llama8b_nli": functools.partial(speed, "llama8b", "nli")}
 
 
-# --- the report ------------------------------------------------------------------------------------------------------------
-def hardware() -> dict[str, Any]:
-    found: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count(), "cuda": torch.version.cuda, **distjudge.versions()}
-    from importlib import metadata
+def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What we aim at on an H200, what was measured, and whether it is reached; only where the stages ran."""
+    ok, rows = {name: stage["result"] for name, stage in results.items() if stage["status"] == "ok"}, []
+    for task, limit in LIMITS.items():
+        run, other = ok.get(f"speed_qwen7b_{task}"), ok.get(f"stock_qwen7b_{task}")
+        if run and other and task == "nli":
+            times = run["items_a_second"] / other["items_a_second"]
+            rows.append(("3 times the items a second of stock Unsloth SFT", task, times, times >= 3))
+        if run and task == "nli":
+            rows.append(("150 items a second", task, run["items_a_second"], run["items_a_second"] >= 150))
+        if run:
+            share, reached = run["adversary_share"], run["large_packs"]["reached"]["median"]
+            rows.append(("adversary under 0.02 of a step", task, share, share < 0.02))
+            rows.append(("half of the measured matrix rate at large packs", task, reached, reached >= 0.5))
+        if (name := f"memory_qwen7b_{task}") in results:
+            measured = ok[name]["held_gib"] if name in ok else "it does not"
+            rows.append((f"trains within {limit} GiB", task, measured, name in ok))
+    names = ("target", "prompts", "measured", "reached")
+    return [dict(zip(names, (*row[:3], "yes" if row[3] else "**no**"), strict=True)) for row in rows]
 
-    for name in ("unsloth_zoo", "triton", "xformers"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+
+def write_report(config: ReportConfig, results: dict[str, Any]) -> list[str]:
+    """report.json and report.md; returns the short table: the stages and, on a GPU, the targets."""
+    out, about = Path(config.out), {"config": dataclasses.asdict(config), "hardware": distjudge.versions()}
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        found |= {"gpu": card.name, "gpu_memory_gib": round(card.total_memory / 2**30, 1), "compute_capability": f"{card.major}.{card.minor}"}
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    return found
-
-
-def targets(results: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """What we aim at on an H200, what was measured, and whether it is reached; only where the stages ran."""
-    ok = {name: stage["result"] for name, stage in results.items() if stage["status"] == "ok"}
-    found = []
-    nli, other, stock_nli = ok.get("speed_qwen7b_nli"), ok.get("speed_qwen7b_summeval"), ok.get("stock_qwen7b_nli")
-    if nli and stock_nli:
-        times = nli["items_a_second"] / stock_nli["items_a_second"]
-        found.append(("3 x stock Unsloth SFT, NLI prompts", f"{times:.2f} x", times >= 3))
-    if nli:
-        found.append(("150 items/s, Qwen2.5-7B, NLI prompts", f"{nli['items_a_second']:.1f} items/s", nli["items_a_second"] >= 150))
-    for task, run in (("NLI", nli), ("SummEval", other)):
-        if run:
-            found.append((f"adversary under 2 % of a step, {task}", f"{run['adversary_share']:.2%}", run["adversary_share"] < 0.02))
-            share = run["share_of_matrix_rate"]
-            found.append((f"50 % of the measured bf16 matrix rate at large packs, {task}", f"{share:.0%}", share >= 0.5))
-    for task, limit in LIMITS.items():
-        if f"memory_qwen7b_{task}" in results:
-            run = ok.get(f"memory_qwen7b_{task}")
-            found.append((f"Qwen2.5-7B trains on {task} within {limit} GiB, smallest packs",
-                          f"{run['reserved_gib']:.1f} GiB held" if run and "reserved_gib" in run else "it does not" if not run else "no GPU", bool(run)))
-    return found
-
-
-def write_report(config: ReportConfig, results: dict[str, Any]) -> None:
-    out, smoke = Path(config.out), config.cpu_smoke
-    distjudge.write_json(out / "report.json", {"hardware": hardware(), "config": dataclasses.asdict(config), "stages": results,
-                                               "targets": [] if smoke else targets(results)})
-    shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
-    lines = ["# distjudge on a GPU" if not smoke else "# A smoke run on a CPU: it measures nothing", "",
-             f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC, seed {config.seed}, `python tests/gpu/report.py --out {out.name}"
-             f"{' --cpu_smoke' * smoke}{' --stages ' + ' '.join(config.stages) if config.stages else ''}`. Models have random weights.", "",
-             "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in hardware().items()), "",
-             "| stage | | seconds | |", "| --- | --- | --- | --- |",
-             *(f"| {name} | {stage['status']} | {stage['seconds']:.0f} | {stage.get('why', '').replace('|', '/')} |" for name, stage in results.items()), ""]
-    if not smoke and (rows := targets(results)):
-        lines += ["## Targets (set for an H200)", "", "| target | measured | reached |", "| --- | --- | --- |",
-                  *(f"| {what} | {measured} | {'yes' if reached else '**no**'} |" for what, measured, reached in rows), ""]
+        about["hardware"] |= {"gpu": card.name, "gib": card.total_memory / 2**30, "cuda": torch.version.cuda}
+    aims = [] if config.cpu_smoke else targets(results)
+    distjudge.write_json(out / "report.json", about | {"stages": results, "targets": aims})
+    stages = [{"stage": name, "why": ""} | stage | {"result": "see below"} for name, stage in results.items()]
+    keys = ("stage", "status", "seconds", "why")
+    short = bench.table([{key: stage[key] for key in keys} for stage in stages])
+    if aims:
+        short += ["", "Targets for Qwen2.5-7B's architecture in 4 bits on an H200:", "", *bench.table(aims)]
+    title = "# A smoke run on a CPU: it measures nothing" if config.cpu_smoke else "# distjudge on a GPU"
+    lines = [title, "", *short, "", *bench.table([{"": ""} | about], down=True)]
     for name, stage in results.items():
-        if result := {k: v for k, v in (stage.get("result") or {}).items() if k not in ("before", "after")}:
-            flat = {f"{k}, {inner}" if isinstance(v, dict) else k: x for k, v in result.items() for inner, x in (v.items() if isinstance(v, dict) else [("", v)])}
-            lines += [f"## {name}", "", "| | |", "| --- | --- |", *(f"| {k.replace('_', ' ')} | {shown(v)} |" for k, v in flat.items()), ""]
+        if "result" in stage:
+            lines += ["", *bench.table([{"": name} | stage["result"]], down=True)]
     distjudge.write_lines(out / "report.md", lines)
+    return short
 
 
 def run_stage(config: ReportConfig) -> None:
     """In a process of its own: writes stages/NAME.json."""
-    path = Path(config.out) / "stages" / f"{config.stage}.json"
     try:
         result = STAGES[config.stage](config)
         problem = result.pop("problem", None)
-        found = {"status": "failed" if problem else "ok", "result": result} | ({"why": problem} if problem else {})
+        found = {"result": result} | ({"status": "failed", "why": problem} if problem else {"status": "ok"})
     except Skip as skip:
         found = {"status": "skipped", "why": str(skip)}
-    except BaseException as error:
+    except Exception as error:
         traceback.print_exc()
-        found = {"status": "failed", "why": f"{type(error).__name__}: {distjudge.first_line(error)}"}  # type: ignore[arg-type]
-    distjudge.write_json(path, found)
+        found = {"status": "failed", "why": f"{type(error).__name__}: {distjudge.first_line(error)}"}
+    distjudge.write_json(Path(config.out) / "stages" / f"{config.stage}.json", found)
 
 
 def start_stage(config: ReportConfig, name: str) -> dict[str, Any]:
     """Runs one stage; whatever becomes of it, says so in a dict."""
-    folder = Path(config.out) / "stages"
-    path, log = folder / f"{name}.json", folder / f"{name}.log"
+    path, begin = Path(config.out) / "stages" / f"{name}.json", time.perf_counter()
     path.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--out", config.out, "--stage", name, "--seed", str(config.seed), *(["--cpu_smoke"] if config.cpu_smoke else [])]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment.setdefault("UNSLOTH_COMPILE_LOCATION", str((Path(config.out) / "unsloth").resolve()))
-    begin, why = time.perf_counter(), ""
-    with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    command = [sys.executable, __file__, "--out", config.out, "--stage", name, "--seed", str(config.seed)]
+    command += ["--cpu_smoke"] * config.cpu_smoke
+    environment = {"UNSLOTH_COMPILE_LOCATION": str((Path(config.out) / "unsloth").resolve())} | os.environ
+    environment |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    with open(path.with_suffix(".log"), "w") as log:
+        streams = {"stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         try:
             why = f"ends with exit code {process.wait(config.limit_s)} and no result"
         except subprocess.TimeoutExpired:
@@ -504,23 +393,21 @@ def start_stage(config: ReportConfig, name: str) -> dict[str, Any]:
 
 
 def main(config: ReportConfig) -> int:
-    if unknown := set(config.stages) - set(STAGES) | ({config.stage} - {""} - set(STAGES)):
+    if unknown := {*config.stages, config.stage or "tests"} - set(STAGES):
         raise InputError(f"stages: there is no {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     if not torch.cuda.is_available() and not config.cpu_smoke:
         raise InputError("there is no CUDA device here; --cpu_smoke runs the same code with stand-ins")
     if config.stage:
         run_stage(config)
         return 0
-    (Path(config.out) / "stages").mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
+    out, results, short = Path(config.out), {}, []
+    (out / "stages").mkdir(parents=True, exist_ok=True)
     for name in config.stages or STAGES:
-        results[name] = start_stage(config, name)
-        print(f"{name}: {results[name]['status']} ({results[name]['seconds']:.0f} s) {results[name].get('why', '')}", flush=True)
-        write_report(config, results)
-    if not config.keep_models:
-        shutil.rmtree(Path(config.out) / "models", ignore_errors=True)
-    shutil.rmtree(Path(config.out) / "train", ignore_errors=True)
-    print(f"wrote {Path(config.out) / 'report.md'}")
+        found = results[name] = start_stage(config, name)
+        print(f"{name}: {found['status']} ({found['seconds']:.0f} s) {found.get('why', '')}", flush=True)
+        short = write_report(config, results)
+    shutil.rmtree(out / "models", ignore_errors=True)
+    print("\n".join(["", *short, "", f"wrote {out / 'report.md'}"]))
     return int(any(stage["status"] == "failed" for stage in results.values()))
 
 
