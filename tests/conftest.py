@@ -1,25 +1,27 @@
-"""What the tests share: small models saved to disk, a tokenizer of our own, and the folder of data sets where there is one."""
+"""What the tests share: small models on disk, a tokenizer of our own, and the data sets if there are any."""
+
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, in the commands the tests start too
-    os.environ["OMP_NUM_THREADS"] = "1"
+# on a busy machine models this small are several times faster on one thread, in commands the tests start too
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "data")]
 
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 DATA = Path(os.environ.get("DISTJUDGE_DATA", ROOT.parent / "shared" / "data"))
 
 
 def need(path: Path) -> Path:
     if not path.exists():
-        pytest.skip(f"needs {path.relative_to(path.parents[1])}: set DISTJUDGE_DATA to the folder of data sets")
+        where = path.relative_to(path.parents[1])
+        pytest.skip(f"needs {where}: set DISTJUDGE_DATA to the folder of data sets")
     return path
 
 
@@ -49,7 +51,8 @@ def llama_cpp_clone():
 def tiny_tokenizer():
     from tiny import build_tokenizer
 
-    words = ["Is this fine? Answer with a label: yes, no, maybe.", "The soup was good and the service was bad.", "entailment neutral contradiction"]
+    words = ["Is this fine? Answer with a label: yes, no, maybe."]
+    words += ["The soup was good and the service was bad.", "entailment neutral contradiction"]
     return build_tokenizer(words * 3 + [str(n) for n in range(11)], 500)
 
 
@@ -60,10 +63,40 @@ def tiny_model(tmp_path_factory, tiny_tokenizer):
 
     folder = tmp_path_factory.mktemp("tiny_model")
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=False))
-    model.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.1}
+    config = Qwen2Config(vocab_size=len(tiny_tokenizer), tie_word_embeddings=False, **sizes, **more)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+ARCHITECTURES = {
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Llama": {"attention_bias": True},
+    "Mistral": {"sliding_window": 8},
+    "Phi3": {},
+    "Gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0, "sliding_window": 8},
+    "Gemma3Text": {"head_dim": 16, "sliding_window": 8},
+    "Cohere": {"logit_scale": 0.3},
+    "Granite": {"logits_scaling": 7.0},
+}
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def architecture(request, tmp_path_factory, tiny_tokenizer):
+    """The folder of a small model of each kind, with weights large enough for opinions."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.2}
+    ids = {"vocab_size": len(tiny_tokenizer), "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 3}
+    kind = getattr(transformers, f"{request.param}Config")
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp(request.param)
+    config = kind(**sizes, **more, **ids, **ARCHITECTURES[request.param])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
 
@@ -91,7 +124,8 @@ def votes():
             text = " ".join(words[j] for j in torch.randint(len(words), (3 + i % 5,), generator=draw))
             counts = torch.randint(0, 4, (len(labels),), generator=draw)
             counts[i % len(labels)] += 1
-            rows.append({"id": f"i{i}", "prompt": f"Rate {i}: {text}", "counts": dict(zip(labels, counts.tolist(), strict=True))})
+            named = dict(zip(labels, counts.tolist(), strict=True))
+            rows.append({"id": f"i{i}", "prompt": f"Rate {i}: {text}", "counts": named})
         return distjudge.load_items(rows)
 
     return make

@@ -1,10 +1,10 @@
-"""Numbers stay numbers: losses, adversary and metrics in every precision, gradients against finite differences, judgments however they are batched,
-and runs that diverge.
+"""Numbers stay numbers: losses, adversary and metrics in every precision, judgments, runs that diverge.
 
-What counts as valid: p in the simplex up to its type's rounding; log-probabilities of 0 or less, of at least one label more than -inf. KL and
-cross-entropy to a label that the model rules out (-inf) and people chose are infinite by definition, as the docstrings say: there -inf is
-only drawn where p is zero. Everywhere else nothing may be NaN or infinite. `python -m pytest -m slow tests/test_numerics.py` draws many more cases.
+Valid are p in the simplex up to its type's rounding, and log-probabilities that add up to 1. KL and
+cross-entropy to a label that the model rules out (-inf) and people chose are infinite by definition: there it
+is only drawn where p is zero. Everywhere else nothing may be NaN or infinite. The slow tests draw many more.
 """
+
 import json
 import math
 import os
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distjudge
 from distjudge import (
-    annotator_radius,
     ce_loss,
     hybrid_loss,
     kl_loss,
@@ -30,8 +29,6 @@ from distjudge import (
     rps_loss,
     shrink_votes,
     worst_case,
-    worst_case_bound,
-    worst_case_exact,
 )
 
 T = torch.tensor
@@ -45,15 +42,19 @@ def few_and_many(few, many):
 
 def drawn(examples, *strategies):
     """Runs the decorated function on so many examples; the same ones every time."""
-    return lambda check: settings(max_examples=examples, deadline=None, derandomize=True)(given(*strategies)(check))()
+    same = settings(max_examples=examples, deadline=None, derandomize=True)
+    return lambda check: same(given(*strategies)(check))()
+
+
+def integer(draw, below):
+    return int(torch.randint(below, (), generator=draw))
 
 
 def targets(draw, rows, labels):
-    """Distributions of every kind, float64: votes of one to seven people, one-hot, uniform, tied, nearly sure, with tiny entries."""
+    """Distributions, float64: few votes, one-hot, uniform, tied, nearly sure, with tiny entries."""
     counts = torch.zeros(rows, labels, dtype=torch.float64)
     for i in range(rows):
-        kind = int(torch.randint(6, (), generator=draw))
-        at = int(torch.randint(labels, (), generator=draw))
+        kind, at = integer(draw, 6), integer(draw, labels)
         if kind == 0:
             counts[i, at] = 1
         elif kind == 1:
@@ -71,13 +72,13 @@ def targets(draw, rows, labels):
 
 
 def predictions(draw, rows, labels):
-    """Log-probabilities of every kind, float64: unsure, sure, beyond underflow, uniform, exactly one-hot, tiny but for one."""
+    """Log-probabilities, float64: unsure, sure, beyond underflow, uniform, one-hot, tiny but for one."""
     logq = torch.zeros(rows, labels, dtype=torch.float64)
     for i in range(rows):
-        kind = int(torch.randint(6, (), generator=draw))
-        at = int(torch.randint(labels, (), generator=draw))
-        scale = (1.0, 30.0, HUGE, 0.0)[min(kind, 3)]
-        logq[i] = (scale * torch.randn(labels, generator=draw, dtype=torch.float64)).log_softmax(0).clamp_min(-HUGE)
+        kind, at = integer(draw, 6), integer(draw, labels)
+        noise = torch.randn(labels, generator=draw, dtype=torch.float64)
+        scores = (1.0, 30.0, HUGE, 0.0)[min(kind, 3)] * noise
+        logq[i] = scores.log_softmax(0).clamp_min(-HUGE)
         if kind == 4:
             logq[i], logq[i, at] = -HUGE, 0.0
         elif kind == 5:
@@ -85,13 +86,14 @@ def predictions(draw, rows, labels):
     return logq
 
 
-cases = st.builds(lambda seed, rows, labels, dtype: (torch.Generator().manual_seed(seed), rows, labels, dtype),
-                  st.integers(0, 10**9), st.integers(1, 4), st.integers(2, 12), st.sampled_from(LOW))
+generators = st.integers(0, 10**9).map(lambda seed: torch.Generator().manual_seed(seed))
+cases = st.tuples(generators, st.integers(1, 4), st.integers(2, 12), st.sampled_from(LOW))
 radii = st.sampled_from([0.0, 1e-30, 1e-8, 0.01, 0.25, 0.9, 1.5, 1e3, "an item"])
 
 
 def radius_of(eps, draw, rows):
-    return torch.rand(rows, generator=draw) * (torch.rand(rows, generator=draw) < 0.7) if eps == "an item" else eps
+    some = torch.rand(rows, generator=draw) * (torch.rand(rows, generator=draw) < 0.7)
+    return some if eps == "an item" else eps
 
 
 def finite(x):
@@ -99,22 +101,23 @@ def finite(x):
 
 
 def ruled_out(draw, logq, p):
-    """The same with -inf for some labels that nobody chose."""
-    return logq.masked_fill((p == 0) & (torch.rand(p.shape, generator=draw) < 0.5), -math.inf)
+    """The same with -inf for some labels that nobody chose; the others still add up to 1."""
+    some = (p == 0) & (logq < -9) & (torch.rand(p.shape, generator=draw) < 0.5)
+    return logq.masked_fill(some, -math.inf)
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+# --- losses, and votes with a teacher's -------------------------------------------------------------------
 @few_and_many(30, 5000)
 def test_losses_and_their_gradients_are_finite(examples):
-    @drawn(examples, cases, st.sampled_from([0.0, 0.3, 0.8, 1.0]), st.sampled_from([0.0, 0.4, 1.0]), st.booleans())
-    def check(case, alpha, rps, ruling_out):
+    @drawn(examples, cases, st.sampled_from([0.0, 0.3, 0.8, 1.0]), st.booleans())
+    def check(case, alpha, ruling_out):
         draw, rows, labels, dtype = case
         p = targets(draw, rows, labels).to(dtype)
         logq = predictions(draw, rows, labels).to(dtype)
         logq = (ruled_out(draw, logq, p) if ruling_out else logq).requires_grad_()
-        other = p.roll(1, 0) if not ruling_out else p
-        order = torch.randperm(labels, generator=draw).tolist()
-        for loss in (kl_loss(logq, p), ce_loss(logq, p), rps_loss(logq, p, order), hybrid_loss(logq, p, alpha, other, rps, order)):
+        other = p if ruling_out else p.roll(1, 0)
+        plain = [loss(logq, p) for loss in (kl_loss, ce_loss, rps_loss)]
+        for loss in (*plain, hybrid_loss(logq, p, alpha, other)):
             assert loss.shape == (rows,) and loss.dtype == torch.float32 and finite(loss)
             assert (loss > -0.05).all()  # rounded probabilities do not add up to 1 exactly
             (grad,) = torch.autograd.grad(loss.sum(), logq, retain_graph=True)
@@ -123,9 +126,18 @@ def test_losses_and_their_gradients_are_finite(examples):
         assert finite(r) and (r >= 0).all() and ((r.float().sum(1) - 1).abs() < 0.05).all()
 
 
+LOSSES = [  # and what the largest gradient is worth, for so many labels
+    (lambda logq, p, worst: kl_loss(logq, p), lambda labels: 1),
+    (lambda logq, p, worst: ce_loss(logq, p), lambda labels: 1),
+    (lambda logq, p, worst: rps_loss(logq, p), lambda labels: labels),
+    (lambda logq, p, worst: hybrid_loss(logq, p, 0.8, worst), lambda labels: 1),
+]
+
+
 @few_and_many(20, 2000)
 def test_gradients_through_the_softmax_are_finite_and_those_of_float64(examples):
-    """In the scores z: within 4 units of the type's rounding, times the number of labels for the ranked probability score."""
+    """In the scores z: within 4 units of the type's rounding, times the labels for RPS."""
+
     @drawn(examples, cases, st.sampled_from([0.01, 1.0, 10.0, 300.0]))
     def check(case, scale):
         draw, rows, labels, dtype = case
@@ -135,61 +147,53 @@ def test_gradients_through_the_softmax_are_finite_and_those_of_float64(examples)
             grads = []
             for kind in (dtype, torch.float64):
                 at = z.to(kind).requires_grad_()
-                (grad,) = torch.autograd.grad(loss(at.log_softmax(1), p.to(kind), worst.to(kind)).sum(), at)
-                grads.append(grad.double())
+                total = loss(at.log_softmax(1), p.to(kind), worst.to(kind)).sum()
+                grads.append(torch.autograd.grad(total, at)[0].double())
             assert finite(grads[0])
             assert (grads[0] - grads[1]).abs().max() <= 4 * torch.finfo(dtype).eps * size(labels), loss
 
 
-LOSSES = [
-    (lambda logq, p, worst: kl_loss(logq, p), lambda labels: 1),
-    (lambda logq, p, worst: ce_loss(logq, p), lambda labels: 1),
-    (lambda logq, p, worst: rps_loss(logq, p), lambda labels: labels),
-    (lambda logq, p, worst: hybrid_loss(logq, p, 0.8, worst), lambda labels: 1),
-    (lambda logq, p, worst: hybrid_loss(logq, p, 0.6, worst, 0.3), lambda labels: labels),
-]
-
-
 @pytest.mark.parametrize("labels", [2, 3, 5, 12])
 def test_gradients_are_those_of_finite_differences(labels):
-    """float64 central differences (step 1e-6, to 1e-5), in the scores and in the log-probabilities, one-hot targets, ties and zeros among them."""
+    """float64, central, to 1e-5, in scores and log-probabilities; one-hot, ties and zeros among them."""
     draw = torch.Generator().manual_seed(labels)
-    p = torch.cat([torch.eye(labels, dtype=torch.float64)[:2], torch.full((1, labels), 1 / labels, dtype=torch.float64), targets(draw, 3, labels)])
-    worst = targets(draw, 6, labels)
+    uniform = torch.full((1, labels), 1 / labels, dtype=torch.float64)
+    corners = [torch.eye(labels, dtype=torch.float64)[:2], uniform]
+    p, worst = torch.cat([*corners, targets(draw, 3, labels)]), targets(draw, 6, labels)
     z = (2 * torch.randn(6, labels, generator=draw, dtype=torch.float64)).requires_grad_()
     logq = z.detach().log_softmax(1).requires_grad_()
     for loss, _ in LOSSES:
-        assert torch.autograd.gradcheck(lambda z: loss(z.log_softmax(1), p, worst), z, eps=1e-6, atol=1e-5)  # noqa: B023
-        assert torch.autograd.gradcheck(lambda logq: loss(logq, p, worst), logq, eps=1e-6, atol=1e-5)  # noqa: B023
+        of_scores = lambda z, loss=loss: loss(z.log_softmax(1), p, worst)  # noqa: E731
+        assert torch.autograd.gradcheck(of_scores, z, eps=1e-6, atol=1e-5)
+        of_logs = lambda logq, loss=loss: loss(logq, p, worst)  # noqa: E731
+        assert torch.autograd.gradcheck(of_logs, logq, eps=1e-6, atol=1e-5)
 
 
 def test_a_term_without_weight_is_left_out_also_where_it_is_infinite():
-    logq, p = T([[0.0, -math.inf, -math.inf]]), T([[0.6, 0.4, 0.0]])
-    assert hybrid_loss(logq, p, 0.0).item() == 0.0 and kl_loss(logq, p).item() == math.inf  # the majority label is the model's
+    logq, p, model_says = T([[0.0, -math.inf, -math.inf]]), T([[0.6, 0.4, 0.0]]), T([[1.0, 0.0, 0.0]])
+    assert hybrid_loss(logq, p, 0.0).item() == 0.0 and kl_loss(logq, p).item() == math.inf
     sure = T([[0.0, 1.0, 0.0]])
-    assert hybrid_loss(logq, sure, 1.0, rps=1.0).item() == rps_loss(logq, sure).item() == 1.0 and ce_loss(logq, sure).item() == math.inf
+    assert hybrid_loss(logq, sure, 1.0, model_says).item() == 0.0 and ce_loss(logq, sure).item() == math.inf
+    assert rps_loss(logq, sure).item() == 1.0
 
 
-# --- targets: priors, radii ----------------------------------------------------------------------------------------------
 @few_and_many(20, 3000)
-def test_shrunk_votes_and_radii_are_finite(examples):
-    @drawn(examples, cases, st.sampled_from([1, 5, 300, 60_000, 10**9]), st.sampled_from([0.0, 1e-9, 0.01, 1.0, 50.0, 1e4]))
+def test_shrunk_votes_are_finite(examples):
+    sizes, weights = [1, 5, 300, 60_000, 10**9], [0.0, 1e-9, 0.01, 1.0, 50.0, 1e4]
+
+    @drawn(examples, cases, st.sampled_from(sizes), st.sampled_from(weights))
     def check(case, most, k):
         draw, rows, labels, dtype = case
-        assume(dtype != torch.float16 or most <= 60_000)
-        counts = torch.randint(0, most + 1, (rows, labels), generator=draw) * (torch.rand(rows, labels, generator=draw) < 0.5)
+        most = min(most, 60_000) if dtype == torch.float16 else most
+        counts = torch.randint(0, most + 1, (rows, labels), generator=draw)
+        counts *= torch.rand(rows, labels, generator=draw) < 0.5
         counts[torch.arange(rows), torch.randint(labels, (rows,), generator=draw)] += 1
-        counts = counts.to(dtype)
-        prior = (k * targets(draw, rows, labels)).to(dtype)
-        shrunk = shrink_votes(counts, prior)
+        shrunk = shrink_votes(counts.to(dtype), (k * targets(draw, rows, labels)).to(dtype))
         assert shrunk.dtype == dtype and finite(shrunk) and (shrunk >= 0).all()
         assert ((shrunk.double().sum(1) - 1).abs() <= labels * torch.finfo(dtype).eps).all()
-        for some in (None, prior):
-            radius = annotator_radius(counts, 0.25, some)
-            assert finite(radius) and (radius >= 0).all() and (radius <= 0.25).all()
 
 
-# --- adversary -------------------------------------------------------------------------------------------------------------
+# --- adversary --------------------------------------------------------------------------------------------
 def near(x, p, eps, dtype, labels):
     """A distribution within eps of p, up to the rounding of x and p."""
     slack = 2 * labels * torch.finfo(dtype).eps
@@ -214,72 +218,48 @@ def test_projections_are_finite(examples):
 
 @few_and_many(25, 4000)
 def test_the_adversary_is_finite(examples):
-    """-inf included: the worst case is a distribution near p, whatever the model rules out; and the loss at it finite where log q is."""
+    """A distribution near p, whatever the model rules out; the loss at it is finite where log q is."""
+
     @drawn(examples, cases, radii, st.integers(1, 8), st.sampled_from([0.001, 0.05, 10.0]), st.booleans())
     def check(case, eps, steps, step_size, ruling_out):
         draw, rows, labels, dtype = case
-        p, logq, eps = targets(draw, rows, labels).to(dtype), predictions(draw, rows, labels).to(dtype), radius_of(eps, draw, rows)
+        p, logq = targets(draw, rows, labels).to(dtype), predictions(draw, rows, labels).to(dtype)
+        eps = radius_of(eps, draw, rows)
         if ruling_out:
             out = torch.rand(rows, labels, generator=draw) < 0.5
-            logq = logq.masked_fill(out & (logq < logq.max(1, keepdim=True).values), -math.inf)
+            out &= (logq < logq.max(1, keepdim=True).values) & (logq < -9)  # the rest still adds up to 1
+            logq = logq.masked_fill(out, -math.inf)
         x = worst_case(logq, p, eps, steps, step_size)
         near(x, p, eps, dtype, labels)
         assert ruling_out or finite(hybrid_loss(logq, p, 0.8, x))
 
 
-def exact_check(examples, fewest, most):
-    @drawn(examples, cases, radii, st.sampled_from(["l2", "tv", "kl"]), st.booleans(), st.integers(fewest, most))
-    def check(case, eps, ball, ruling_out, labels):
-        draw, rows, _, dtype = case
-        p, logq, eps = targets(draw, rows, labels).to(dtype), predictions(draw, rows, labels).to(dtype), radius_of(eps, draw, rows)
-        if ruling_out:
-            logq = logq.masked_fill((torch.rand(rows, labels, generator=draw) < 0.5) & (logq < logq.max(1, keepdim=True).values), -math.inf)
-        x = worst_case_exact(p, logq, eps, ball)
-        # a step in total variation e is one of 2 e at most in l2, and one of KL e of sqrt(2 e) in l1 (Pinsker)
-        reach = torch.as_tensor(eps, dtype=torch.float64)
-        near(x, p, {"l2": reach, "tv": 2 * reach, "kl": (2 * reach).sqrt() + 1e-4}[ball], dtype, labels)
-        assert ruling_out or finite(hybrid_loss(logq, p, 0.8, x))
+# --- metrics ----------------------------------------------------------------------------------------------
+SCALES = [[str(c) for c in range(1, 13)], [f"-{10**15 - c}.5" for c in range(12)]]
+SCALES += [[f"{c / 10:.1f}" for c in range(12)], list("abcdefghijkl")]
 
 
-@few_and_many(12, 1500)
-def test_the_exact_adversary_is_finite(examples):
-    exact_check(examples, 2, 6)
-
-
-@pytest.mark.slow
-def test_the_exact_adversary_is_finite_up_to_ten_labels():
-    exact_check(200, 7, 10)
-
-
-@few_and_many(4, 150)
-def test_the_bound_on_the_worst_case_is_a_number(examples):
-    @drawn(examples, cases, st.sampled_from([0.0, 1e-8, 0.05, 0.25, 0.9, 1.5]), st.integers(2, 3), st.booleans())
-    def check(case, eps, labels, ruling_out):
-        draw, rows, _, dtype = case
-        p, logq = targets(draw, rows, labels).to(dtype), predictions(draw, rows, labels).to(dtype)
-        if ruling_out:
-            logq = logq.masked_fill((torch.rand(rows, labels, generator=draw) < 0.5) & (logq < logq.max(1, keepdim=True).values), -math.inf)
-        p, logq = p.double() / p.double().sum(1, keepdim=True), logq.double()
-        attained = kl_loss(logq.clamp_min(-HUGE), worst_case_exact(p, logq, eps))
-        bound = worst_case_bound(p, logq, eps, attained)
-        assert finite(bound) and (bound >= attained).all() and (bound <= attained + 1.01e-6).all()
-
-
-# --- metrics -----------------------------------------------------------------------------------------------------------------
-SCALES = [[str(c) for c in range(1, 13)], [f"-{10**15 - c}.5" for c in range(12)], [f"{c / 10:.1f}" for c in range(12)], list("abcdefghijkl")]
+def numbers(found):
+    return all(value is None or math.isfinite(value) for value in found.values())
 
 
 @few_and_many(12, 2000)
 def test_metrics_are_numbers_or_none(examples):
-    @drawn(examples, cases, st.integers(1, 5), st.sampled_from([1, 5, 10**9]), st.sampled_from(SCALES), st.booleans())
+    votes = st.sampled_from([1, 5, 10**9 - 1])
+
+    @drawn(examples, cases, st.integers(1, 5), votes, st.sampled_from(SCALES), st.booleans())
     def check(case, number, most, scale, known):
         draw, _, count, dtype = case
-        labels = scale[:count]
-        counts = torch.randint(0, most + 1, (number, count), generator=draw) * (torch.rand(number, count, generator=draw) < 0.4)
-        counts[torch.arange(number), torch.randint(count, (number,), generator=draw)] += 1
-        truth = targets(draw, number, count)
-        rows = [{"id": str(i), "prompt": f"p{i}", "counts": dict(zip(labels, c, strict=True)), "group": str(i // 2),
-                 **({"truth": dict(zip(labels, t, strict=True))} if known else {})} for i, (c, t) in enumerate(zip(counts.clamp_max(10**9).tolist(), truth.tolist(), strict=True))]
+        labels, at = scale[:count], torch.randint(count, (number,), generator=draw)
+        counts = torch.randint(0, most + 1, (number, count), generator=draw)
+        counts *= torch.rand(number, count, generator=draw) < 0.4
+        counts[torch.arange(number), at] += 1
+        named = lambda row: dict(zip(labels, row, strict=True))  # noqa: E731
+        votes = enumerate(counts.tolist())
+        rows = [{"prompt": f"p{i}", "counts": named(row), "group": i // 2} for i, row in votes]
+        if known:
+            truths = targets(draw, number, count).tolist()
+            rows = [row | {"truth": named(truth)} for row, truth in zip(rows, truths, strict=True)]
         items = distjudge.load_items(rows, labels=labels)
         q = predictions(draw, number, count).exp().to(dtype)
         if ((q.double().sum(1) - 1).abs() > 1e-3).any():
@@ -287,36 +267,37 @@ def test_metrics_are_numbers_or_none(examples):
                 distjudge.evaluate(q, items)
             q = q.double() / q.double().sum(1, keepdim=True)
         metrics = distjudge.evaluate(q, items, label_mass=torch.zeros(number), floor_draws=3)
-        assert all(value is None or math.isfinite(value) for value in metrics.values()), metrics
+        assert numbers(metrics), metrics
         json.dumps(metrics, allow_nan=False)
         for name, score in distjudge.item_scores(q, items).items():
             assert len(score) == number and finite(score), name
             found = distjudge.bootstrap(score[None], groups=[item.group for item in items], draws=100)
-            assert all(value is None or math.isfinite(value) for value in found.values()), (name, found)
-        assert finite(distjudge.entropy(q)) and all(sets for sets in distjudge.credible_sets(q, labels, 1.0))
+            assert numbers(found), (name, found)
+        assert finite(distjudge.entropy(q)) and all(distjudge.credible_sets(q, labels, 1.0))
         assert not distjudge.are_numeric(labels) or finite(distjudge.mean_rating(q, labels))
-        for prior in ("marginal", "group"):
-            pseudo = distjudge.prior_votes(items, distjudge.Config(prior=prior))
-            assert finite(pseudo) and (pseudo > 0).all() and finite(shrink_votes(counts, pseudo))
 
 
 def test_labels_of_more_digits_than_a_float_holds_are_names():
     """As numbers they would be infinite, or run into one another."""
     assert distjudge.are_numeric(["1", "-20.5", "123456789012345"])
-    assert not distjudge.are_numeric(["1", "9" * 400]) and not distjudge.are_numeric(["12345678901234567", "12345678901234568"])
-    items = distjudge.load_items([{"prompt": f"p{i}", "counts": {"1": 1 + i, "9" * 400: 1}} for i in range(2)])
-    assert all(value is None or math.isfinite(value) for value in distjudge.evaluate([[0.5, 0.5], [1.0, 0.0]], items).values())
+    assert not distjudge.are_numeric(["1", "9" * 400])
+    assert not distjudge.are_numeric(["12345678901234567", "12345678901234568"])
+    rows = [{"prompt": f"p{i}", "counts": {"1": 1 + i, "9" * 400: 1}} for i in range(2)]
+    items = distjudge.load_items(rows)
+    assert numbers(distjudge.evaluate([[0.5, 0.5], [1.0, 0.0]], items))
 
 
-# --- judgments ---------------------------------------------------------------------------------------------------------------
-TEXTS = [f"Rate this. {start} {end}" for start in ("Soup:", "Service: the service was", "") for end in ("good.", "bad", "fine and good and bad " * 6)] + ["No", "soup " * 40]
+# --- judgments --------------------------------------------------------------------------------------------
+ENDS = ("good.", "bad", "fine and good and bad " * 6)
+TEXTS = [f"Rate this. {start} {end}" for start in ("Soup:", "Service: the service was", "") for end in ENDS]
+TEXTS += ["No", "soup " * 40]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # nats, in the log-probability of a label
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("labels", [["yes", "no", "maybe"], ["1", "10", "2"]])
 def test_a_judgment_depends_on_its_item_alone(tiny_model, labels, dtype):
-    """Alone, in every batch size, in another order, in padded rows and in packs: within 1e-5 nats in float32, 0.02 in bfloat16."""
+    """Alone, in every batch size, in another order, in padded rows and in packs: within TOLERANCE."""
     judge = load_judge(tiny_model, labels, lora_rank=0)
     judge.model.to(dtype)
     alone = torch.cat([judge.score([text])[0] for text in TEXTS])
@@ -329,67 +310,71 @@ def test_a_judgment_depends_on_its_item_alone(tiny_model, labels, dtype):
             for size in range(1, len(TEXTS) + 1):
                 for k in range(0, len(order), size):
                     members = order[k : k + size]
+                    batch = judge.batch([encoded[i] for i in members])
                     with torch.no_grad():
-                        logq = distjudge.label_logprobs(judge.model, judge.batch([encoded[i] for i in members]), judge.tokens)[0]
+                        logq = distjudge.label_logprobs(judge.model, batch, judge.tokens)[0]
                     furthest = max(furthest, float((logq - alone[members]).abs().max()))
     print(f"{dtype}, labels {labels}: {furthest:.2g} nats")  # pytest -s shows it
     assert furthest <= TOLERANCE[dtype]
-    assert (alone.std(0) > 3 * TOLERANCE[dtype]).any()  # and judgments do differ by more than that between items
+    assert (alone.std(0) > 3 * TOLERANCE[dtype]).any()  # and items do differ by more than that
 
 
-# --- runs that diverge -----------------------------------------------------------------------------------------------------------
-RUN = "import distjudge\ndistjudge.cli(distjudge.run, distjudge.Config)\n"
+# --- runs that diverge ------------------------------------------------------------------------------------
+DIVERGE = "--learning_rate 1e30 --save_every 1 --warmup 0 --batch_size 4".split()
 
 
 @pytest.fixture
 def run_command(tiny_model, votes, tmp_path, monkeypatch, capsys):
-    """The command line of a run on 24 items, in this process: exit code and the last line on stderr."""
+    """A run on 24 items, in this process: exit code, the last line on stderr, the arguments."""
     rows = [{"id": item.id, "prompt": item.prompt, "counts": item.counts} for item in votes(24)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"--train": tmp_path / "items.jsonl", "--model": tiny_model, "--out": tmp_path / "run"}
 
     def run(*more):
-        arguments = ["--train", str(tmp_path / "items.jsonl"), "--model", str(tiny_model), "--out", str(tmp_path / "run"), "--batch_size", "4", "--min_mass", "0", *more]
+        arguments = [str(x) for pair in files.items() for x in pair] + [*more]
         monkeypatch.setattr(sys, "argv", ["run", *arguments])
         with pytest.raises(SystemExit) as stopped:
             distjudge.cli(distjudge.run, distjudge.Config)
         return stopped.value.code, capsys.readouterr().err.strip().splitlines()[-1], arguments
+
     return run
 
 
 @pytest.mark.parametrize("lora_rank", ["0", "4"])
 def test_a_learning_rate_without_measure_ends_in_one_line(run_command, tmp_path, lora_rank):
-    code, line, _ = run_command("--lora_rank", lora_rank, "--learning_rate", "1e30", "--save_every", "1", "--warmup", "0")
+    code, line, _ = run_command("--lora_rank", lora_rank, *DIVERGE)
     assert code == 1 and line.startswith("error: the ") and " not finite " in line and ", for item" in line
-    assert line.endswith("; last good checkpoint: none")  # what the first step left behind is in none that counts
+    assert line.endswith("; last good checkpoint: none")  # the first step's weights are in none that counts
     assert not (tmp_path / "run" / "judge.json").exists() and not (tmp_path / "run" / "metrics.json").exists()
 
 
-def poison_after(step):
-    """Makes one weight NaN when a step has ended, before its checkpoint is written."""
-    import transformers
-
-    class Poison(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == step:
-                with torch.no_grad():
-                    next(w for w in model.parameters() if w.requires_grad).view(-1)[0] = math.nan
-    return Poison()
-
-
-@pytest.mark.parametrize(("save_every", "kept"), [(1.0, "step-000000002"), (0.0, "none")])
+@pytest.mark.parametrize(("save_every", "kept"), [(1.0, r"step-000000002-\w{64}\.pt"), (0.0, "none")])
 def test_weights_that_are_no_numbers_are_never_saved(tiny_model, votes, tmp_path, save_every, kept):
     """Neither into a checkpoint nor, after the last step, by a run that looks finished."""
     last = 3
     judge = load_judge(tiny_model, ["1", "2", "3"], lora_rank=4)
+    weight = next(w for w in judge.model.parameters() if w.requires_grad)
+
+    def poison(step):
+        if step == last - 1:  # the gradient of the step that follows
+            weight.register_hook(lambda grad: grad * math.nan)
+
     config = distjudge.Config(out=str(tmp_path), batch_size=4, epochs=1.0, save_every=save_every)
-    with pytest.raises(FloatingPointError, match=rf"the weights are not finite after step {last}, of items i\d+, i\d+, .*; last good checkpoint: .*{kept}$"):
-        distjudge.train(judge, votes(4 * last), config, callbacks=[poison_after(last)])
-    for folder in distjudge.checkpoints_in(tmp_path / "checkpoints"):
-        assert all(finite(weight) for weight in distjudge.load_checkpoint(folder)[0].values())
+    words = rf"weights are not finite after step {last}, of items i\d+, .*; last good checkpoint: .*{kept}$"
+    with pytest.raises(FloatingPointError, match=words):
+        distjudge.train(judge, votes(4 * last), config, on_step=poison)
+    saved = distjudge.checkpoints_in(tmp_path / "checkpoints")
+    assert len(saved) == 2 * bool(save_every)
+    for path in saved:
+        assert all(finite(weight) for weight in distjudge.load_checkpoint(path)["weights"].values())
 
 
 @pytest.mark.slow
-def test_a_diverging_run_as_a_process_of_its_own(run_command, tmp_path):
-    _, line, arguments = run_command("--lora_rank", "0", "--learning_rate", "1e30", "--save_every", "1", "--warmup", "0")
-    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(distjudge.__file__).parent)})
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == line and "Traceback" not in done.stderr
+def test_a_diverging_run_as_a_process_of_its_own(run_command):
+    _, line, arguments = run_command("--lora_rank", "0", *DIVERGE)
+    code = "import distjudge\ndistjudge.cli(distjudge.run, distjudge.Config)\n"
+    command = [sys.executable, "-c", code, *arguments]
+    there = os.environ | {"PYTHONPATH": str(Path(distjudge.__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=there)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == line
+    assert "Traceback" not in done.stderr

@@ -4,6 +4,10 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -12,6 +16,7 @@ import torch
 import distjudge
 from distjudge import Config, InputError, load_judge, run, train
 
+ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["1", "2", "3"]
 
 
@@ -435,14 +440,15 @@ def test_a_run_tokenizes_every_prompt_once(tiny_model, votes, tmp_path, monkeypa
     assert max(times.values()) == 2
 
 
-def test_a_trainer_in_16_bits_before_ours_is_no_obstacle(tiny_model, votes, tmp_path):
+def test_a_trainer_in_16_bits_before_ours_is_no_obstacle(tiny_model, tmp_path, files):
     """accelerate keeps one state a process: what a notebook trained before must not stop train()."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()
-    AcceleratorState(mixed_precision="bf16", cpu=True)
-    try:
-        judge = load_judge(tiny_model, LABELS, lora_rank=2)
-        assert len(train(judge, votes(4), settings(tmp_path, batch_size=2))) == 2
-    finally:
-        AcceleratorState._reset_state()
+    code = """
+import sys, accelerate, distjudge
+accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+items = distjudge.load_items(sys.argv[1])
+judge = distjudge.load_judge(sys.argv[2], distjudge.labels_of(items), lora_rank=2)
+print("trained", len(distjudge.train(judge, items, distjudge.Config(out=sys.argv[3], epochs=1.0))))
+"""
+    command = [sys.executable, "-c", code, files[0], str(tiny_model), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "trained 2" in done.stdout, done.stderr[-2000:]
