@@ -9,9 +9,10 @@ The method is that of "Distributional LLM-as-a-Judge" (Chen et al., NeurIPS 2025
 
     min over theta of the mean over items of  max over p' in E(p) of  alpha KL(p' || q) + (1 - alpha) CE(r, q)
 
-p is the human distribution of an item (votes as shares), r its majority label, E(p) what lies within eps of p, and q the
-model's probabilities of the label tokens where its answer begins. Losses are in nats. The file can be copied alone. It
-needs torch at import, and transformers, peft, accelerate and tyro only inside the functions that use them.
+p is the human distribution of an item (votes as shares), r its majority label, E(p) what lies within eps of
+p, and q the model's probabilities of the label tokens where its answer begins. Losses are in nats. The file
+can be copied alone. It needs torch at import, and transformers, peft, accelerate and tyro only inside the
+functions that use them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ log = logging.getLogger("distjudge")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. Each line of the message says what is wrong and where. Exit code 2."""
+    """What the user gave cannot be used. Each line of the message says what and where. Exit code 2."""
 
 
 class Stopped(Exception):
@@ -63,9 +64,9 @@ class Stopped(Exception):
         self.number = number
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 1. Items: what was judged, and how people voted
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Swap:
     """A pair in the other order. labels: for each label the index of the one that means the same there."""
@@ -76,10 +77,10 @@ class Swap:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One judged thing. `counts` holds every label of the data set, in label order, also those without a vote.
+    """One judged thing. counts: the votes of every label of the data set, 0 included, in label order.
 
-    Votes are whole numbers, except where a weighted panel's `distribution` was given: then share times votes. `truth` is
-    the distribution the votes were drawn from, where it is known (simulated panels).
+    Votes are whole numbers, except those of a weighted panel, which are share times number of people.
+    truth: the distribution the votes were drawn from, known of simulated panels. where: file and line.
     """
 
     id: str
@@ -102,7 +103,7 @@ class Item:
 
     @property
     def distribution(self) -> list[float]:
-        return [c / self.votes for c in self.counts.values()]
+        return [count / self.votes for count in self.counts.values()]
 
     @property
     def named(self) -> str:
@@ -117,9 +118,7 @@ def labels_of(items: Sequence[Item]) -> list[str]:
     labels = list(items[0].counts)
     for item in items:
         if list(item.counts) != labels:
-            raise InputError(
-                f"{item.named}: counts: labels {listed(item.counts)} differ from {listed(labels)}"
-            )
+            raise InputError(f"{item.named}: labels {listed(item.counts)} differ from {listed(labels)}")
     return labels
 
 
@@ -138,64 +137,109 @@ def truths_of(items: Sequence[Item]) -> torch.Tensor | None:
 def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: bool = False) -> list[Item]:
     """Reads items from .jsonl or .jsonl.gz files, lists of dicts, `datasets.Dataset`s or pandas DataFrames.
 
-    A row holds "prompt" and the votes, as "counts": {label: votes} with every label, as "annotations": [label, ...], one
-    a person, or as "distribution": {label: share} with "votes", the number of people. It may hold "id" (by default a hash
-    of the prompt), "group" (items that stay on one side of a split), "split" ("train" or "test"), "truth" ({label:
-    probability}) and, for a pair, "swap": {"prompt": the pair in the other order, "labels": {label: the one that means
-    the same there}}. Other fields are ignored.
+    A row holds "prompt" and the votes, as "counts": {label: votes} with every label, as "annotations":
+    [label, ...], one a person, or as "distribution": {label: share} with "votes", the number of people. It
+    may hold "id" (by default a hash of the prompt), "group" (items that stay on one side of a split), "split"
+    ("train" or "test"), "truth" ({label: probability}) and, for a pair, "swap": {"prompt": the pair in the
+    other order, "labels": {label: the one that means the same there}}. Other fields are ignored.
 
-    Label order: `labels` where given (an item may then leave out labels without votes, unless `complete`); else numeric
-    labels by value; else that of the first item with the commonest label set; else, with annotations only, alphabetical.
-    Raises InputError with one line a problem (file, line, id, field), at most 20.
+    Label order: `labels` where given (an item may then leave out labels without votes, unless `complete`);
+    else numeric labels by value; else that of the first item with the commonest label set; else, with
+    annotations only, alphabetical. Raises InputError, one line a problem (file, line, id, field), at most 20.
     """
+    flat: list[Any] = []
+    for source in sources:
+        paths = isinstance(source, (list, tuple)) and all(isinstance(s, (str, os.PathLike)) for s in source)
+        flat += source if paths else [source]
     wrong: list[str] = []
     parsed: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
-    is_path = lambda source: isinstance(source, (str, os.PathLike))  # noqa: E731
-    several = lambda source: isinstance(source, (list, tuple)) and source and all(map(is_path, source))  # noqa: E731
-    sources = [part for source in sources for part in (source if several(source) else [source])]
-    for where, row, problem in itertools.chain.from_iterable(map(read_rows, sources)):
-        fields, bad = ({"id": None}, [("", problem)]) if problem else parse_row(row)
-        if fields["id"] and seen.setdefault(fields["id"], where) != where:
-            bad.append(("id", f"duplicate, first at {seen[fields['id']]}"))
-        head = f"{where}: item '{short(fields['id'])}': " if fields["id"] else f"{where}: "
-        wrong += [head + f"{field}: " * bool(field) + text for field, text in bad]
+    for where, row, problem in itertools.chain.from_iterable(map(read_rows, flat)):
+        if problem:
+            wrong.append(f"{where}: {problem}")
+            continue
+        fields, bad = parse_row(row)
+        if (name := fields["id"]) in seen:
+            bad.append(("id", f"duplicate, first at {seen[name]}"))
+        elif name:
+            seen[name] = where
+        head = f"{where}: item '{short(name)}'" if name else where
+        wrong += [f"{head}: {field}: {text}" for field, text in bad]
         parsed += [] if bad else [fields | {"where": where, "head": head}]
     order, example = _label_order(parsed, labels)
-    items, known = [], set(order)
+    items = []
     for fields in parsed:
-        head, kind, counts, truth, swap = (fields[key] for key in ("head", "kind", "counts", "truth", "swap"))
-        if (labels is None or complete) and kind != "annotations" and set(counts) != known:
-            differ = f"labels {listed(counts)} differ from {listed(order)} of {example}"
-            wrong.append(f"{head}{kind}: {differ} (write 0 for labels without votes, or name the labels)")
-        elif unknown := sorted(set(counts) - known):
-            wrong.append(f"{head}{kind}: unknown label {listed(unknown)}; the labels are {listed(order)}")
-        if unknown := sorted(set(truth or ()) - known):
-            wrong.append(f"{head}truth: unknown label {listed(unknown)}; the labels are {listed(order)}")
+        for field in (fields["kind"], "truth"):
+            given, head = fields[field] or {}, f"{fields['head']}: {field}"
+            must_match = field in ("counts", "distribution") and (labels is None or complete)
+            if must_match and set(given) != set(order):
+                differ = f"labels {listed(given)} differ from {listed(order)} of {example}"
+                wrong.append(f"{head}: {differ} (write 0 for labels without votes, or name the labels)")
+            elif unknown := sorted(set(given) - set(order)):
+                wrong.append(f"{head}: unknown label {listed(unknown)}; the labels are {listed(order)}")
+        swap = fields["swap"]
         try:
             swap = swap and place_swap(*swap, order)
         except ValueError as error:
-            wrong.append(f"{head}swap: {error}")
-        every = lambda values, none: values and {label: values.get(label, none) for label in order}  # noqa: E731
-        rest = (fields["group"], fields["split"], every(truth, 0.0), swap, fields["where"])
-        items.append(Item(fields["id"], fields["prompt"], every(counts, 0), *rest))
+            wrong.append(f"{fields['head']}: swap: {error}")
+        counts = {label: fields["counts"].get(label, 0) for label in order}
+        truth = fields["truth"] and {label: fields["truth"].get(label, 0.0) for label in order}
+        same = {key: fields[key] for key in ("id", "prompt", "group", "split", "where")}
+        items.append(Item(**same, counts=counts, truth=truth, swap=swap))
     if not (items or wrong):
-        wrong = [f"{', '.join(short(s) for s in sources if is_path(s)) or 'load_items'}: no items"]
+        wrong.append(f"{', '.join(map(short, flat)) or 'load_items'}: no items")
     if items and len(order) < 2:
         wrong.append(f"{items[0].where}: counts: a judge needs two labels or more, found {listed(order)}")
     if wrong:
-        raise InputError("\n".join(at_most(wrong, "problems")))
+        raise InputError(_first_20(wrong, "problems"))
     return items
 
 
-def at_most(lines: Sequence[str], what: str) -> list[str]:
-    """The first 20 lines, and how many more there are."""
-    return [*lines[:20], *([f"and {len(lines) - 20} more {what}"] if len(lines) > 20 else [])]
+def _label_order(parsed: list[dict], labels: Sequence[str] | None) -> tuple[list[str], str]:
+    """The labels in the order load_items() promises, and where they are from. Raises InputError for twins."""
+    full = [fields for fields in parsed if fields["kind"] != "annotations"]
+    if labels is not None:
+        order, example = [str(label) for label in labels], "the labels known"
+        if len(set(order)) < len(order):
+            raise InputError(f"labels: {listed(order)} names a label twice")
+    elif full:
+        times = collections.Counter(frozenset(fields["counts"]) for fields in full)
+        first = max(full, key=lambda fields: times[frozenset(fields["counts"])])
+        order, example = list(first["counts"]), first["where"]
+    else:
+        order, example = sorted({label for fields in parsed for label in fields["counts"]}), ""
+    numeric, twins = are_numeric(order), look_alike(order)
+    if twins and (numeric or labels is None):
+        at = next((fields["where"] for fields in parsed if twins[1] in fields["counts"]), "labels")
+        differ = "differ only in capitals or in how a letter is coded; name the labels if both are meant"
+        why = "are a number in two spellings" if numeric else differ
+        raise InputError(f"{at}: labels '{short(twins[0], 20)}' and '{short(twins[1], 20)}' {why}")
+    return sorted(order, key=float) if numeric and labels is None else order, example
+
+
+def are_numeric(labels: Iterable[str]) -> bool:
+    """True if every label is a plain number ("1", "-2", "0.5") that a float holds: a scale."""
+    return all(re.fullmatch(r"[+-]?\d{1,15}(\.\d+)?", label) for label in labels)
+
+
+def look_alike(labels: Sequence[str]) -> tuple[str, str] | None:
+    """Two labels that are one number, or that differ only in capitals or in how an accent is coded (NFC)."""
+    numeric = are_numeric(labels)
+    seen: dict[float | str, str] = {}
+    for label in labels:
+        plain = float(label) if numeric else unicodedata.normalize("NFC", label).casefold()
+        if (other := seen.setdefault(plain, label)) != label:
+            return other, label
+    return None
+
+
+def _first_20(lines: Sequence[str], what: str) -> str:
+    return "\n".join([*lines[:20], *([f"and {len(lines) - 20} more {what}"] if len(lines) > 20 else [])])
 
 
 def short(text: Any, width: int = 60) -> str:
-    """Text of the user's for one line of a message, left to right, without control characters, cut at `width`."""
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", " ", str(text))
+    """Text as part of a line of a message: without control and direction characters, cut at `width`."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", " ", str(text))
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -204,35 +248,37 @@ def listed(labels: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error that says something, for the end of a message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return short(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 300)
 
 
 def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
-    """Yields (where, row, ""), or (where, {}, what is wrong) for a line that is no JSON object. "-" is standard input."""
+    """Yields (where, row, ""), or (where, {}, what is wrong) for what is no row. "-" is standard input."""
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame
         source = source.to_dict("records")
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, (dict, bytes)) or not isinstance(source, Iterable):
-            kinds = "paths, a list of dicts, a Dataset or a DataFrame"
-            raise InputError(f"load_items: expected {kinds}, got {type(source).__name__}")
+            kind = type(source).__name__
+            raise InputError(f"load_items: expected paths, dicts, a Dataset or a DataFrame, got {kind}")
         for i, row in enumerate(source):
             wrong = "" if isinstance(row, dict) else f"not a dict but {type(row).__name__}"
             yield f"items[{i}]", {} if wrong else row, wrong
         return
     shown = "stdin" if source == "-" else short(source, 1000)
+    reader = gzip.open if Path(source).suffix == ".gz" else open
     try:
-        with contextlib.ExitStack() as stack:
-            reader = gzip.open if Path(source).suffix == ".gz" else open
-            file = sys.stdin.buffer if source == "-" else stack.enter_context(reader(source, "rb"))
+        with contextlib.nullcontext(sys.stdin.buffer) if source == "-" else reader(source, "rb") as file:
             for number, raw in enumerate(file, 1):
                 if number == 1 and (raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]):
                     raise InputError(f"{shown}: is UTF-16 or no text at all; save it as UTF-8")
                 if raw := raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
                     yield f"{shown}:{number}", *parse_json(raw)
+    except InputError:
+        raise
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name
         why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise error if isinstance(error, InputError) else InputError(f"{shown}: {why}") from None
+        raise InputError(f"{shown}: {why}") from None
 
 
 def parse_json(line: str | bytes) -> tuple[dict, str]:
@@ -248,11 +294,11 @@ def parse_json(line: str | bytes) -> tuple[dict, str]:
 
     try:
         row = json.loads(line, object_pairs_hook=unique)
-        return (row, "") if isinstance(row, dict) else ({}, f"not a JSON object but {type(row).__name__}")
     except UnicodeDecodeError as error:
         return {}, f"not UTF-8 (byte {error.start + 1} of the line)"
     except (ValueError, RecursionError) as error:
         return {}, f"broken JSON: {short(error, 100)}"
+    return (row, "") if isinstance(row, dict) else ({}, f"not a JSON object but {type(row).__name__}")
 
 
 def is_missing(value: Any) -> bool:
@@ -261,23 +307,21 @@ def is_missing(value: Any) -> bool:
 
 def is_text(value: str) -> bool:
     """False for lone surrogates, which no tokenizer takes."""
-    try:
-        return value.encode("utf-8") is not None
-    except UnicodeEncodeError:
-        return False
+    return not re.search("[\ud800-\udfff]", value)
 
 
+# The parsers of a row's fields. Each raises ValueError with what is wrong.
 def as_label(value: Any) -> str:
-    """A label as text: strings as they are, whole numbers in digits. Raises ValueError for anything else."""
+    """A label as text: strings as they are, whole numbers in digits."""
     if isinstance(value, str) and value and value == value.strip() and is_text(value):
         return value
-    if _is_number(value) and value % 1 == 0:
+    if _is_number(value, -1e300, 1e300):
         return str(int(value))
     raise ValueError(f"must be text without spaces around it, or a whole number, not {short(repr(value))}")
 
 
 def prompt_text(value: Any) -> str:
-    """The prompt itself. Raises ValueError for what is no text, or empty."""
+    """The prompt as it is."""
     if not isinstance(value, str):
         raise ValueError("missing" if is_missing(value) else f"not text but {type(value).__name__}")
     if not value.strip() or not is_text(value):
@@ -285,177 +329,121 @@ def prompt_text(value: Any) -> str:
     return value
 
 
-def _is_number(value: Any, most: float = 1e300) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -most <= value <= most
+def _is_number(value: Any, least: float, most: float, whole: bool = True) -> bool:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and least <= value <= most and not (whole and value % 1)
 
 
-def _votes(value: Any, whole: bool = True) -> dict[str, float]:
-    """{label: number}, labels as text. A label whose value is None (an empty field of a struct) counts as left out."""
-    wanted = "a whole number from 0 to a billion" if whole else "a number of 0 or more"
+def _votes(value: Any, shares: bool = False) -> dict[str, float]:
+    """{label: votes}, or {label: share}, which then add up to 1."""
+    wanted = "a number of 0 or more" if shares else "a whole number from 0 to a billion"
     out: dict[str, float] = {}
     for key, number in value.items() if isinstance(value, dict) else ():
-        if number is not None:
+        if number is not None:  # None: left out; `datasets` fills its rows up so
             label = as_label(key)
             if label in out:
                 raise ValueError(f"duplicate label '{short(label)}'")
-            if not _is_number(number, 10**9) or number < 0 or (whole and number % 1):
+            if not _is_number(number, 0, 10**9, whole=not shares):
                 raise ValueError(f"the value of '{short(label)}' must be {wanted}, not {short(repr(number))}")
-            out[label] = int(number) if whole else float(number)
-    if not sum(out.values()):
+            out[label] = float(number) if shares else int(number)
+    total = sum(out.values())
+    if not total:
         raise ValueError("no votes at all" if out else "must be an object {label: number}")
-    return out
-
-
-def _annotations(value: Any) -> dict[str, int]:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError("must be a list of one label or more")
-    return dict(collections.Counter(map(as_label, value)))
-
-
-def _shares(value: Any) -> dict[str, float]:
-    shares = _votes(value, whole=False)
-    if abs((total := sum(shares.values())) - 1) > 0.02:
+    if shares and abs(total - 1) > 0.02:
         raise ValueError(f"shares must add up to 1, not to {total:.4g}")
-    return {label: share / total for label, share in shares.items()}
+    return {label: share / total for label, share in out.items()} if shares else out
 
 
-def _people(value: Any) -> int:
-    if not _is_number(value, 10**9) or value < 1 or value % 1:
-        raise ValueError(
-            f"must be the number of people behind a distribution, a whole number, not {short(repr(value))}"
-        )
-    return int(value)
-
-
-def _split(value: Any) -> str:
-    if value not in ("train", "test"):
+def _parse(field: str, value: Any) -> Any:
+    """What an Item needs of a row's field. Raises ValueError with what is wrong."""
+    if field == "prompt":
+        return prompt_text(value)
+    if field == "split" and value not in ("train", "test"):
         raise ValueError(f"must be train or test, not {short(repr(value))}")
-    return value
-
-
-def _swap(value: Any) -> tuple[str, dict[str, str]]:
+    if field in ("id", "group", "split"):
+        return as_label(value)
+    if field == "annotations":
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError("must be a list of one label or more")
+        return dict(collections.Counter(map(as_label, value)))
+    if field != "swap":
+        return _votes(value, shares=field != "counts")
     if not isinstance(value, dict) or not isinstance(value.get("labels"), dict):
         form = '{"prompt": ..., "labels": {label: label in the other order}}'
         raise ValueError(f"must be {form}, not {short(repr(value))}")
-    pairs = {as_label(a): as_label(b) for a, b in value["labels"].items() if not is_missing(b)}
-    return prompt_text(value.get("prompt")), pairs
-
-
-_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "prompt": prompt_text, "id": as_label, "group": as_label, "split": _split, "swap": _swap, "truth": _shares,
-    "counts": _votes, "annotations": _annotations, "distribution": _shares, "votes": _people,
-}  # fmt: skip
+    part = "prompt"
+    try:
+        prompt = prompt_text(value.get(part))
+        part = "labels"
+        return prompt, {as_label(a): as_label(b) for a, b in value[part].items() if not is_missing(b)}
+    except ValueError as error:
+        raise ValueError(f"{part}: {error}") from None
 
 
 def parse_row(row: dict[str, Any], votes: bool = True) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """A row's fields and its problems, as (field, text); with votes=False a row may have no votes.
 
-    Fields: id, prompt, kind (the field the votes stood in, or ""), counts, group, split, truth, and swap as (prompt,
-    {label: label}). What has a problem, or is not there, is None; counts are then {}.
+    Fields: id, prompt, kind (the field the votes stood in, or ""), counts, group, split, truth, and swap as
+    (prompt, {label: label}). What has a problem, or is not there, is None; counts are then {}.
     """
-    fields, bad = dict.fromkeys(_FIELDS), []
-    given = [field for field in ("counts", "annotations", "distribution") if not is_missing(row.get(field))]
-    needed = {"prompt"} | (
-        {"votes"} if given == ["distribution"] else set()
-    )  # beside counts, votes is not ours
-    for field, parse in _FIELDS.items():
-        if field in needed or (field != "votes" and not is_missing(row.get(field))):
+    kinds = ("counts", "annotations", "distribution")
+    fields, bad = dict.fromkeys(("prompt", "id", "group", "split", "swap", "truth", *kinds)), []
+    for field in fields:
+        value = row.get(field)
+        if field == "prompt" or not is_missing(value):
             try:
-                fields[field] = parse(row.get(field))
+                fields[field] = _parse(field, value)
             except ValueError as error:
                 bad.append((field, str(error)))
     if is_missing(row.get("id")) and fields["prompt"]:
         fields["id"] = hashlib.sha256(fields["prompt"].encode()).hexdigest()[:16]
+    given = [field for field in kinds if not is_missing(row.get(field))]
     if len(given) > 1 or (votes and not given):
         found = " and ".join(given) or "none"
-        bad.append(("counts", f"one of counts, annotations, distribution is needed, found {found}"))
+        bad.append(("counts", f"one of {', '.join(kinds)} is needed, found {found}"))
     counts = fields["counts"] or fields["annotations"] or {}
-    if (shares := fields["distribution"]) and (people := fields["votes"]):
-        # whole votes where every share is a multiple of 1 / people (to 0.05 votes, for rounded shares)
-        exact = {label: share * people for label, share in shares.items()}
-        whole = {label: round(count) for label, count in exact.items()}
-        near = (
-            all(abs(exact[label] - whole[label]) <= 0.05 for label in exact) and sum(whole.values()) == people
-        )
-        counts = whole if near else exact
+    if given == ["distribution"]:
+        people = row.get("votes")
+        if not _is_number(people, 1, 10**9):
+            bad.append(("votes", f"must be the number of people, a whole number, not {short(repr(people))}"))
+        elif fields["distribution"]:
+            exact = {label: share * people for label, share in fields["distribution"].items()}
+            whole = {label: round(count) for label, count in exact.items()}
+            near = all(abs(exact[label] - whole[label]) <= 0.05 for label in exact)  # shares may be rounded
+            counts = whole if near and sum(whole.values()) == people else exact
     return fields | {"counts": counts, "kind": given[0] if len(given) == 1 else ""}, bad
 
 
 def place_swap(prompt: str, other: dict[str, str], labels: Sequence[str]) -> Swap:
-    """The Swap of what stood in a row, among these labels. Raises ValueError where labels do not trade places."""
+    """The Swap of a row. other: {label: label}, one not named is its own. Raises ValueError if it is none."""
     if unknown := sorted({*other, *other.values()} - set(labels)):
         raise ValueError(f"unknown label {listed(unknown)}; the labels are {listed(labels)}")
-    target = [other.get(label, label) for label in labels]
-    if any(other.get(there, there) != label for label, there in zip(labels, target, strict=True)):
-        raise ValueError(
-            f"labels {other} do not trade places: swapped twice, every label must be itself again"
-        )
-    return Swap(prompt, tuple(map(list(labels).index, target)))
+    there = [other.get(label, label) for label in labels]
+    if [other.get(label, label) for label in there] != list(labels):
+        raise ValueError(f"labels {short(other)} do not trade places: swapped twice, each must be itself")
+    return Swap(prompt, tuple(map(list(labels).index, there)))
 
 
-def _label_order(parsed: Sequence[dict], labels: Sequence[str] | None) -> tuple[list[str], str]:
-    """The labels in order, and where they come from: see load_items(). Raises InputError for labels that are twins."""
-    full = [fields for fields in parsed if fields["kind"] != "annotations"]
-    if labels is not None:
-        order, example = [str(label) for label in labels], "the labels known"
-    elif full:
-        commonest = collections.Counter(frozenset(fields["counts"]) for fields in full).most_common(1)[0][0]
-        first = next(fields for fields in full if set(fields["counts"]) == commonest)
-        order, example = list(first["counts"]), first["where"]
-    else:
-        order, example = sorted({label for fields in parsed for label in fields["counts"]}), ""
-    at = parsed[0]["where"] if parsed else "load_items"
-    if len(set(order)) != len(order):
-        raise InputError(f"labels: {order} names a label twice")
-    if are_numeric(order):
-        order = sorted(order, key=float) if labels is None else order
-        if len(set(map(float, order))) != len(order):
-            raise InputError(f"{at}: labels: {listed(order)} holds a number in two spellings")
-    elif labels is None and (twins := look_alike(order)):
-        at = next(fields["where"] for fields in parsed if twins[1] in fields["counts"])
-        differ = "differ only in capitals or in how a letter is coded; name the labels if both are meant"
-        raise InputError(f"{at}: labels '{short(twins[0], 20)}' and '{short(twins[1], 20)}' {differ}")
-    return order, example
+def split_items(items: Sequence[Item], test_share: float = 0.2, seed: int = 0) -> tuple[list[Item], ...]:
+    """Train and test items, in their order; those that share a group, prompt or id stay together.
 
-
-def look_alike(labels: Iterable[str]) -> tuple[str, str] | None:
-    """Two labels that differ only in capitals, or in whether an accent is a character of its own (Unicode's NFC)."""
-    seen: dict[str, str] = {}
-    for label in labels:
-        other = seen.setdefault(unicodedata.normalize("NFC", label).casefold(), label)
-        if other != label:
-            return other, label
-    return None
-
-
-def are_numeric(labels: Iterable[str]) -> bool:
-    """True if every label is a plain number ("1", "-2", "0.5") that a float holds: such labels are a scale."""
-    return all(re.fullmatch(r"[+-]?\d{1,15}(\.\d+)?", label) for label in labels)
-
-
-def split_items(
-    items: Sequence[Item], test_share: float = 0.2, seed: int = 0
-) -> tuple[list[Item], list[Item]]:
-    """Train and test items, 8:2 by default. Items of one group, or of one prompt, stay together; order is kept.
-
-    Whole groups are taken in random order, each that brings the test side nearer to `test_share` of the items; if none
-    does, the smallest. Raises InputError if everything is one group.
+    Whole groups are taken in random order, each that brings the test side nearer to `test_share` of the
+    items; if none does, the smallest. Raises InputError if everything is one group.
     """
-    parent = list(range(len(items)))
+    parent: dict[tuple[str, str], tuple[str, str]] = {}  # of a key: another key of the same group, or itself
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
+    def root(key: tuple[str, str]) -> tuple[str, str]:
+        while (above := parent.setdefault(key, key)) != key:
+            parent[key], key = parent[above], above
+        return key
 
-    first: dict[tuple[str, str], int] = {}
+    for item in items:
+        for key in _keys(item):
+            parent[root(key)] = root(("id", item.id))
+    members: dict[tuple[str, str], list[int]] = {}
     for i, item in enumerate(items):
-        for key in _keys(item, ("prompt", "group")):
-            parent[root(i)] = root(first.setdefault(key, i))
-    members: dict[int, list[int]] = {}
-    for i in range(len(items)):
-        members.setdefault(root(i), []).append(i)
+        members.setdefault(root(("id", item.id)), []).append(i)
     groups = list(members.values())
     if len(groups) < 2:
         raise InputError(f"{len(items)} items in {len(groups)} group cannot be split")
@@ -470,66 +458,58 @@ def split_items(
     return [item for i, item in enumerate(items) if i not in test], [items[i] for i in sorted(test)]
 
 
-def _keys(item: Item, fields: Sequence[str], plain: Callable[[str], str] = str) -> list[tuple[str, str]]:
-    """What an item shares with another one: its prompts, group and id, as far as there are any."""
-    values = {"prompt": [plain(p) for p in item.prompts], "group": [item.group], "id": [item.id]}
-    return [(field, value) for field in fields for value in values[field] if value is not None]
+def _keys(item: Item, plain: Callable[[str], str] = str) -> list[tuple[str, str]]:
+    """What an item can share with another one, as (field, value): its prompts, its group and its id."""
+    group = [] if item.group is None else [("group", item.group)]
+    return [*(("prompt", plain(prompt)) for prompt in item.prompts), *group, ("id", item.id)]
 
 
 def keep_apart(
-    train_items: Sequence[Item],
-    test_items: Sequence[Item],
-    overlap: Literal["refuse", "remove"] = "refuse",
-    plain: Callable[[str], str] = str,
+    train_items: Sequence[Item], test_items: Sequence[Item], overlap: str = "refuse", plain: Callable = str
 ) -> tuple[list[Item], dict[str, int]]:
-    """Training items of which none also stands in the test items, and how many were left out, by reason.
+    """Training items that share nothing with a test item, and how many do, by what they share first.
 
-    An item stands in both if they share its prompt (to the letter, or as `plain` makes it; a pair's in either order), its
-    group (one premise, article or question, which data/prepare.py names alike in every data set) or its id. The first
-    of these counts. "refuse" raises InputError instead.
+    They may share a prompt (to the letter, or as `plain` makes it; a pair's in either order), a group (one
+    premise, article or question, which data/prepare.py names alike in every data set) or an id. overlap:
+    "remove" leaves such items out, "refuse" raises InputError.
     """
-    fields = ("prompt", "group", "id")
-    test = {key: item for item in reversed(test_items) for key in _keys(item, fields, plain)}
-    why = [next((key for key in _keys(item, fields, plain) if key in test), None) for item in train_items]
-    both = [(test[key], key[0], item) for item, key in zip(train_items, why, strict=True) if key]
-    if both and overlap == "refuse":
-        lines = [
-            f"{one.named}: {field}: also in the training items, at {item.where}" for one, field, item in both
-        ]
-        raise InputError("\n".join(at_most(lines, "items")))
-    kept = [item for item, key in zip(train_items, why, strict=True) if not key]
-    return kept, {field: sum(found == field for _, found, _ in both) for field in fields}
+    test = {key: item for item in reversed(test_items) for key in _keys(item, plain)}
+    kept, lines, shared = [], [], {"prompt": 0, "group": 0, "id": 0}
+    for item in train_items:
+        key = next((key for key in _keys(item, plain) if key in test), None)
+        if key is None:
+            kept.append(item)
+        else:
+            shared[key[0]] += 1
+            lines.append(f"{test[key].named}: {key[0]}: also in the training items, at {item.where}")
+    if lines and overlap == "refuse":
+        raise InputError(_first_20(lines, "items"))
+    return kept, shared
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 2. Prompts and label tokens
-# ---------------------------------------------------------------------------------------------------------------------
-_SENTINEL = "XQZPROMPTXQZ"
-_TODAY = datetime.date(2024, 7, 26)  # for templates that tell the date: a prompt does not change with the day
+# ----------------------------------------------------------------------------------------------------------
+_MARK = "XQZPROMPTXQZ"
 _PROBE = "Is 2 + 2 = 4? One\n\ntwo, three: I'M 12345 -- don't."
-
-
-def _is_control(token: str, special: bool) -> bool:
-    """Whether an added token means something to the model beyond its characters: special ones, tags such as <think>."""
-    return bool(token.strip()) and (special or re.fullmatch(r"[\w\s]+", token) is None)
 
 
 @functools.lru_cache(2)
 def _tokenizer_of(spec: str) -> Any:
-    """One tokenizer a process for equal ones: the library never frees the words that a BPE tokenizer has seen."""
+    """One tokenizer a process for equal ones: the library never frees the words that BPE has seen."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(spec)
 
 
 class PromptEncoder:
-    """Turns user messages into token ids: the chat template around them, what people wrote as text only.
+    """Turns user messages into token ids: the chat template around them, and what people wrote as text only.
 
-    The template is rendered once, with a stand-in for the message; `frame` keeps what it puts before and after it, what
-    ends an answer, and whether it strips the message. Without a template the message is followed by a line break. A
-    control token written in a message ("<|im_end|>") is encoded as its characters, for the message goes through a copy
-    of the tokenizer that has no control tokens. Raises InputError if the template does more to a message than to strip
-    it, or if the tokenizer's own encoding of a harmless message is not reproduced exactly.
+    A control token written in a message ("<|im_end|>") is encoded as its characters, by a copy of the
+    tokenizer that has no control tokens. `frame` keeps what the template puts before and after a message and
+    behind an answer, and whether it strips messages; without a template, a line break follows the message.
+    Raises InputError if the template changes messages in other ways, or if a harmless message is not encoded
+    exactly as the tokenizer would.
     """
 
     memo: dict[str, list[int]] | None = None  # while it is a dict, what was encoded is kept there
@@ -539,141 +519,123 @@ class PromptEncoder:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{self.name}: tokenizer: a fast tokenizer (tokenizer.json) is needed")
         self.frame = frame or self._render()
-        added = {
-            t.content: t for t in tokenizer.added_tokens_decoder.values() if _is_control(t.content, t.special)
-        }
-        self.control_ids = set(map(tokenizer.convert_tokens_to_ids, added)) - {tokenizer.unk_token_id}
-        pattern = "|".join(re.escape(c) for c in sorted(added, key=len, reverse=True)) or "(?!)"
-        before, after, end = self.frame["before"], self.frame["after"], self.frame["end"]
-        # only control tokens are sure not to merge with a message: what stands between them and it is encoded with it
-        opening, closing = list(re.finditer(pattern, before)), re.search(pattern, after)
-        cut, first = opening[-1].end() if opening else 0, closing.start() if closing else len(after)
-        self._lead, self._trail = before[cut:], after[:first]
-        if opening and added[opening[-1].group()].rstrip:
-            self._lead = self._lead.lstrip()
-        if closing and added[closing.group()].lstrip:
-            self._trail = self._trail.rstrip()
-        self._tail, self._head_ids = after[first:], self._ids(before[:cut])
-        self._tail_ids = self._ids(self._tail)
-        if tokenizer.chat_template and not closing:
-            imitable = (
-                "ends a turn in plain words, not in a control token: a text that is judged can imitate it"
-            )
-            log.warning("%s: the chat template %s", self.name, imitable)
-        bos = tokenizer.bos_token_id
-        if not tokenizer.chat_template and bos is not None and tokenizer("a")["input_ids"][0] == bos:
-            self._head_ids = [bos]
-        final = re.match(rf"\s*({pattern})", end)
-        self.end_is_known = final is not None
-        self.end_id = self._ids(final[1])[0] if final else tokenizer.eos_token_id
-        self._plain = self._plain_tokenizer()
+        before, after = self.frame["before"], self.frame["after"]
+        # control tokens mean something beyond their characters: special ones, and tags such as <think>
+        added = [(i, token) for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()]
+        control = {i for i, token in added if token.special or re.search(r"[^\w\s]", token.content)}
+        self.control_ids = control - {tokenizer.unk_token_id}
+
+        def control_spans(text: str) -> list[tuple[int, int]]:
+            code = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = zip(code["input_ids"], code["offset_mapping"], strict=True)
+            return [span for token, span in spans if token in self.control_ids]
+
+        # they alone never merge with a message: what stands between them and it is encoded with it
+        cut = max((stop for _, stop in control_spans(before)), default=0)
+        first = min((start for start, _ in control_spans(after)), default=len(after))
+        self._head, self._lead = before[:cut], before[cut:]
+        self._trail, self._tail = after[:first], after[first:]
+        self._head_ids, self._tail_ids = self._ids(self._head), self._ids(self._tail)
+        whole, bos = self._ids(before + _PROBE + after), tokenizer.bos_token_id
+        if tokenizer.chat_template and not self._tail:
+            text = "%s: the chat template ends a turn in plain words, which a text that is judged can imitate"
+            log.warning(text, self.name)
+        elif not tokenizer.chat_template and tokenizer("a")["input_ids"][:1] == [bos]:
+            self._head_ids, whole = [bos], [bos, *whole]
+        final = self._ids(self.frame["end"].lstrip())[:1]
+        self.end_is_known = not self.control_ids.isdisjoint(final)
+        self.end_id = final[0] if self.end_is_known else tokenizer.eos_token_id
+
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        spec |= {"post_processor": None, "truncation": None, "padding": None}
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] not in control]
+        plain = json.dumps(spec)
+        if self._head:  # then it is not the message that begins the text
+            plain = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+        self._plain = _tokenizer_of(plain)
+        if self(_PROBE) != whole:
+            raise InputError(f"{self.name}: tokenizer: a message cannot be encoded as text only")
 
     def _render(self) -> dict[str, Any]:
+        """What the chat template puts around a message and behind an answer, seen with stand-ins for them."""
         if not self.tokenizer.chat_template:
             return {"before": "", "after": "\n", "end": "", "trim": False}
         head = f"{self.name}: chat template:"
 
-        def render(content: str, answer: str | None = None) -> str:
-            turns = [{"role": "user", "content": content}]
-            turns += [{"role": "assistant", "content": answer}] if answer else []
-            options = {"enable_thinking": False, "strftime_now": _TODAY.strftime}
-            return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=answer is None, **options
-            )
+        def render(content: str, answer: str = "") -> str:
+            turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+            fixed = datetime.date(2024, 7, 26).strftime  # a prompt does not change with the day
+            options = {"tokenize": False, "add_generation_prompt": not answer, "enable_thinking": False}
+            turns = turns if answer else turns[:1]
+            return self.tokenizer.apply_chat_template(turns, strftime_now=fixed, **options)
 
         try:
-            plain, spaced = render(_SENTINEL), render(f" {_SENTINEL} ")
-            answered = render(_SENTINEL, _SENTINEL)
+            plain, answered = render(_MARK), render(_MARK, _MARK)
         except Exception as error:  # a template raises whatever its author chose to raise
             raise InputError(f"{head} {short(error, 200)}") from None
-        if plain.count(_SENTINEL) != 1:
-            raise InputError(f"{head} shows the message {plain.count(_SENTINEL)} times, not once")
-        before, after = plain.split(_SENTINEL)
-        trim = plain == spaced
+        before, *rest = plain.split(_MARK)
+        if len(rest) != 1:
+            raise InputError(f"{head} shows the message {len(rest)} times, not once")
+        after, trim, end = rest[0], render(f" {_MARK} ") == plain, ""
         for probe in (_PROBE, f"\n {_PROBE}", f"{_PROBE} \n", f"<b> & '{_PROBE}'"):
             if render(probe) != before + (probe.strip() if trim else probe) + after:
                 raise InputError(f"{head} changes the message, so text cannot be told from template")
-        common, end = common_length(plain, answered), ""
-        if answered.count(_SENTINEL) == 2:
-            gap, end = answered[common:].split(_SENTINEL)[0], answered.rsplit(_SENTINEL, 1)[1]
+        common = common_length(plain, answered)
+        if answered.count(_MARK) == 2:
+            gap, *_, end = answered[common:].split(_MARK)
             if common == len(plain) and gap.strip():
                 lost = f"ends a prompt without {short(repr(gap))}, which it puts before an answer"
-                why = "add_generation_prompt does nothing in it"
-                raise InputError(f"{head} {lost} ({why}): labels would be read at the wrong place")
+                raise InputError(f"{head} {lost}: it ignores add_generation_prompt")
         if plain[common:].strip():
-            behind = "ends a prompt with %r, which it does not put before a given answer; labels are read behind it"
-            log.warning(f"%s {behind}", head, short(plain[common:]))
+            text = "%s ends a prompt with %r, which it puts before no given answer; labels are read behind it"
+            log.warning(text, head, short(plain[common:]))
         return {"before": before, "after": after, "end": end, "trim": trim}
-
-    def _plain_tokenizer(self) -> Any:
-        """The tokenizer without control tokens, in the variant that encodes a harmless message as the tokenizer does."""
-        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        spec["added_tokens"] = [
-            t for t in spec["added_tokens"] if not _is_control(t["content"], t["special"])
-        ]
-        spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-        whole = self._ids(self.frame["before"] + _PROBE + self.frame["after"])
-        whole = self._head_ids + whole if not self.tokenizer.chat_template else whole
-        text = json.dumps(spec)
-        for variant in (text, text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')):
-            self._plain = _tokenizer_of(variant)
-            if self(_PROBE) == whole:
-                return self._plain
-        raise InputError(f"{self.name}: tokenizer: a message cannot be encoded as text only")
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def __call__(self, message: str, answer: str = "") -> list[int]:
         """Token ids of the rendered prompt, with `answer` written where the judge's answer begins."""
-        if not answer:
-            return self.many([message])[0]
-        written = self.render_parts(message) + (answer if not self._tail else "")
-        return self._around(message, self._plain.encode(written, add_special_tokens=False).ids, answer)
+        ids = self.many([message])[0]
+        if answer and self._tail:
+            return ids[: -len(self._tail_ids)] + self._ids(self._tail + answer)
+        if answer:
+            text = self.render_parts(message) + answer
+            return self._head_ids + self._plain.encode(text, add_special_tokens=False).ids
+        return ids
 
     def many(self, messages: Sequence[str]) -> list[list[int]]:
-        """Token ids of each rendered prompt; the tokenizer uses all cores (TOKENIZERS_PARALLELISM=false: one)."""
+        """Token ids of each rendered prompt, on all cores (with TOKENIZERS_PARALLELISM=false on one)."""
         memo = {} if self.memo is None else self.memo
         new = [message for message in dict.fromkeys(messages) if message not in memo]
         for start in range(0, len(new), 2048):
             chunk = new[start : start + 2048]
-            try:
-                texts = [self.render_parts(message) for message in chunk]
-                found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-            except (TypeError, UnicodeEncodeError):
-                wrong = next((message for message in chunk if not is_text(message)), chunk[0])
-                raise InputError(f"prompt '{short(wrong)!r}' is not text that can be encoded") from None
-            memo |= {text: self._around(text, code.ids) for text, code in zip(chunk, found, strict=True)}
+            if wrong := [message for message in chunk if not is_text(message)]:
+                raise InputError(f"prompt '{short(wrong[0])!r}' is not text that can be encoded")
+            texts = [self.render_parts(message) for message in chunk]
+            found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+            for message, code in zip(chunk, found, strict=True):
+                if not self.control_ids.isdisjoint(code.ids):
+                    what = "would be encoded with a control token of the tokenizer"
+                    raise InputError(f"prompt '{short(message)}': {what}")
+                memo[message] = self._head_ids + code.ids + self._tail_ids
         return [list(memo[message]) for message in messages]
+
+    def render_parts(self, message: str) -> str:
+        """The message, stripped if the template does so, with what is encoded together with it."""
+        return self._lead + (message.strip() if self.frame["trim"] else message) + self._trail
 
     def render(self, message: str) -> str:
         """The prompt as text. Only token ids tell its control tokens from those that people wrote."""
-        return self.frame["before"] + self._trimmed(message) + self.frame["after"]
-
-    def _trimmed(self, message: str) -> str:
-        return message.strip() if self.frame["trim"] else message
-
-    def render_parts(self, message: str) -> str:
-        return self._lead + self._trimmed(message) + self._trail
-
-    def _around(self, message: str, ids: list[int], answer: str = "") -> list[int]:
-        if not self.control_ids.isdisjoint(ids):
-            raise InputError(
-                f"prompt '{short(message)}': would be encoded with a control token of the tokenizer"
-            )
-        return (
-            self._head_ids
-            + ids
-            + (self._ids(self._tail + answer) if self._tail and answer else self._tail_ids)
-        )
+        return self._head + self.render_parts(message) + self._tail
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelTokens:
-    """How the labels are read off the model. `sequences` holds (label index, token ids) for every spelling.
+    """How labels are read off the model. `sequences` holds (label index, token ids) for every spelling.
 
-    whole = False: every label has its own first token(s); one token a sequence, scored at the answer position.
-    whole = True: some labels begin alike; whole spellings are scored, each closed by the end-of-turn token.
+    whole = False: labels differ in their first tokens, one token a sequence, scored at the answer position.
+    whole = True: some begin alike; whole spellings are scored, each closed by the end-of-turn token.
     """
 
     labels: list[str]
@@ -691,31 +653,29 @@ class LabelTokens:
 
     @property
     def branches(self) -> list[tuple[int, ...]]:
-        """What must stand behind a prompt for its labels to be read: all but each spelling's last token, sorted."""
+        """What must stand behind a prompt to read its labels: spellings without their last token, sorted."""
         return sorted({ids[:-1] for _, ids in self.sequences})
 
     def describe(self, tokenizer: Any) -> str:
         whole = "as whole words, closed by the end of the turn (some begin with the same token)"
         lines = [f"labels are read {whole if self.whole else 'by the first token of the answer'}"]
+        piece = {token: tokenizer.decode([token]) for token in self.token_ids}
+        piece |= {token: tokenizer.convert_ids_to_tokens(token) for token in piece if not piece[token]}  # "▁"
         for i, label in enumerate(self.labels):
-            # "▁" alone decodes to nothing
-            piece = lambda t: repr(tokenizer.decode([t]) or tokenizer.convert_ids_to_tokens(t))  # noqa: E731
-            shown = [" ".join(map(piece, ids)) for owner, ids in self.sequences if owner == i]
+            spelled = [ids for owner, ids in self.sequences if owner == i]
+            shown = [" ".join(repr(piece[token]) for token in ids) for ids in spelled]
             lines.append(f"  {label}: {' or '.join(shown)}")
         return "\n".join(lines)
 
 
 def label_tokens(
-    tokenizer: Any,
-    labels: Sequence[str],
-    spellings: dict[str, Sequence[str]] | None = None,
-    encoder: Any = None,
+    tokenizer: Any, labels: Sequence[str], spellings: dict[str, Any] | None = None, encoder: Any = None
 ) -> LabelTokens:
     """Finds the tokens with which each label begins in context, right after the rendered prompt.
 
-    spellings: {label: [text, ...]}, by default the label itself; the probabilities of a label's spellings add up.
-    Raises InputError if two labels have the same spelling, a spelling is empty, for an unknown label or merges with the
-    prompt's end, or if whole labels are needed and the tokenizer has no end-of-turn token.
+    spellings: {label: [text, ...]}, by default the label itself; the probabilities of a label's spellings add
+    up. Raises InputError for equal labels or spellings, an unknown label, a spelling that is empty, a control
+    token or merges with the prompt's end, and if whole labels have no end-of-turn token to close them.
     """
     encoder = encoder or PromptEncoder(tokenizer)
     labels, spellings = [str(label) for label in labels], dict(spellings or {})
@@ -723,46 +683,49 @@ def label_tokens(
         raise InputError(f"spellings: unknown label {listed(unknown)}; the labels are {listed(labels)}")
     if len(set(labels)) != len(labels) or len(labels) < 2:
         raise InputError(f"labels: two different labels or more are needed, not {listed(labels)}")
-    question = "Is this so?"
-    prompt, found = encoder(question), []
+    question, found = "Is this so?", []
+    prompt = encoder(question)
     for i, label in enumerate(labels):
         for text in spellings.get(label, [label]) or [""]:
             head = f"spellings: label '{short(label)}': '{short(text)}'"
             if not is_text(text):
                 raise InputError(f"{head} is not text that can be encoded")
             ids = encoder(question, text)
-            if not text or ids[: len(prompt)] != prompt or len(ids) == len(prompt):
+            answer = tuple(ids[len(prompt) :])
+            if not text or ids[: len(prompt)] != prompt or not answer:
                 raise InputError(f"{head} {'merges with the end of the prompt' if text else 'is empty'}")
-            if not encoder.control_ids.isdisjoint(ids[len(prompt) :]):
+            if not encoder.control_ids.isdisjoint(answer):
                 raise InputError(f"{head} is a control token of the tokenizer")
-            found.append((i, tuple(ids[len(prompt) :])))
-    firsts = list(
-        dict.fromkeys((i, ids[:1]) for i, ids in found)
-    )  # two spellings that begin alike are read once
-    if len({ids for _, ids in firsts}) == len(firsts):
+            found.append((i, answer))
+    # two spellings of a label that begin alike are read once
+    firsts = list(dict.fromkeys((i, answer[:1]) for i, answer in found))
+    if len({first for _, first in firsts}) == len(firsts):
         return LabelTokens(labels, firsts, whole=False)
     if encoder.end_id is None:
-        need = "the tokenizer has no end-of-turn or end-of-sequence token to close them"
-        raise InputError(f"labels: some begin with the same token, so whole labels must be read, but {need}")
+        need = "there is no end-of-turn or end-of-sequence token to close whole labels"
+        raise InputError(f"labels: some begin with the same token, and {need}")
     if not encoder.end_is_known:
         text = "%s: the chat template does not show how a turn ends; whole labels are closed by %r"
         log.warning(text, encoder.name, tokenizer.decode([encoder.end_id]))
-    closed = list(dict.fromkeys((i, (*ids, encoder.end_id)) for i, ids in found))
+    closed = list(dict.fromkeys((i, (*answer, encoder.end_id)) for i, answer in found))
     if len({ids for _, ids in closed}) != len(closed):
         raise InputError(f"spellings: two labels have the same tokens: {listed(labels)}")
     return LabelTokens(labels, closed, whole=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 3. Packs: every shared token is computed once
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+TokenLists = Sequence[Sequence[int]]
+
+
 @dataclasses.dataclass
 class Pack:
     """Prompts in one row of tokens, a tree in depth-first order: a beginning that several share stands once.
 
     ids, positions (L,): tokens and their positions in their own prompt. ends (L,): token i sees token j if
-    j <= i < ends[j], which is a causal mask within each prompt, whatever the nesting. members: indices of the prompts.
-    paths: where the tokens of each prompt stand, a list for every prompt and branch (inner tokens of whole labels).
+    j <= i < ends[j], which is a causal mask within each prompt. members: indices of the prompts. paths: where
+    the tokens of each prompt stand, a list for every prompt and branch (inner tokens of whole labels).
     """
 
     ids: list[int]
@@ -781,129 +744,111 @@ def common_length(a: Sequence, b: Sequence) -> int:
     return low
 
 
+def _cheapest(length: int, cost: Callable[[int], Iterable[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """Divides 0 .. length into runs (start, stop) of the least total cost, and of these into the fewest.
+
+    cost(stop) yields (start, cost of the run start .. stop) for each start that a run may have.
+    """
+    best = [(0, 0, 0)]  # for each stop: the cost up to it, the number of runs, the start of the last
+    for stop in range(1, length + 1):
+        best.append(min((best[start][0] + c, best[start][1] + 1, start) for start, c in cost(stop)))
+    cuts = [length]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][2])
+    return list(itertools.pairwise(cuts[::-1]))
+
+
+def _in_two_levels(lists: TokenLists, shared: Sequence[int]) -> list[int]:
+    """What each list may share with the one before it if lists fall into groups of one common beginning."""
+
+    def cost(stop: int) -> Iterator[tuple[int, int]]:
+        tokens, common = 0, len(lists[stop - 1])
+        for start in range(stop - 1, -1, -1):
+            tokens += len(lists[start])
+            yield start, tokens - (stop - start - 1) * common
+            common = min(common, shared[start])
+
+    kept = [0] * len(lists)
+    for start, stop in _cheapest(len(lists), cost):
+        kept[start + 1 : stop] = [min(shared[start + 1 : stop], default=0)] * (stop - start - 1)
+    return kept
+
+
 def build_pack(
-    token_lists: Sequence[Sequence[int]],
-    members: Sequence[int],
-    branches: Sequence[Sequence[int]] = ((),),
-    two_levels: bool = False,
+    token_lists: TokenLists, members: Sequence[int], branches: TokenLists = ((),), two_levels: bool = False
 ) -> Pack:
-    """Lays out the prompts in the order of `members`, each with its branches; each shares what it can with the one before.
+    """Lays out prompts in the order of `members`, each with its branches; each shares with the one before it.
 
     two_levels: only groups of one common beginning and what follows it, as Unsloth's kernel knows them.
     """
     lists = [[*token_lists[member], *branch] for member in members for branch in sorted(map(list, branches))]
     shared = [0] + [common_length(a, b) for a, b in itertools.pairwise(lists)]
-    pack, path = Pack([], [], [], list(members), []), []
-    for tokens, kept in zip(lists, _in_two_levels(lists, shared) if two_levels else shared, strict=True):
+    shared = _in_two_levels(lists, shared) if two_levels else shared
+    pack, path, total = Pack([], [], [], list(members), []), [], sum(map(len, lists)) - sum(shared)
+    for tokens, kept in zip(lists, shared, strict=True):
+        start = len(pack.ids)
         for closed in path[kept:]:
-            pack.ends[closed] = len(pack.ids)
-        path = [*path[:kept], *range(len(pack.ids), len(pack.ids) + len(tokens) - kept)]
+            pack.ends[closed] = start
         pack.ids += tokens[kept:]
         pack.positions += range(kept, len(tokens))
-        pack.ends += [-1] * (len(tokens) - kept)
+        pack.ends += [total] * (len(tokens) - kept)
+        path = [*path[:kept], *range(start, len(pack.ids))]
         pack.paths.append(path)
-    for closed in path:
-        pack.ends[closed] = len(pack.ids)
     return pack
 
 
-def _cheapest(length: int, cost: Callable[[int], Iterator[tuple[int, Any]]]) -> list[tuple[int, int, Any]]:
-    """Divides 0 .. length into runs of the least total cost, then of the fewest: (start, stop, extra) of each, in order.
-
-    cost(stop) yields (cost, extra) of the run start .. stop for start = stop - 1, stop - 2, ..., as far as it may go.
-    """
-    best: list[tuple[int, int, int, Any]] = [(0, 0, 0, None)]
-    for stop in range(1, length + 1):
-        runs = enumerate(cost(stop), 1)
-        best.append(
-            min((best[stop - n][0] + c, best[stop - n][1] + 1, stop - n, extra) for n, (c, extra) in runs)
-        )
-    runs, stop = [], length
-    while stop:
-        _, _, start, extra = best[stop]
-        runs, stop = [(start, stop, extra), *runs], start
-    return runs
-
-
-def _in_two_levels(lists: Sequence[Sequence[int]], shared: Sequence[int]) -> list[int]:
-    """What each list may share with the one before it if lists fall into groups of one common beginning."""
-
-    def cost(stop: int) -> Iterator[tuple[int, int]]:
-        rest, common = 0, len(lists[stop - 1])
-        for start in range(stop - 1, -1, -1):
-            rest, common = rest + len(lists[start]), min(common, len(lists[start]))
-            yield rest - (stop - start - 1) * common, common
-            common = min(common, shared[start])
-
-    kept = [0] * len(lists)
-    for start, stop, common in _cheapest(len(lists), cost):
-        kept[start + 1 : stop] = [common] * (stop - start - 1)
-    return kept
-
-
 def pack_prompts(
-    token_lists: Sequence[Sequence[int]],
-    max_tokens: int,
-    branches: Sequence[Sequence[int]] = ((),),
-    two_levels: bool = False,
+    token_lists: TokenLists, max_tokens: int, branches: TokenLists = ((),), two_levels: bool = False
 ) -> list[Pack]:
-    """Divides prompts into packs of at most max_tokens tokens, with as few tokens altogether, then packs, as can be.
+    """Divides prompts into packs of at most max_tokens tokens: the fewest tokens in all, then the fewest packs.
 
-    Prompts are sorted, so that those that share a beginning are neighbours; what a pack saves is the sum of what
-    neighbours share, and dynamic programming over the cuts finds the cheapest division. Deterministic; a prompt is never
-    split, and one of more than max_tokens gets a pack of its own. branches: see LabelTokens.branches. two_levels: see
-    build_pack(); packs that are then too large are halved, so that the division is not always the cheapest.
+    Prompts are sorted, so that those that share a beginning are neighbours; dynamic programming over the cuts
+    finds the cheapest division. A prompt is never split; one of more than max_tokens has a pack of its own.
+    branches: see LabelTokens. two_levels: see build_pack(); packs that it makes too large are halved.
     """
     order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
-    extra = len({tuple(branch[:k]) for branch in branches for k in range(1, len(branch) + 1)})
-    sizes = [len(token_lists[i]) + extra for i in order]
+    inner = len({tuple(branch[:k]) for branch in branches for k in range(1, len(branch) + 1)})
+    sizes = [len(token_lists[i]) + inner for i in order]
     shared = [0] + [common_length(token_lists[a], token_lists[b]) for a, b in itertools.pairwise(order)]
 
-    def cost(stop: int) -> Iterator[tuple[int, None]]:
+    def cost(stop: int) -> Iterator[tuple[int, int]]:
         rest = 0
         for start in range(stop - 1, -1, -1):
-            if sizes[start] + rest > max_tokens and start < stop - 1:
+            if start < stop - 1 and sizes[start] + rest > max_tokens:
                 return
-            yield sizes[start] + rest, None
+            yield start, sizes[start] + rest
             rest += sizes[start] - shared[start]
 
-    todo, packs = [(start, stop) for start, stop, _ in _cheapest(len(order), cost)][::-1], []
-    while todo:
-        start, stop = todo.pop()
-        pack = build_pack(token_lists, order[start:stop], branches, two_levels)
-        if len(pack.ids) > max_tokens and stop - start > 1:
-            todo += [((start + stop) // 2, stop), (start, (start + stop) // 2)]
-        else:
-            packs.append(pack)
-    return packs
+    def packs(start: int, stop: int) -> list[Pack]:
+        pack, middle = build_pack(token_lists, order[start:stop], branches, two_levels), (start + stop) // 2
+        fits = len(pack.ids) <= max_tokens or stop - start == 1
+        return [pack] if fits else packs(start, middle) + packs(middle, stop)
+
+    return [pack for run in _cheapest(len(order), cost) for pack in packs(*run)]
 
 
-def shuffled(
-    token_lists: Sequence[Sequence[int]], seed: int, keep_together: int = 16, chunk: int = 8
-) -> list[int]:
-    """A random order of the prompts in which those that share a beginning come in chunks, so that steps share more.
+def shuffled(token_lists: TokenLists, seed: int, keep_together: int = 16, chunk: int = 8) -> list[int]:
+    """A random order of prompts in which those that share a beginning come in chunks, so that steps share more.
 
-    Prompts are divided by their beginnings, as a tree: those that share keep_together tokens more than all of their group
-    do form a group within it. A group of at most `chunk` prompts stays whole; what a larger one holds beside its own
-    groups is dealt at random into chunks. Chunks, and prompts that are in no group, then stand in uniformly random
-    order, so that a large group (a rubric, say) is spread over the whole epoch.
+    Prompts form a tree of groups: those that share keep_together tokens more than all of their group do are a
+    group within it. One of at most `chunk` prompts stays whole; what a larger one holds beside its groups is
+    dealt at random into chunks. Chunks, and prompts in no group, then stand in uniformly random order, so that
+    a large group (a rubric, say) is spread over the whole epoch.
     """
     draw = random.Random(seed)
     order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
     shared = [0] + [common_length(token_lists[a], token_lists[b]) for a, b in itertools.pairwise(order)]
-    chunks, todo = [], [(0, len(order), 1)]
+    chunks, todo = [], [(0, len(order), 1)]  # a group, and the size of the chunks of its single prompts
     while todo:
-        start, stop, size = (
-            todo.pop()
-        )  # size: what prompts of this group that are in no group within it are dealt into
-        least = min(shared[start + 1 : stop], default=0)
-        cuts = [start, *(k for k in range(start + 1, stop) if shared[k] < least + keep_together), stop]
-        groups = [(a, b) for a, b in itertools.pairwise(cuts) if b - a > 1]
-        single = [order[a] for a, b in itertools.pairwise(cuts) if b - a == 1]
+        start, stop, size = todo.pop()
+        least = min(shared[start + 1 : stop], default=0) + keep_together
+        cuts = [start, *(k for k in range(start + 1, stop) if shared[k] < least), stop]
+        parts = list(itertools.pairwise(cuts))
+        single = [order[a] for a, b in parts if b - a == 1]
         draw.shuffle(single)
         chunks += [single[k : k + size] for k in range(0, len(single), size)]
-        chunks += [order[a:b] for a, b in groups if b - a <= chunk]
-        todo += [(a, b, chunk) for a, b in groups if b - a > chunk]
+        chunks += [order[a:b] for a, b in parts if 1 < b - a <= chunk]
+        todo += [(a, b, chunk) for a, b in parts if b - a > chunk]
     draw.shuffle(chunks)
     return [i for some in chunks for i in some]
 
@@ -912,17 +857,17 @@ def unsloth_segments(ends: torch.Tensor, positions: torch.Tensor) -> Any:
     """The prefixes and suffixes of a two-level pack, as Unsloth's forward takes them in the place of a mask."""
     from unsloth.utils.prefix_grouper_kernel import build_seg_info_multigroup
 
-    device, groups = ends.device, []
-    ends, positions = ends.tolist(), positions.tolist()
-    starts = [
-        i for i in range(len(ends)) if not i or ends[i] != ends[i - 1] or positions[i] != positions[i - 1] + 1
-    ]
-    for start, stop in itertools.pairwise([*starts, len(ends)]):
-        if positions[start] == 0:
-            groups.append((stop - start, []))
+    device, ends, positions, groups = ends.device, ends.tolist(), positions.tolist(), []
+    for _, run in itertools.groupby(range(len(ends)), key=lambda i: (ends[i], positions[i] - i)):
+        first, *more = run
+        if positions[first] == 0:
+            groups.append((1 + len(more), []))
         else:
-            groups[-1][1].append(stop - start)
+            groups[-1][1].append(1 + len(more))
     return build_seg_info_multigroup(groups, device)[0]
+
+
+BLOCKS = "distjudge_blocks"
 
 
 def block_length(device: str | torch.device) -> int:
@@ -933,9 +878,9 @@ def block_length(device: str | torch.device) -> int:
 def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: torch.Tensor) -> Any:
     """The attention mask of a pack in the form the model takes: ends and positions (L,), see Pack.
 
-    For SDPA in blocks (see block_attention), boolean (1, 1, L, L) where a model would not take those, additive for eager
-    attention, a BlockMask for flex_attention; for models with several kinds of layers a dict of masks by layer type.
-    Raises NotImplementedError for kinds other than full and sliding attention.
+    Boolean (1, 1, L, L) for SDPA, or in blocks for block_attention(); additive for eager attention; a
+    BlockMask for flex_attention; for models with several kinds of layers a dict of masks by kind. Raises
+    NotImplementedError for kinds other than full and sliding attention.
     """
     implementation, length, device = config._attn_implementation, len(ends), ends.device
     at = torch.arange(length, device=device)
@@ -968,53 +913,39 @@ def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: to
     return {k: mask(window if k == "sliding_attention" else None) for k in kinds} if kinds else mask(window)
 
 
-BLOCKS = "distjudge_blocks"
-
-
-def block_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+def block_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
     """transformers' SDPA; for a pack, one block of queries at a time against the keys that any of them sees.
 
-    query, key, value (1, heads, L, D) -> (1, L, heads, D). In one call, SDPA would compute all L x L pairs and throw most
-    away: half the time of a step at L = 1,000.
+    query, key, value (1, heads, L, D) -> (1, L, heads, D), None. In one call, SDPA would compute all L x L
+    pairs and throw most away: half the time of a step at L = 1,000.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
     blocks = getattr(attention_mask, "blocks", None)
     if blocks is None:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    out = []
-    for part, (_, columns, seen) in zip(
-        query.split([rows for rows, _, _ in blocks], dim=2), blocks, strict=True
-    ):
+    out, parts = [], query.split([rows for rows, _, _ in blocks], dim=2)
+    for part, (_, columns, seen) in zip(parts, blocks, strict=True):
         keys, values = key.index_select(2, columns), value.index_select(2, columns)
         out.append(sdpa(module, part, keys, values, seen, **kwargs)[0])
     return torch.cat(out, dim=1), None
 
 
 def use_block_attention(model: Any) -> None:
-    """Switches a model that runs SDPA to block_attention, where its architecture lets the attention be chosen."""
+    """Switches a model that runs SDPA to block_attention; some older architectures keep a dense mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(BLOCKS, block_attention)
     AttentionMaskInterface.register(BLOCKS, sdpa_mask)
     if model.config.get_text_config()._attn_implementation == "sdpa":
-        with contextlib.suppress(
-            ValueError, AttributeError
-        ):  # some older architectures keep SDPA's dense mask
+        with contextlib.suppress(ValueError, AttributeError):
             model.set_attn_implementation(BLOCKS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 4. The judge: a causal LM that is read at the label tokens only
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 SLICE, SLICE_LOGITS = (
     16_384,
     2**24,
@@ -1024,11 +955,12 @@ SLICE, SLICE_LOGITS = (
 def add_label_readout(model: Any) -> None:
     """Teaches a causal LM's forward more arguments: `answer_at`, `token_ids`, `vocabulary` and `ends`.
 
-    `ends` (1, L) says that the row is a pack (see Pack) and makes its attention mask. With `answer_at` (M, 2), rows and
-    columns, it returns the hidden states there, (M, H); with `token_ids` (T,) too, their logits, (M, T) float32; with
-    `vocabulary` a pair of these and the logsumexp over the whole vocabulary, (M,). It never makes a (positions,
-    vocabulary) tensor. The patch sits in the model's own forward, so that PEFT, autocast and DistributedDataParallel
-    wrap it like any other. The architecture's logit scale and soft cap apply.
+    `ends` (1, L) says that the row is a pack (see Pack) and makes its attention mask. With `answer_at` (M,
+    2), rows and columns, it returns the hidden states there, (M, H); with `token_ids` (T,) too, their logits,
+    (M, T) float32; with `vocabulary` a pair of these and the logsumexp over the whole vocabulary, (M,). It
+    never makes a (positions, vocabulary) tensor. The patch sits in the model's own forward, so that PEFT,
+    autocast and DistributedDataParallel wrap it like any other. The architecture's logit scale and soft cap
+    apply.
     """
     plain_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
     if not head.weight.is_floating_point():
@@ -1047,7 +979,7 @@ def add_label_readout(model: Any) -> None:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def over_vocabulary(hidden: torch.Tensor) -> torch.Tensor:
-        """In slices that are computed again in the backward pass; a float32 copy of the layer would be 2 GB at 7B."""
+        """In slices that are computed again in the backward pass; a float32 layer would be 2 GB at 7B."""
         from torch.utils.checkpoint import checkpoint
 
         width = min(SLICE, max(256, SLICE_LOGITS // max(1, len(hidden))))
@@ -1092,11 +1024,11 @@ def add_label_readout(model: Any) -> None:
 
 
 def collate(prompts: Sequence[list[int]], tokens: LabelTokens, pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded rows and what to read: one row a prompt, or, for whole labels, a row a prompt and spelling.
+    """Right-padded rows and what to read: a row a prompt or, for whole labels, a row a prompt and spelling.
 
-    Returns input_ids, attention_mask (R, L); answer_at (M, 2), the positions to read; token_ids (T,), the tokens to read
-    there; and reads (B * S, 2): for every prompt the rows of answer_at and the columns of token_ids whose
-    log-probabilities make up its labels', in the order of `tokens.sequences`.
+    Returns input_ids, attention_mask (R, L); answer_at (M, 2), the positions to read; token_ids (T,), the
+    tokens to read there; and reads (B * S, 2): for every prompt the rows of answer_at and the columns of
+    token_ids whose log-probabilities make up its labels', in the order of `tokens.sequences`.
     """
     rows, at, reads = [], [], []
     column = {token: k for k, token in enumerate(tokens.token_ids)}
@@ -1119,7 +1051,7 @@ def collate(prompts: Sequence[list[int]], tokens: LabelTokens, pad_id: int) -> d
 def collate_pack(
     prompts: Sequence[list[int]], tokens: LabelTokens, two_levels: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The same for prompts laid out as one pack, in the order given: position_ids and ends (1, L) in the mask's place."""
+    """The same for one pack of the prompts as given: position_ids and ends (1, L) in the mask's place."""
     pack, at, reads = build_pack(prompts, range(len(prompts)), tokens.branches, two_levels), {}, []
     column = {token: k for k, token in enumerate(tokens.token_ids)}
     branch_of = {branch: k for k, branch in enumerate(tokens.branches)}
@@ -1137,10 +1069,10 @@ def collate_pack(
 def label_logprobs(
     model: Any, batch: dict[str, torch.Tensor], tokens: LabelTokens, with_mass: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities of the labels, (B, C) float32; with_mass: and the log of their full-vocabulary sum, (B,).
+    """Log-probabilities of the labels, (B, C) float32, and, with_mass, the log of their full sum, (B,).
 
-    First-token reading: softmax over the labels' tokens, a label's spellings added up. Whole labels: each spelling's
-    log-probability summed over its tokens and the end of the turn, normalised over the labels.
+    First-token reading: softmax over the labels' tokens, a label's spellings added up. Whole labels: each
+    spelling's log-probability summed over its tokens and the end of the turn, normalised over the labels.
     """
     inputs, (place, column) = {k: v for k, v in batch.items() if k != "reads"}, batch["reads"].T
     if tokens.whole or with_mass:
@@ -1160,7 +1092,7 @@ class Judge:
     """A model, its tokenizer and its labels. Made by load_judge(); `predict` is the judge at work."""
 
     packs: bool = True
-    """Whether prompts that share a beginning are computed together. Decided by check_model() at load; may be switched off."""
+    """Whether prompts that share a beginning are computed together; check_model() decides."""
     pack_tokens: int
     """Tokens a forward pass, at most; halved when CUDA runs out of memory."""
 
@@ -1233,7 +1165,7 @@ class Judge:
         return groups
 
     def batch(self, encoded: Sequence[list[int]], device: Any = None) -> dict[str, torch.Tensor]:
-        """The tensors of one forward pass over the prompts, for label_logprobs(); on the judge's device or another."""
+        """The tensors of one forward pass, for label_logprobs(); on the judge's device or another."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         pad_id = next(i for i in ids if i is not None)
         packed = self.packs and collate_pack(encoded, self.tokens, self.model.two_levels)
@@ -1241,10 +1173,10 @@ class Judge:
         return {name: tensor.to(device or self.device) for name, tensor in batch.items()}
 
     def shrink(self, members: Sequence[int], tokens: int) -> None:
-        """After a pass over the members, of so many tokens, ran out of memory: from here on half as many, at most.
+        """After a pass over the members, of so many tokens, ran out of memory: from here on half as many.
 
-        Raises torch.OutOfMemoryError if it was one prompt alone. To be called outside the `except` block, for while an
-        error is handled the pass that failed is still in memory.
+        Raises torch.OutOfMemoryError if it was one prompt alone. To be called outside the `except` block, for
+        while an error is handled the pass that failed is still in memory.
         """
         if len(members) < 2:
             raise torch.OutOfMemoryError(f"one prompt alone, of {tokens} tokens, does not fit into memory")
@@ -1258,7 +1190,7 @@ class Judge:
     def judge_encoded(
         self, encoded: list[list[int]], tick: Callable[[int], Any] = lambda n: None, with_mass: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (N, C) and label masses (N,), float32 on the CPU; without with_mass they are all 1."""
+        """Log-probabilities (N, C) and label masses (N,), all 1 without with_mass; float32 on the CPU."""
         logq, mass = torch.empty(len(encoded), len(self.labels)), torch.ones(len(encoded))
         todo = self.plan(encoded)[::-1]
         while todo:
@@ -1282,7 +1214,7 @@ class Judge:
     def stream(
         self, prompts: Iterable[str], progress: bool = False, window: int = 2048
     ) -> Iterator[tuple[torch.Tensor, float]]:
-        """Judges any number of prompts in constant memory: yields (log-probabilities (C,), label mass) in their order.
+        """Judges any number of prompts in constant memory: yields (log-probabilities, label mass) in order.
 
         Prompts are read `window` at a time; those of one window share what they have in common.
         """
@@ -1305,10 +1237,10 @@ class Judge:
                 yield from zip(logq, mass.tolist(), strict=True)
 
     def score(self, prompts: Sequence[str], progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Label log-probabilities (N, C) and label mass (N,), float32 on the CPU, in the order of the prompts.
+        """Label log-probabilities (N, C) and label mass (N,), float32 on the CPU, in the prompts' order.
 
-        Label mass is the probability that the model, free to say anything, begins with (or is) one of the labels. All
-        prompts are checked before the first is judged.
+        Label mass is the probability that the model, free to say anything, begins with (or is) one of the
+        labels. All prompts are checked before the first is judged.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for start in range(0, len(prompts), 2048) if len(prompts) > 2048 else ():
@@ -1321,86 +1253,71 @@ class Judge:
     def predict(self, prompts: Sequence[str], progress: bool = False) -> Any:
         """Probabilities of the labels, a float32 numpy array (N, C), columns in the order of `labels`.
 
-        prompts: user messages, as text. Raises InputError for an empty prompt or one longer than max_length tokens.
+        prompts: user messages, as text. Raises InputError for an empty prompt or one longer than max_length
+        tokens.
         """
         return self.score(prompts, progress)[0].exp().numpy()
 
 
 @torch.no_grad()
 def check_model(judge: Judge) -> None:
-    """Holds label scores against the model's own forward, and packs against single prompts; decides judge.packs.
+    """Compares label scores with the model's own, and packs with single prompts, which decides judge.packs.
 
-    Raises InputError where scores are not finite, or differ from the model's own: then it changes its logits in a way
-    that add_label_readout does not know. Packs rest on a causal mask and position ids that the model honours; where an
-    architecture has other ideas, a warning says so and prompts are run as padded rows. The probes are longer than a
-    sliding window of up to 1,024 tokens (on CUDA of any length); an architecture with another kind of window is not
-    packed. Unsloth, which treats masks otherwise in training, is checked in both modes.
+    Raises InputError where scores are not finite, or differ: then the model changes its logits in a way that
+    add_label_readout does not know. Where packs differ, or the model has a kind of window unknown to us, a
+    warning says so. The probes are longer than a sliding window of up to 1,024 tokens, on CUDA of any length.
     """
     model, name, dtype = judge.model, type(judge.model).__name__, next(judge.model.parameters()).dtype
     if hasattr(model, "meant_for"):  # an outline has no weights to check with
         return
     tolerance, settings = 1e-4 if dtype == torch.float32 else 0.05, model.config.get_text_config().to_dict()
-    windows = {
-        key: size for key, size in settings.items() if "window" in key and isinstance(size, int) and size > 1
-    }
-    longest = max([0, *(size for size in windows.values() if size <= 1024 or judge.device.type == "cuda")])
-    probes = [
-        "Is this so?",
-        "Is this so? Yes.",
-        "Is this it, then?",
-        "Other words altogether, and a few more of them.",
-    ]
-    words = "word " * min(longest + 8, max(1, judge.max_length - 64))
-    probes += [words + "one", words + "two"] if longest else []
+    windows = {key: n for key, n in settings.items() if "window" in key and isinstance(n, int) and n > 1}
+    probes = ["Is this so?", "Is this so? Yes.", "Is this it, then?", "Other words, and a few more of them."]
+    if sizes := [n for n in windows.values() if n <= 1024 or judge.device.type == "cuda"]:
+        words = "word " * min(max(sizes) + 8, max(1, judge.max_length - 64))
+        probes += [words + "one", words + "two"]
     encoded = sorted(judge.encoder(probe)[: judge.max_length] for probe in probes)
 
-    def hidden(prompts: Sequence[list[int]], packed: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        judge.packs = packed
-        batch = judge.batch(prompts)
-        rows = batch.pop("reads")[:, 0]
-        return batch, model(**{key: tensor for key, tensor in batch.items() if key != "token_ids"})[rows]
-
     model.eval()
-    batch, _ = hidden(encoded[:1], False)
+    judge.packs = False
+    batch = judge.batch(encoded[:1])
+    del batch["reads"]
     logits, norm = model(**batch, vocabulary=True)
-    at, columns = batch["answer_at"], batch["token_ids"]
-    own = (
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        .logits[at[:, 0], at[:, 1]]
-        .float()
-    )
-    ours, own = (
-        torch.cat([logits, norm[:, None]], 1),
-        torch.cat([own[:, columns], own.logsumexp(1)[:, None]], 1),
-    )
+    columns, (row, place) = batch.pop("token_ids"), batch.pop("answer_at").T
+    own = model(**batch).logits[row, place].float()
+    own = torch.cat([own[:, columns], own.logsumexp(1, keepdim=True)], dim=1)
     if not torch.isfinite(own).all():
         why = f"its weights are damaged, or do not fit into {str(dtype).removeprefix('torch.')}"
         raise InputError(f"{model.name_or_path or name}: model: its scores are not finite numbers: {why}")
-    if not torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
-        off = f"off by {(ours - own).abs().max():.2g} in a logit"
-        raise InputError(
-            f"{name}: its label scores cannot be read exactly ({off}): this architecture changes its logits"
-        )
-    off, why = 0.0, ""
+    off = (torch.cat([logits, norm[:, None]], dim=1) - own).abs()
+    if not (off <= tolerance * (own.abs() + own.abs().max())).all():
+        why = f"off by {off.max():.2g} in a logit"
+        raise InputError(f"{name}: its label scores cannot be read exactly ({why}): it changes its logits")
+
+    def hidden(prompts: Sequence[list[int]], packed: bool) -> torch.Tensor:
+        judge.packs = packed
+        batch = judge.batch(prompts)
+        rows = batch.pop("reads")[:, 0]
+        del batch["token_ids"]
+        return model(**batch)[rows]
+
     try:
-        if unknown := sorted(
-            set(windows) - {"sliding_window", "max_window_layers", "_sliding_window_pattern"}
-        ):
+        unknown = sorted(windows.keys() - {"sliding_window", "max_window_layers", "_sliding_window_pattern"})
+        if unknown:
             raise NotImplementedError(f"its {unknown[0]} is unknown to us")
-        for training in (False, True) if judge.backend == "unsloth" else (False,):
+        for training in (False, True) if judge.backend == "unsloth" else (False,):  # its masks differ
             model.train(training)
-            single = torch.cat([hidden([ids], False)[1] for ids in encoded])
-            gap = (hidden(encoded, True)[1] - single).norm(dim=1) / single.norm(dim=1)
-            off = max(off, gap.nan_to_num(math.inf).max().item())
-        why = f"hidden states are off by {off:.1%}"
+            single = torch.cat([hidden([ids], False) for ids in encoded])
+            gap = ((hidden(encoded, True) - single).norm(dim=1) / single.norm(dim=1)).max()
+            if not gap <= tolerance:  # NaN is not
+                raise ValueError(f"hidden states are off by {gap:.1%}")
+        judge.packs = True
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an architecture can refuse the mask in ways of its own
-        off, why = math.inf, first_line(error)
+        judge.packs, text = False, "%s cannot be run on packed prompts (%s): they are run as padded rows"
+        log.warning(text, name, first_line(error))
     model.eval()
-    judge.packs = off <= tolerance
-    if not judge.packs:
-        log.warning("%s cannot be run on packed prompts (%s): they are run as padded rows", name, why)
 
 
 def load_judge(
@@ -1417,57 +1334,47 @@ def load_judge(
     gradient_checkpointing: bool = False,
     weights: bool = True,
 ) -> Judge:
-    """Loads a judge: from a run folder of save_judge() or run(), or a model (a folder, a hub id) given its labels.
+    """A judge from a run folder of save_judge() or run(), or from a model (folder or hub id) and its labels.
 
-    A model is loaded with Unsloth or transformers (see choose_backend), in float32 on a CPU and bfloat16 on CUDA (float16
-    on cards without it), 4-bit (NF4) on request. It gets fresh LoRA adapters on all linear layers of its decoder, or none
-    with lora_rank = 0, when all weights, then in float32, are trained. Prompts may have max_length tokens (2048), or what
-    a saved judge was trained with. Only safetensors are read, and no code from the model's repository is run.
-    gradient_checkpointing: Unsloth's own, which must be known here; transformers' is train()'s. weights=False: an outline
-    for dry runs, on PyTorch's meta device, which can be counted but cannot judge.
-    Raises InputError for a path that holds no model, labels that contradict the run folder's, files of a judge that have
-    changed, or a model whose label scores differ from those of its own forward.
+    Weights are float32 on a CPU, 16-bit on CUDA, or with four_bit NF4. LoRA adapters go on all linear layers
+    of the decoder; with lora_rank=0 all weights are trained instead, in float32. Prompts may have max_length
+    tokens (2048, or what a saved judge was trained with). Only safetensors are read, and no code of the
+    model's repository is run. gradient_checkpointing: Unsloth must know it here. weights=False: an outline on
+    PyTorch's meta device, for dry runs, which cannot judge. Raises InputError for what is no model, labels
+    other than a saved judge's, changed files of it, and where check_model() does.
     """
-    folder, path, saved = Path(path), str(path), None
+    folder, path, base, adapter, saved = Path(path), str(path), str(path), None, {}
     if (folder / "judge.json").is_file():
-        saved = _read_saved(folder, labels, weights)
-        labels, spellings, four_bit, max_length = (
-            saved["labels"], saved["spellings"], saved["four_bit"], max_length or saved["max_length"],
-        )  # fmt: skip
-        base, lora_rank = (saved["base"], 1) if saved["adapter"] else (str(folder / "model"), 0)
-    else:
-        base = path
-        if not labels:
-            raise InputError(f"{path}: labels: a model that is not a saved judge needs labels=[...]")
-        if four_bit and not lora_rank:
-            raise InputError(
-                "four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more"
-            )
+        if not weights:
+            raise InputError(f"{path}: model: an outline is made of a model, not of a trained judge")
+        saved = _read_saved(folder, labels)
+        labels, spellings, four_bit = saved["labels"], saved["spellings"], saved["four_bit"]
+        max_length, lora_rank = max_length or saved["max_length"], 0
+        adapter = folder / "adapter" if saved["adapter"] else None
+        base = saved["base"] if adapter else str(folder / "model")
+    elif not labels:
+        raise InputError(f"{path}: labels: a model that is not a saved judge needs labels=[...]")
+    elif four_bit and not lora_rank:
+        raise InputError("four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more")
     _check_folder(base)
-    use, why = choose_backend(backend, device, trained=not lora_rank)  # before transformers is imported
+    trained = not (adapter or lora_rank)
+    use, why = choose_backend(backend, device, trained)  # before transformers is imported
     tokenizer = load_tokenizer(str(folder / "tokenizer") if saved else path)
-    encoder = PromptEncoder(tokenizer, saved and saved["frame"])
-    label_tokens(
-        tokenizer, labels, spellings, encoder
-    )  # what is wrong with them is said before the weights are loaded
-    options = {
-        "four_bit": four_bit,
-        "device": device,
-        "trained": not lora_rank,
-        "max_length": max_length or 2048,
-    }
-    model = load_model(base, **options, backend=use, weights=weights)
+    encoder = PromptEncoder(tokenizer, saved.get("frame"))
+    tokens = label_tokens(tokenizer, labels, spellings, encoder)  # refuses them before the weights are loaded
+    if saved and [[label, list(ids)] for label, ids in tokens.sequences] != saved["sequences"]:
+        raise InputError(f"{path}: labels: their tokens are not those the judge was trained on")
+    options = {"four_bit": four_bit, "device": device, "dtype": torch.float32 if trained else None}
+    model = load_model(base, **options, backend=use, max_length=max_length or 2048, weights=weights)
     model.backend_reason = why
     if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
         raise InputError(f"{path}: model: has {rows} tokens, its tokenizer {len(tokenizer)}")
-    if saved and saved["adapter"] and _fingerprint(model) != saved["base_fingerprint"]:
+    if adapter and _fingerprint(model) != saved["base_fingerprint"]:
         raise InputError(f"{path}: base: the weights of {base} are not those the judge was trained on")
     made = {"base": str(Path(base).resolve()) if Path(base).is_dir() else base, "spellings": spellings}
     made |= {"lora_rank": lora_rank, "max_length": max_length, "seed": seed, "encoder": encoder}
-    adapter = folder / "adapter" if saved and saved["adapter"] else None
-    return make_judge(
-        model, tokenizer, labels, **made, gradient_checkpointing=gradient_checkpointing, adapter=adapter
-    )
+    made |= {"gradient_checkpointing": gradient_checkpointing, "adapter": adapter}
+    return make_judge(model, tokenizer, labels, **made)
 
 
 def make_judge(
@@ -1484,10 +1391,7 @@ def make_judge(
     encoder: PromptEncoder | None = None,
     adapter: Path | None = None,
 ) -> Judge:
-    """A judge from a causal LM and a tokenizer that are loaded already: see load_judge(). The model is changed in place.
-
-    adapter: a folder with a trained adapter, in the place of fresh ones.
-    """
+    """load_judge() of a causal LM in memory, which is changed in place; adapter: a trained one's folder."""
     encoder = encoder or PromptEncoder(tokenizer)
     tokens = label_tokens(tokenizer, labels, spellings, encoder)
     add_label_readout(model)
@@ -1500,72 +1404,67 @@ def make_judge(
 
 def _check_folder(path: str) -> None:
     """Raises InputError if a path names something else than a folder with a model; a hub id passes."""
-    folder, wrong = Path(path), ""
+    if not path.strip():
+        raise InputError("model: name a folder or a hub id")
+    folder, fault = Path(path), ""
     if folder.is_file():
-        wrong = "is a file, not a folder"
-    elif (
-        folder / "adapter_config.json"
-    ).is_file():  # transformers would load another model beneath it, pickles too
-        wrong = "holds a PEFT adapter, not a model by itself; merge it into its base first"
+        fault = "is a file, not a folder"
+    elif (folder / "adapter_config.json").is_file():  # transformers would load what lies beneath, pickles too
+        fault = "holds a PEFT adapter, not a model by itself; merge it into its base first"
     elif folder.is_dir() and not (folder / "config.json").is_file():
-        wrong = "cannot be loaded: there is no config.json in it"
+        fault = "cannot be loaded: there is no config.json in it"
     elif not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
-        wrong = "no such folder" if path.strip() else "name a folder or a hub id"
-    if wrong:
-        raise InputError(f"{path}: model: {wrong}")
+        fault = "no such folder"
+    if fault:
+        raise InputError(f"{path}: model: {fault}")
 
 
 def choose_backend(wanted: str = "auto", device: str | None = None, trained: bool = False) -> tuple[str, str]:
     """Which library loads and runs the model, and why: ("unsloth" or "transformers", reason).
 
-    "auto" is Unsloth on CUDA where it imports, and adapters are trained, not the weights (trained). Unsloth patches what
-    it imports, so it is imported here, before transformers, and without its download statistics. Raises InputError
-    where Unsloth is asked for and cannot be had.
+    "auto" is Unsloth on CUDA where it imports and adapters are trained, not all weights (trained). It patches
+    what it imports, so it is imported here, before transformers. Raises InputError where it is asked for and
+    cannot be had.
     """
-    why_not = ""
     if wanted not in ("auto", "unsloth", "transformers"):
         raise InputError(f"backend: must be auto, unsloth or transformers, not {wanted}")
     if wanted == "transformers":
-        why_not = "asked for"
-    elif trained:
+        return "transformers", "asked for"
+    if trained:
         why_not = "all weights are trained, not adapters"
-    elif not torch.cuda.is_available() or not str(device or "cuda").startswith("cuda"):
-        why_not = "no CUDA device" if not torch.cuda.is_available() else f"the model goes to {device}"
+    elif not torch.cuda.is_available():
+        why_not = "no CUDA device"
+    elif not str(device or "cuda").startswith("cuda"):
+        why_not = f"the model goes to {device}"
     else:
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         try:
             import unsloth  # noqa: F401
-        except ModuleNotFoundError as error:
-            why_not = f"{error.name} is not installed"
+
+            return "unsloth", "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
         except Exception as error:  # it raises what its many dependencies raise
             why_not = f"Unsloth cannot be imported: {type(error).__name__}: {first_line(error)}"
-    if why_not and wanted == "unsloth":
+    if wanted == "unsloth":
         raise InputError(f"backend: Unsloth cannot be used: {why_not}")
-    if why_not:
-        return "transformers", why_not
-    return "unsloth", "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
+    return "transformers", why_not
 
 
 def _with_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: bool, saved: Path | None) -> Any:
-    """The model with adapters, in float32: those of a folder, or fresh ones on every linear layer of the decoder.
+    """The model with adapters, in float32: a folder's, or fresh ones on its decoder's linear layers.
 
-    A vision tower beside the decoder gets none. Raises InputError for a folder whose adapter does not load.
+    A vision tower gets none. Raises InputError for a folder whose adapter does not load.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    inside = {id(module) for module in model.get_decoder().modules()}
+    decoder = set(model.get_decoder().modules())
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    targets = sorted({name.rsplit(".", 1)[-1] for name, module in linear.items() if id(module) in inside})
-    settings = {
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": targets,
-    }
-    unsloth = getattr(model, "backend", "") == "unsloth" and not hasattr(model, "meant_for")
+    targets = sorted({name.rsplit(".", 1)[-1] for name, module in linear.items() if module in decoder})
+    lora = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none", "target_modules": targets}
     # Unsloth's way of recomputing activations keeps what it must keep in main memory, through CUDA
     recompute = "unsloth" if gradient_checkpointing and torch.cuda.is_available() else gradient_checkpointing
+    unsloth = getattr(model, "backend", "") == "unsloth" and not hasattr(model, "meant_for")
+    if unsloth:
+        from unsloth import FastLanguageModel
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if saved:
@@ -1574,18 +1473,14 @@ def _with_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: boo
             except Exception as error:  # a damaged file can fail in any way
                 raise InputError(f"{saved}: the adapter cannot be loaded: {first_line(error)}") from error
             if unsloth:  # its fused layers, as its own loader puts them over an adapter
-                from unsloth import FastLanguageModel
-
                 model = FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=recompute)
         elif unsloth:
-            from unsloth import FastLanguageModel
-
             options = {"random_state": seed, "use_gradient_checkpointing": recompute}
-            model = FastLanguageModel.get_peft_model(model, **settings, **options)
+            model = FastLanguageModel.get_peft_model(model, **lora, **options)
         else:
-            outside = "|".join(re.escape(name) for name, module in linear.items() if id(module) not in inside)
-            lora = LoraConfig(**settings, task_type="CAUSAL_LM", exclude_modules=outside or None)
-            model = get_peft_model(model, lora)
+            outside = "|".join(re.escape(name) for name, module in linear.items() if module not in decoder)
+            config = LoraConfig(**lora, task_type="CAUSAL_LM", exclude_modules=outside or None)
+            model = get_peft_model(model, config)
     for weight in model.parameters():
         if weight.requires_grad:  # rounded to 16 bits, small steps would be lost
             weight.data = weight.data.float()
@@ -1594,19 +1489,15 @@ def _with_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: boo
 
 def half_precision(device: str | torch.device) -> torch.dtype:
     """The 16-bit type of a device: bfloat16, or float16 on cards that lack it (T4, V100)."""
-    here = torch.device(device).type == "cuda" and torch.cuda.is_available()
-    return (
-        torch.float16
-        if here and not torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.bfloat16
-    )
+    on_cuda = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    lacking = on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if lacking else torch.bfloat16
 
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a folder or hub id, as its tokenizer.json has it. Raises InputError where it has none.
 
-    AutoTokenizer, which is for folders without that file, rebuilds some tokenizers by the model's type: a Qwen2 model
-    always gets Qwen2's splitting rule and end of text, whatever the file says.
+    AutoTokenizer, for folders without that file, gives every Qwen2 model Qwen2's own splitting rule.
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -1614,17 +1505,14 @@ def load_tokenizer(path: str) -> Any:
     try:
         if (Path(path) / "config.json").is_file():  # a fault in it is not the tokenizer's
             AutoConfig.from_pretrained(path, trust_remote_code=False)
-        what = "its tokenizer cannot be loaded"
-        if not Path(path).is_dir():
-            what = "no such folder, and it cannot be loaded from a model hub"
+        on_hub = "no such folder, and it cannot be loaded from a model hub"
+        what = "its tokenizer cannot be loaded" if Path(path).is_dir() else on_hub
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         except (OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not set(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
-            raise ValueError(
-                "it has no vocabulary (tokenizer.json is missing)"
-            )  # transformers makes an empty one up
+            raise ValueError("it has no vocabulary (tokenizer.json is missing)")  # one was made up, empty
     except Exception as error:  # a damaged or contradictory folder can fail in any way
         raise InputError(f"{path}: model: {what}: {first_line(error)}") from error
     return tokenizer
@@ -1635,20 +1523,19 @@ def load_model(
     *,
     four_bit: bool = False,
     device: str | None = None,
-    trained: bool = False,
     backend: str = "transformers",
     max_length: int = 2048,
     weights: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """A causal LM as load_judge() takes it, before adapters; trained: its own weights will be, so they are float32."""
+    """A causal LM as load_judge() takes it, before adapters. Raises InputError if it does not load whole."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    device = (
-        "cuda" if not weights and four_bit else device
-    )  # 4-bit runs are planned for a card, also without one
-    dtype = dtype or (torch.float32 if device == "cpu" or trained else half_precision(device))
+    if four_bit and not weights:
+        device = "cuda"  # 4-bit runs are planned for a card, also without one
+    elif not device:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    dtype = dtype or (torch.float32 if device == "cpu" else half_precision(device))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
@@ -1659,36 +1546,25 @@ def load_model(
         elif backend == "unsloth":
             from unsloth import FastLanguageModel
 
-            # longer inputs would be cut at their end, where the answer is read, and positions beyond the model's own
-            # rescaled; exactly the weights named, not those of another repository that Unsloth knows for them
+            # longer inputs would be cut where the answer is read, positions beyond the model's own rescaled
             room = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
             options |= {"max_seq_length": min(max_length + 64, room), "load_in_4bit": four_bit}
-            options |= {
-                "use_exact_model_name": True,
-                "use_gradient_checkpointing": False,
-                "device_map": {"": device},
-            }
+            options |= {"use_gradient_checkpointing": False, "device_map": {"": device}}
+            options |= {"use_exact_model_name": True}  # not another repository that Unsloth knows for it
             model, _ = FastLanguageModel.from_pretrained(path, **options)
         else:
             if dtype == torch.float16 and "gemma" in config.model_type:
                 options["dtype"] = dtype = torch.float32  # its activations do not fit into float16
             if four_bit:
-                nf4 = {
-                    "bnb_4bit_quant_type": "nf4",
-                    "bnb_4bit_use_double_quant": True,
-                    "bnb_4bit_compute_dtype": dtype,
-                }
-                options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
-                options["device_map"] = {"": device}
+                nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+                quantized = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+                options |= {"quantization_config": quantized, "device_map": {"": device}}
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, report = AutoModelForCausalLM.from_pretrained(path, **options)
-            lost = [
-                *report["missing_keys"],
-                *(k if isinstance(k, str) else k[0] for k in report["mismatched_keys"]),
-            ]
+            lost = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
             if lost:  # transformers would go on with random numbers in their place
-                shape = "of its weights are missing or of another shape"
-                raise ValueError(f"{len(lost)} {shape}, the first {min(lost)}")
+                what = "of its weights are missing or of another shape"
+                raise ValueError(f"{len(lost)} {what}, the first {min(lost)}")
         if four_bit and not getattr(model, "is_loaded_in_4bit", False):  # Unsloth would go on in 16 bits
             raise ValueError("it was not loaded in 4 bits; bitsandbytes does not work here")
     except torch.OutOfMemoryError:
@@ -1696,20 +1572,17 @@ def load_model(
     except Exception as error:  # a damaged or contradictory folder can fail in any way
         raise InputError(f"{path}: model: cannot be loaded: {first_line(error)}") from error
     for module in model.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # else, on such a CPU, judging packs the weights in place
-            module.support_avx512bf16_for_cpu = False  # into a form through which no gradient flows
-    if weights and not four_bit:
-        model.to(device)
-    model.backend, model.backend_reason = backend, "asked for"
-    return model
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # such a CPU would pack 4-bit weights, when judging, into a form that no gradient flows through
+            module.support_avx512bf16_for_cpu = False
+    model.backend = backend
+    return model.to(device) if weights and not four_bit else model
 
 
 def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
-    """Writes judge.json, tokenizer/ and adapter/ (or model/, when all weights were trained): safetensors and JSON.
+    """Writes judge.json, tokenizer/ and adapter/ (or model/, when all weights were trained).
 
-    A config.json and metrics.json that another judge left in the folder go, for they would speak of this one.
+    A config.json and metrics.json that another judge left there go, for they would speak of this one.
     """
     folder, adapter = Path(folder), hasattr(judge.model, "peft_config")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1719,20 +1592,10 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     judge.model.save_pretrained(folder / ("adapter" if adapter else "model"), **options)
     judge.tokenizer.save_pretrained(folder / "tokenizer")
     about = {"distjudge": __version__, "base": judge.base, "adapter": adapter, "labels": judge.labels}
-    about |= {
-        "four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False)),
-        "spellings": judge.spellings,
-    }
-    about |= {
-        "max_length": judge.max_length,
-        "frame": judge.encoder.frame,
-        "sequences": judge.tokens.sequences,
-    }
-    about |= {
-        "base_fingerprint": _fingerprint(judge.model) if adapter else None,
-        "prompt_hash": prompt_hash(judge),
-    }
-    about |= {"sha256": checksums(folder)}
+    about |= {"spellings": judge.spellings, "max_length": judge.max_length, "frame": judge.encoder.frame}
+    about |= {"four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False))}
+    about |= {"sequences": judge.tokens.sequences, "prompt_hash": prompt_hash(judge)}
+    about |= {"base_fingerprint": _fingerprint(judge.model) if adapter else None, "sha256": checksums(folder)}
     write_json(folder / "judge.json", about | {"digest": _digest(about)})
 
 
@@ -1767,44 +1630,34 @@ def _hash_file(file: Any) -> str:
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of a judge's files, by their path in its folder; not of what else may lie there."""
     found = {}
-    for path in sorted(
-        path for part in ("tokenizer", "adapter", "model") for path in (folder / part).rglob("*")
-    ):
-        if path.suffix in (".json", ".jinja", ".safetensors") and path.is_file():
-            with open(path, "rb") as file:
-                found[path.relative_to(folder).as_posix()] = _hash_file(file)
+    for part in ("adapter", "model", "tokenizer"):
+        for path in sorted((folder / part).rglob("*")):
+            if path.suffix in (".json", ".jinja", ".safetensors") and path.is_file():
+                with open(path, "rb") as file:
+                    found[path.relative_to(folder).as_posix()] = _hash_file(file)
     return found
 
 
-def _read_saved(folder: Path, labels: Sequence[str] | None, weights: bool) -> dict[str, Any]:
-    """judge.json of a saved judge. Raises InputError, a line for each, if files of it are not those that were saved."""
-    if not weights:
-        raise InputError(f"{folder}: model: an outline is made of a model, not of a trained judge")
-    about, since = folder / "judge.json", "compared with when the judge was saved"
+def _read_saved(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
+    """judge.json of a saved judge. Raises InputError, a line for each file that is not as it was saved."""
+    about, since, wrong = folder / "judge.json", "compared with when the judge was saved", []
     try:
         saved = json.loads(about.read_text(encoding="utf-8"))
-        if saved.pop("digest") != _digest(saved):
-            raise InputError(f"{about}: has changed, {since}")
+        whole = saved.pop("digest") == _digest(saved)
     except (OSError, KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        why = f"not a judge written by distjudge ({type(error).__name__}: {first_line(error)})"
-        raise error if isinstance(error, InputError) else InputError(f"{about}: {why}") from None
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{about}: not a judge written by distjudge ({why})") from None
+    if not whole:
+        raise InputError(f"{about}: has changed, {since}")
     here, then = checksums(folder), saved["sha256"]
-    kind = lambda name: (
-        "is missing" if name not in here else "has changed" if name in then else "was not there"
-    )  # noqa: E731
-    wrong = [
-        f"{folder / n}: {kind(n)}, {since}" for n in sorted({*here, *then}) if here.get(n) != then.get(n)
-    ]
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, TypeError
-    ):  # a judge that was saved by itself has none
-        if (
-            json.loads((folder / "config.json").read_text(encoding="utf-8"))["prompt_hash"]
-            != saved["prompt_hash"]
-        ):
-            wrong.append(
-                f"{folder / 'config.json'}: prompt_hash: is that of another judge than the one in judge.json"
-            )
+    for name in sorted({**here, **then}):
+        if here.get(name) != then.get(name):
+            change = "is missing" if name not in here else "has changed" if name in then else "was not there"
+            wrong.append(f"{folder / name}: {change}, {since}")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a judge alone has no config.json
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config["prompt_hash"] != saved["prompt_hash"]:
+            wrong.append(f"{folder / 'config.json'}: prompt_hash: is that of another judge than judge.json's")
     if wrong:
         raise InputError("\n".join(wrong))
     if labels and [str(label) for label in labels] != saved["labels"]:
@@ -1813,11 +1666,11 @@ def _read_saved(folder: Path, labels: Sequence[str] | None, weights: bool) -> di
     return saved
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 5. Losses: (B, C) -> (B,), in nats
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def check_distributions(logq: torch.Tensor, p: torch.Tensor) -> None:
-    """Raises ValueError unless rows of logq are log-probabilities and of p probabilities (to 1e-2), both (..., C)."""
+    """ValueError unless the rows of logq (..., C) are log-probabilities and of p probabilities, to 1e-2."""
     if logq.shape != p.shape or not logq.dim():
         raise ValueError(
             f"logq and p must be alike, (B, C): they are {tuple(logq.shape)} and {tuple(p.shape)}"
@@ -1836,7 +1689,7 @@ def check_distributions(logq: torch.Tensor, p: torch.Tensor) -> None:
 
 
 def _checked(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A loss that checks (logq, p) first, which waits for the device; the training loop calls inspect.unwrap(loss)."""
+    """Adds the check of (logq, p), which waits for the device: training calls inspect.unwrap(loss)."""
 
     @functools.wraps(kernel)
     def loss(logq: torch.Tensor, p: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -1847,7 +1700,7 @@ def _checked(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def majority(p: torch.Tensor) -> torch.Tensor:
-    """The majority label r of each row, one-hot (B, C). Labels that tie (to 1e-6) share it: order decides nothing."""
+    """The majority label r of each row, one-hot (B, C). Labels that tie (to 1e-6) share it."""
     top = (p >= p.max(-1, keepdim=True).values - 1e-6).to(p.dtype)
     return top / top.sum(-1, keepdim=True)
 
@@ -1875,7 +1728,7 @@ def kl_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 @_checked
 def ce_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """CE(r, q) = -sum_c r_c log q_c in nats, r the majority label of p; tied labels share it. (B, C), (B, C) -> (B,).
+    """CE(r, q) = -sum_c r_c log q_c in nats, r the majority label of p. (B, C), (B, C) -> (B,).
 
     Raises ValueError for what are no distributions (see check_distributions).
 
@@ -1887,11 +1740,11 @@ def ce_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 @_checked
 def rps_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Ranked probability score of ordered labels, less its least value: sum_{k<C} (Q_k - P_k)^2, Q and P cumulative.
+    """Ranked probability score of ordered labels, less its least: sum_{k<C} (Q_k - P_k)^2, cumulative Q, P.
 
-    (B, C), (B, C) -> (B,), from 0 to C - 1; columns from the lowest label to the highest. Being wrong by two labels costs
-    more than by one, which KL does not know. Source: Epstein (1969); Gneiting and Raftery (2007).
-    Raises ValueError for what are no distributions (see check_distributions).
+    (B, C), (B, C) -> (B,), from 0 to C - 1; columns from the lowest label to the highest. Being wrong by two
+    labels costs more than by one, which KL does not know. Source: Epstein (1969); Gneiting and Raftery
+    (2007). Raises ValueError for what are no distributions (see check_distributions).
 
     >>> rps_loss(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[1.0, 0.0, 0.0]]))    # 0.5^2 + 0.25^2
     tensor([0.3125])
@@ -1900,18 +1753,18 @@ def rps_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {"kl": kl_loss}
-"""What alpha weighs, by the name that Config.loss takes. A new loss is a function (logq, p) -> (B,) and an entry here."""
+"""What alpha weighs, by the name that Config.loss takes. Yours: a function (logq, p) -> (B,) and an entry."""
 
 
 @_checked
 def hybrid_loss(
     logq: torch.Tensor, p: torch.Tensor, alpha: float, worst: torch.Tensor | None = None, loss: str = "kl"
 ) -> torch.Tensor:
-    """alpha KL(p' || q) + (1 - alpha) CE(r, q), p' being `worst` or, without it, p; r is that of p. -> (B,), nats.
+    """alpha KL(p' || q) + (1 - alpha) CE(r, q), p' = `worst` or else p; r is that of p. -> (B,), nats.
 
-    alpha = 0 is single-point training, alpha = 1 drops the cross-entropy; a term of weight 0 is left out, also where it is
-    infinite. loss: another entry of LOSSES in KL's place. Source: arXiv 2505.12301, section 3.
-    Raises ValueError for what are no distributions (see check_distributions).
+    alpha = 0 is single-point training, alpha = 1 drops the cross-entropy; a term of weight 0 is left out,
+    also where it is infinite. loss: another entry of LOSSES in KL's place. Source: arXiv 2505.12301, section
+    3. Raises ValueError for what are no distributions (see check_distributions).
     """
     cross_entropy = _cross(logq, majority(p)) if alpha < 1 else 0.0
     if alpha == 0:
@@ -1923,7 +1776,7 @@ def hybrid_loss(
 
 
 def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """(counts + prior) / (N + k): the mean of a Dirichlet posterior, prior = k m with k = prior.sum(-1). -> (B, C).
+    """(counts + prior) / (N + k), (B, C): the mean of a Dirichlet posterior; prior = k m, k = prior.sum(-1).
 
     One vote moves it 1 / (1 + k) of the way from m to that vote, a hundred 100 / (100 + k).
 
@@ -1934,16 +1787,16 @@ def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     return (total / total.sum(-1, keepdim=True)).to(counts.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 6. The adversary: the worst distribution near the human one
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def _working(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """float64 where the device has it: projections then add no error of their own to float32 inputs."""
     return [t.to(torch.float32 if t.device.type == "mps" else torch.float64) for t in tensors]
 
 
 def project_simplex(y: torch.Tensor) -> torch.Tensor:
-    """The nearest point to y (in l2) with entries >= 0 that add up to 1, along the last dimension: (..., C) -> (..., C).
+    """The nearest point to y (in l2) with entries >= 0 that add up to 1: (..., C) -> (..., C).
 
     It is max(y - tau, 0); tau comes from one sort (Held, Wolfe and Crowder 1974; Duchi et al. 2008).
     """
@@ -1969,13 +1822,13 @@ def _radius(eps: float | torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def project_ball(y: torch.Tensor, p: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
-    """The nearest point to y in E(p) = {x in the simplex: ||x - p||_2 <= eps}; y and p (B, C), p in the simplex -> (B, C).
+    """The nearest point to y in E(p) = {x in the simplex: ||x - p||_2 <= eps}; y and p (B, C) -> (B, C).
 
-    eps is a number or (B,). Exact: by the KKT conditions the point is x(t) = project_simplex(p + t (y - p)) for the
-    largest t in [0, 1] that keeps it within eps of p. On the coordinates where x(t) > 0 the squared distance to p is
-    a + V t^2, and coordinates that reach zero stay there as t grows, so as a function of t^2 the squared distance is
-    increasing, concave and piecewise linear in at most C pieces: Newton's method from below lands on the root in at most
-    C steps. Raises ValueError for a negative eps.
+    eps is a number or (B,). Exact: by the KKT conditions the point is x(t) = project_simplex(p + t (y - p))
+    for the largest t in [0, 1] that keeps it within eps of p. On the coordinates where x(t) > 0 the squared
+    distance to p is a + V t^2, and coordinates that reach zero stay there as t grows, so as a function of t^2
+    the squared distance is increasing, concave and piecewise linear in at most C pieces: Newton's method from
+    below lands on the root in at most C steps. Raises ValueError for a negative eps.
     """
     y_, p_ = _working(y, p)
     return _project_ball(y_, p_, _radius(eps, p_)).to(y.dtype)
@@ -2001,14 +1854,15 @@ def _project_ball(y: torch.Tensor, p: torch.Tensor, eps: torch.Tensor) -> torch.
 def worst_case(
     logq: torch.Tensor, p: torch.Tensor, eps: float | torch.Tensor, steps: int = 5, step_size: float = 0.05
 ) -> torch.Tensor:
-    """The paper's adversary: projected gradient ascent on KL(p' || q) over E(p), from p' = p. (B, C), (B, C) -> (B, C).
+    """The paper's adversary: projected gradient ascent on KL(p' || q) over E(p), from p' = p. -> (B, C).
 
         p' <- project_ball(p' + step_size * (log(p' / q) + 1), p, eps)
 
-    q is a constant: no gradient flows through the result. At a zero of p' the gradient is -inf; it is taken as
-    log(1e-12 / q) + 1, so that a zero stays zero unless q is about 1e-12 or less there. A one-hot p therefore does not
-    move. KL is convex in p', so no step lowers it; p is returned where rounding makes it worse. eps: a number or (B,).
-    Raises ValueError for a negative eps, and for what are no distributions (see check_distributions).
+    q is a constant: no gradient flows through the result. At a zero of p' the gradient is -inf; it is taken
+    as log(1e-12 / q) + 1, so that a zero stays zero unless q is about 1e-12 or less there. A one-hot p
+    therefore does not move. KL is convex in p', so no step lowers it; p is returned where rounding makes it
+    worse. eps: a number or (B,). Raises ValueError for a negative eps, and for what are no distributions (see
+    check_distributions).
     """
     logq_, p_ = _working(logq.detach(), p.detach())
     radius, kl = _radius(eps, p_), inspect.unwrap(kl_loss)
@@ -2022,12 +1876,11 @@ def worst_case(
     return torch.where(gained[..., None], x, p_).to(p.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 7. Training
-# ---------------------------------------------------------------------------------------------------------------------
-PRESETS: dict[
-    str, dict[str, Any]
-] = {  # the method's settings by name; on a recipe's command line, flags beside --preset win
+# ----------------------------------------------------------------------------------------------------------
+# The method's settings by name. On a recipe's command line, flags beside --preset win.
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"alpha": 0.8, "eps": 0.25, "steps": 5, "step_size": 0.05, "teacher": 0.0},
     "single": {"alpha": 0.0, "eps": 0.0, "teacher": 0.0},
     "kl": {"alpha": 1.0, "eps": 0.0, "teacher": 0.0},
@@ -2046,7 +1899,7 @@ class Config:
     labels: tuple[str, ...] = ()
     """Label order. Default: numeric order, or the order of the first item's counts."""
     spellings: tuple[str, ...] = ()
-    """More spellings of a label, as LABEL=TEXT,TEXT (contradiction=contradiction,contra); their probabilities add up."""
+    """More spellings of a label, as LABEL=TEXT,TEXT (no=no,nope); their probabilities add up."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with prompts over max_length: stop and count them, or drop the items and say how many."""
 
@@ -2059,15 +1912,15 @@ class Config:
     max_length: int = 2048
     """Longest prompt in tokens, chat template included."""
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
-    """What loads and runs the model: Unsloth on CUDA where it works, transformers elsewhere ("auto"), or one of the two."""
+    """What loads and runs the model; "auto" is Unsloth on CUDA where it works, and transformers elsewhere."""
 
     alpha: float = 0.8
-    """Weight of the loss against the human distribution; the rest is cross-entropy with the majority label."""
+    """Weight of KL to the human distribution; the rest is cross-entropy with the majority label."""
     eps: float = 0.25
     """Radius of the l2 ball in which the adversary moves the human distribution; 0 is no adversary."""
     teacher: float = 0.0
-    """How many votes an item a teacher's prediction counts as, beside the item's own. The teacher is a running mean of the
-    weights, and gives the answers in the end. 0 is no teacher; 5 is what the preset takes. Up to half more computing."""
+    """How many votes a teacher's prediction counts as beside an item's own; 5 in the preset, 0 is none. The
+    teacher is a running mean of the weights, and gives the answers in the end. Up to half more computing."""
     loss: str = "kl"
     """What alpha weighs: an entry of LOSSES."""
     steps: int = 5
@@ -2088,7 +1941,7 @@ class Config:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """What the learning rate does after the warm-up."""
     warmup: float = 0.03
-    """Linear warm-up: a share of all steps if below 1, else a number of steps. Schedule "constant" has none."""
+    """Linear warm-up: a share of all steps if below 1, else a number of steps. "constant" has none."""
     weight_decay: float = 0.0
     """Weight decay of AdamW, on matrices only."""
     seed: int = 0
@@ -2097,11 +1950,11 @@ class Config:
     out: str = "runs/last"
     """The run folder; what is in it is overwritten."""
     resume: bool = False
-    """Go on from the newest whole checkpoint of a run that was stopped. Data, model and settings must be the same."""
+    """Go on from the newest whole checkpoint of a run that was stopped, with the same data and settings."""
     save_every: float = 0.1
-    """Write a checkpoint every so many steps (below 1: a share of all steps), and keep the two newest; 0 is never."""
+    """Write a checkpoint every so many steps (below 1: a share of all), keep the newest two; 0 is never."""
     eval_every: float = 0.0
-    """Evaluate on the test items every so many steps (below 1: a share of all); 0 is at the end only. Nothing is selected by it."""
+    """Evaluate on the test items every so many steps (below 1: a share of all); 0 is at the end only."""
     report_to: tuple[str, ...] = ()
     """Loggers that accelerate knows: tensorboard, wandb, trackio, ..."""
 
@@ -2146,10 +1999,9 @@ def optimizer_is_8bit(judge: Judge) -> bool:
 def make_optimizer(judge: Judge, config: Config) -> torch.optim.Optimizer:
     """AdamW on what is trained; vectors (biases, norms) get no weight decay."""
     weights = [w for w in judge.model.parameters() if w.requires_grad]
-    groups = [{"params": [w for w in weights if w.dim() > 1], "weight_decay": config.weight_decay}]
-    groups += (
-        [{"params": vectors, "weight_decay": 0.0}] if (vectors := [w for w in weights if w.dim() < 2]) else []
-    )
+    matrices, vectors = ([w for w in weights if (w.dim() > 1) == large] for large in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+    groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
     if optimizer_is_8bit(judge):
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
@@ -2165,9 +2017,9 @@ def epoch_order(encoded: Sequence[Sequence[int]], config: Config, epoch: int) ->
 class Teacher:
     """A running mean of the trained weights, float32, over the last tenth of all steps so far.
 
-    mean += rate * (new - mean), rate = 10 / (10 + n) with n the steps in it, weighs step t by about t^9. Source: mean
-    teachers, Tarvainen and Valpola 2017; weights that are a power of t, Karras et al. 2024. That its predictions count
-    as votes is ours.
+    mean += rate * (new - mean), rate = 10 / (10 + n) with n the steps in it, weighs step t by about t^9.
+    Source: mean teachers, Tarvainen and Valpola 2017; weights that are a power of t, Karras et al. 2024. That
+    its predictions count as votes is ours.
     """
 
     def __init__(self, judge: Judge):
@@ -2214,11 +2066,12 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains the judge in place with the method's objective; returns the log, a dict a step, losses in nats.
 
-    The loss of a step is the mean over its batch_size items, whatever the passes and processes (torchrun) they are
-    divided into. Two runs with one seed on one machine give the same weights. on_step: called with each step's number
-    after it. Raises InputError if the items' labels are not the judge's, a prompt is too long, or config.resume finds
-    another run's checkpoints or damaged ones only; FloatingPointError when the loss or the weights are no longer
-    finite; OSError when a checkpoint cannot be written; Stopped after SIGINT or SIGTERM.
+    The loss of a step is the mean over its batch_size items, whatever the passes and processes (torchrun)
+    they are divided into. Two runs with one seed on one machine give the same weights. on_step: called with
+    each step's number after it. Raises InputError if the items' labels are not the judge's, a prompt is too
+    long, or config.resume finds another run's checkpoints or damaged ones only; FloatingPointError when the
+    loss or the weights are no longer finite; OSError when a checkpoint cannot be written; Stopped after
+    SIGINT or SIGTERM.
     """
     from accelerate.utils import set_seed
     from transformers import get_scheduler
@@ -2226,15 +2079,13 @@ def train(
     config.check()
     for some in filter(None, (items, eval_items)):
         if (labels := labels_of(some)) != judge.labels:
-            raise InputError(
-                f"{some[0].where}: labels {listed(labels)} are not the judge's {listed(judge.labels)}"
-            )
+            wrong = f"labels {listed(labels)} are not the judge's {listed(judge.labels)}"
+            raise InputError(f"{some[0].where}: {wrong}")
     encoded, votes, ids = training_rows(judge, items)
     per_epoch = math.ceil(len(encoded) / config.batch_size)
     last = math.ceil(per_epoch * config.epochs)
-    save_every, eval_every = (
-        whole_steps(n, last) or last + 1 for n in (config.save_every, config.eval_every)
-    )
+    save_every = whole_steps(config.save_every, last) or last + 1
+    eval_every = whole_steps(config.eval_every, last) or last + 1
     set_seed(config.seed)
     accelerator = _accelerator(judge, config)
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -2245,19 +2096,19 @@ def train(
     optimizer = make_optimizer(judge, config)
     schedule = get_scheduler(config.schedule, optimizer, whole_steps(config.warmup, last), last)
     teacher = Teacher(judge) if config.teacher else None
-    parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler} | (
-        {"teacher": teacher} if teacher else {}
-    )
-    run = Run(judge, config, parts, _made_from(judge, items, eval_items, config), last)
+    parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    parts |= {"teacher": teacher} if teacher else {}
+    run = Run(judge, config, accelerator, parts, _made_from(judge, items, eval_items, config), last)
     adversary, hybrid = inspect.unwrap(worst_case), inspect.unwrap(hybrid_loss)  # without their checks
 
     def backward(rows: list[int], said: torch.Tensor | None, share: float) -> torch.Tensor | None:
-        """Adds the gradient of `share` times these items' losses; None where a pass does not fit into memory."""
+        """Adds the gradient of `share` times these items' losses; None if a pass does not fit into memory."""
         total, passes = torch.zeros((), device=judge.device), judge.plan([encoded[i] for i in rows])
         for members in passes:
             chosen = [rows[k] for k in members]
             batch, n = judge.batch([encoded[i] for i in chosen]), votes[chosen].to(judge.device)
-            p = n / n.sum(1, keepdim=True)
+            people = n.sum(1, keepdim=True)
+            p = n / people
             try:  # processes exchange their gradients with the last pass only
                 with contextlib.nullcontext() if members is passes[-1] else accelerator.no_sync(model):
                     with autocast():
@@ -2265,9 +2116,7 @@ def train(
                     run.check_finite(logq, [ids[i] for i in chosen])
                     worst = adversary(logq, p, config.eps, config.steps, config.step_size)
                     if said is not None:  # the votes are moved first, and the teacher's are added to them
-                        worst = shrink_votes(
-                            n.sum(1, keepdim=True) * worst, config.teacher * said[members].to(n)
-                        )
+                        worst = shrink_votes(people * worst, config.teacher * said[members].to(n))
                     loss = share * hybrid(logq, p, config.alpha, worst, config.loss).sum()
                     scaler.scale(loss * processes).backward()  # processes average their gradients
                     total += loss.detach()
@@ -2285,9 +2134,7 @@ def train(
                 order = epoch_order(encoded, config, epoch)
             step_items = order[k * config.batch_size : (k + 1) * config.batch_size]
             mine = step_items[rank * len(step_items) // processes : (rank + 1) * len(step_items) // processes]
-            share = (
-                1 / len(step_items) if mine else 0.0
-            )  # a process without items exchanges a gradient of zero
+            share = 1 / len(step_items) if mine else 0.0  # a process without items exchanges zeros
             mine, said, loss = mine or step_items[:1], None, None
             if teacher and teacher.number:
                 with teacher.in_place(), autocast():
@@ -2302,9 +2149,7 @@ def train(
             scale, rate = scaler.get_scale(), schedule.get_last_lr()[0]
             scaler.step(optimizer)
             scaler.update()
-            if (
-                scaler.get_scale() >= scale
-            ):  # or the step was left out: its gradients did not fit into float16
+            if scaler.get_scale() >= scale:  # or float16 could not hold the gradients: no step
                 schedule.step()
             if teacher:
                 teacher.update()
@@ -2314,7 +2159,7 @@ def train(
             if eval_items and run.done % eval_every == 0:
                 with teacher.in_place() if teacher else contextlib.nullcontext():
                     row |= evaluate_judge(judge, eval_items, items)
-            run.log(row, accelerator)
+            run.log(row)
             if on_step:
                 on_step(run.done)
             stopping = bool(run.signals) and run.done < last
@@ -2324,7 +2169,6 @@ def train(
                 raise run.stopped()
         if teacher:
             teacher.put(teacher.means)
-    accelerator.end_training()
     return run.rows
 
 
@@ -2334,7 +2178,7 @@ def whole_steps(value: float, last: int) -> int:
 
 
 def training_rows(judge: Judge, items: Sequence[Item]) -> tuple[list[list[int]], torch.Tensor, list[str]]:
-    """Token ids, votes (M, C) float32 and ids of what is trained on; a pair in the other order is an item of its own."""
+    """Token ids, votes (M, C) and ids of what is trained on; a pair's other order is an item of its own."""
     votes, pairs = counts_of(items).float(), [i for i, item in enumerate(items) if item.swap]
     encoded = judge.encode([item.prompt for item in items] + [items[i].swap.prompt for i in pairs])
     if pairs:
@@ -2344,17 +2188,14 @@ def training_rows(judge: Judge, items: Sequence[Item]) -> tuple[list[list[int]],
 
 
 def _accelerator(judge: Judge, config: Config) -> Any:
-    """accelerate's processes and loggers; precision is train()'s own. Raises InputError for a logger that is not there."""
+    """accelerate's processes and loggers. Raises InputError for a logger that is not there."""
     from accelerate import Accelerator
 
     on_cpu, loggers = judge.device.type == "cpu" and "WORLD_SIZE" in os.environ, list(config.report_to)
     try:
-        accelerator = Accelerator(
-            mixed_precision="no", cpu=on_cpu, log_with=loggers or None, project_dir=config.out
-        )
-        if lost := sorted(
-            set(loggers) - {str(getattr(name, "value", name)) for name in accelerator.log_with}
-        ):
+        accelerator = Accelerator(cpu=on_cpu, log_with=loggers or None, project_dir=config.out)
+        there = {str(getattr(name, "value", name)) for name in accelerator.log_with}
+        if lost := sorted(set(loggers) - there):
             raise ValueError(f"{lost[0]} is not installed")
         if loggers:
             accelerator.init_trackers("distjudge", {k: str(v) for k, v in dataclasses.asdict(config).items()})
@@ -2364,18 +2205,16 @@ def _accelerator(judge: Judge, config: Config) -> Any:
 
 
 class Run:
-    """What training keeps beside its loop: steps done, log, checkpoints, signals; and what must be put back at its end."""
+    """What training keeps beside its loop: log, checkpoints, signals, and what is put back at its end."""
 
-    def __init__(
-        self, judge: Judge, config: Config, parts: dict[str, Any], made_from: dict[str, Any], last: int
-    ):
-        self.judge, self.config, self.parts, self.made_from, self.last = judge, config, parts, made_from, last
+    def __init__(self, judge: Judge, config: Config, accelerator: Any, parts: dict, made: dict, last: int):
+        self.judge, self.config, self.accelerator, self.last = judge, config, accelerator, last
+        self.parts, self.made_from = parts, made
         self.folder, self.log_file = Path(config.out) / "checkpoints", Path(config.out) / "log.jsonl"
         self.weights = {name: w for name, w in judge.model.named_parameters() if w.requires_grad}
-        self.recompute = (
-            config.gradient_checkpointing and judge.backend != "unsloth"
-        )  # whose layers have their own
-        self.writes, self.before = os.environ.get("RANK", "0") == "0", (judge.packs, judge.pack_tokens)
+        # Unsloth's layers recompute in a way of their own
+        self.recompute = config.gradient_checkpointing and judge.backend != "unsloth"
+        self.writes, self.before = accelerator.is_main_process, (judge.packs, judge.pack_tokens)
         self.first, self.rows, self.signals, self.handlers = 0, [], [], {}
 
     def __enter__(self) -> Run:
@@ -2390,22 +2229,22 @@ class Run:
             for path in [] if self.config.resume else checkpoints_in(self.folder):
                 path.unlink()
         self.done = self.first
-        self.judge.pack_tokens = (
-            state["pack_tokens"] if state else self.config.pack_tokens or self.judge.pack_tokens
-        )
+        self.judge.pack_tokens = self.config.pack_tokens or self.judge.pack_tokens
+        if state:
+            self.judge.pack_tokens = state["pack_tokens"]
         if self.recompute:
-            self.judge.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            kind = {"use_reentrant": False}
+            self.judge.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
         if threading.current_thread() is threading.main_thread():
             self.handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(
-            total=self.last, initial=self.done, desc="training", unit="step", disable=not self.writes
-        )
+        length = {"total": self.last, "initial": self.done, "unit": "step"}
+        self.bar = tqdm(**length, desc="training", disable=not self.writes)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.judge.packs, self.judge.pack_tokens = self.before
@@ -2423,14 +2262,14 @@ class Run:
         name = signal.Signals(self.signals[0]).name
         return Stopped(f"stopped by {name} after step {self.done} of {self.last}; {saved}", self.signals[0])
 
-    def log(self, row: dict[str, Any], accelerator: Any) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         self.rows.append({"step": self.done} | row)
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         self.bar.update()
         if self.writes:
             with open(self.log_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
-        accelerator.log(row, step=self.done)
+        self.accelerator.log(row, step=self.done)
 
     def check_finite(self, logq: torch.Tensor, ids: Sequence[str]) -> None:
         bad = (~torch.isfinite(logq)).any(1)
@@ -2446,21 +2285,17 @@ class Run:
         return FloatingPointError(f"{what} {items}; last good checkpoint: {good[0] if good else 'none'}")
 
     def save(self, ids: Sequence[str]) -> None:
-        """Writes a checkpoint and keeps the newest two. Raises FloatingPointError for weights that are not finite."""
+        """Writes a checkpoint, keeps the newest two. FloatingPointError for weights that are not finite."""
         if not all(bool(torch.isfinite(w).all()) for w in self.weights.values()):
             raise self._diverged(f"the weights are not finite after step {self.done}, of", ids)
         if not self.writes or not self.config.save_every:
             return
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {
-            "weights": {name: w.detach() for name, w in self.weights.items()},
-            "made_from": self.made_from,
-        }
-        state |= {"random": [random.getstate(), torch.get_rng_state(), cuda]}
-        save_checkpoint(
-            self.folder, self.done, state | {"step": self.done, "pack_tokens": self.judge.pack_tokens}
-        )
+        state["weights"] = {name: w.detach() for name, w in self.weights.items()}
+        state |= {"made_from": self.made_from, "random": [random.getstate(), torch.get_rng_state(), cuda]}
+        state |= {"step": self.done, "rows": self.rows, "pack_tokens": self.judge.pack_tokens}
+        save_checkpoint(self.folder, self.done, state)
         for old in checkpoints_in(self.folder)[2:]:
             old.unlink()
 
@@ -2475,23 +2310,19 @@ class Run:
         torch.set_rng_state(cpu)
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(cuda)
-        self.first = state["step"]
-        for line in self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.exists() else ():
-            with contextlib.suppress(ValueError, KeyError):  # a line that was cut
-                self.rows += [row] if (row := json.loads(line))["step"] <= self.first else []
+        self.first, self.rows = state["step"], state["rows"]
 
 
 # A checkpoint is one file of tensors, numbers and text, named by its step and its SHA-256. It is read with
 # torch.load(weights_only=True), which runs no code.
 def checkpoints_in(folder: Path) -> list[Path]:
     """Finished checkpoints, the newest first."""
-    return sorted(
-        (p for p in folder.glob("*") if re.fullmatch(r"step-\d{9}-\w{64}\.pt", p.name)), reverse=True
-    )
+    named = [path for path in folder.glob("*") if re.fullmatch(r"step-\d{9}-\w{64}\.pt", path.name)]
+    return sorted(named, reverse=True)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes under a temporary name, makes sure it is on the disk, and renames it. Raises OSError, leaving nothing."""
+    """Writes under a temporary name, waits for the disk, and renames. Raises OSError, leaving nothing."""
     part = folder / f"step-{step:09d}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -2509,7 +2340,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, tensors on the CPU. Raises InputError for a file that is cut, changed or planted."""
+    """What a checkpoint holds, on the CPU. Raises InputError for a file that is cut, changed or planted."""
     try:
         with open(path, "rb") as file:
             if _hash_file(file) != path.stem[15:]:
@@ -2521,7 +2352,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """The newest whole checkpoint; None where there is none. Raises InputError if none is whole, or another run's."""
+    """The newest whole checkpoint, None without any. InputError if none is whole, or it is another run's."""
     for path in checkpoints_in(folder):
         try:
             state = load_checkpoint(path)
@@ -2540,20 +2371,14 @@ def newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]
     return None
 
 
-def _made_from(
-    judge: Judge, items: Sequence[Item], eval_items: Sequence[Item], config: Config
-) -> dict[str, Any]:
+def _made_from(judge: Judge, items: Sequence[Item], tested: Sequence[Item], config: Config) -> dict[str, Any]:
     """What a run depends on, by name: resuming with anything else is refused."""
     free = "train test labels out resume report_to save_every eval_every".split()
     named = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in free}
-    named |= {
-        "labels": judge.labels,
-        "label tokens": judge.tokens.sequences,
-        "prompt template": judge.encoder.frame,
-    }
-    named |= {"base model": judge.base, "device": judge.device.type, "versions": versions()}
+    named |= {"labels": judge.labels, "label tokens": judge.tokens.sequences, "base model": judge.base}
+    named |= {"prompt template": judge.encoder.frame, "device": judge.device.type, "versions": versions()}
     named |= {"base weights": _fingerprint(judge.model) if hasattr(judge.model, "peft_config") else None}
-    for name, some in (("training items", items), ("test items", eval_items)):
+    for name, some in (("training items", items), ("test items", tested)):
         named[name] = _digest([dataclasses.astuple(dataclasses.replace(item, where="")) for item in some])
     return json.loads(json.dumps(named | {"processes": int(os.environ.get("WORLD_SIZE", 1))}))
 
@@ -2565,12 +2390,9 @@ def evaluate_judge(judge: Judge, items: Sequence[Item], train_items: Sequence[It
     return {f"eval_{name}": value for name, value in scores.items() if value is not None}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 8. Metrics
-# ---------------------------------------------------------------------------------------------------------------------
-KL_FLOOR = 1e-6  # evaluate() raises model probabilities to this before it takes a logarithm
-
-
+# ----------------------------------------------------------------------------------------------------------
 def _moments(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(N, 5): what a correlation of a and b needs of each item. Centred first, for rounding's sake."""
     a, b = a - a.mean(), b - b.mean()
@@ -2578,37 +2400,37 @@ def _moments(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def correlation(mean: torch.Tensor) -> torch.Tensor:
-    """Pearson's correlation from mean moments (..., 5) -> (...). NaN for a constant, which correlates with nothing."""
+    """Pearson's correlation from mean moments, (..., 5) -> (...); NaN where one side is constant."""
     a, b, aa, bb, ab = mean.unbind(-1)
     spread = ((aa - a * a).clamp_min(0) * (bb - b * b).clamp_min(0)).sqrt()
     return torch.where(spread > 1e-14, (ab - a * b) / spread, math.nan)
 
 
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats a row, q raised to KL_FLOOR first, so that a label ruled out costs at most 13.8 nats a vote."""
-    return inspect.unwrap(kl_loss)(q.clamp_min(KL_FLOOR).log(), p)
+    """KL(p || q) in nats a row, q raised to 1e-6 first: a label ruled out costs at most 13.8 nats a vote."""
+    return inspect.unwrap(kl_loss)(q.clamp_min(1e-6).log(), p)
 
 
 def marginal_distribution(items: Sequence[Item]) -> torch.Tensor:
-    """The mean human distribution over items, (C,): the best constant prediction for the mean KL over those items."""
+    """The mean human distribution, (C,): of all constant predictions the best in mean KL over these items."""
     counts = counts_of(items)
     return (counts / counts.sum(1, keepdim=True)).mean(0)
 
 
-def golden_section(cost: Callable[[float], float], low: float, high: float, steps: int = 40) -> float:
-    """Where a function of one number with a single minimum between low and high has it, to (high - low) * 0.618^steps."""
+def golden_section(cost: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function with a single minimum between low and high has it, to 4e-9 of their distance."""
     ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(steps):
+    for _ in range(40):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         low, high = (low, right) if cost(left) < cost(right) else (left, high)
     return (low + high) / 2
 
 
 def fit_concentration(counts: torch.Tensor) -> float | None:
-    """The concentration k of a Dirichlet prior k m, m the pooled vote shares, by the Dirichlet-multinomial likelihood.
+    """The likeliest k, 0.01 to 10,000, of a Dirichlet prior k m for votes (N, C), m the pooled vote shares.
 
-    counts (N, C). Maximum over 0.01 <= k <= 10,000 by golden-section search in log k. None where votes say nothing of k:
-    no item has two votes. Source: Minka, "Estimating a Dirichlet distribution" (2000), without its Newton steps.
+    None where no item has two votes. Source: Minka, "Estimating a Dirichlet distribution" (2000), whose
+    Dirichlet-multinomial likelihood is maximized here by golden-section search.
     """
     counts = counts[counts.sum(1) > 1.5]
     if not len(counts):
@@ -2616,84 +2438,67 @@ def fit_concentration(counts: torch.Tensor) -> float | None:
     mean = (counts.sum(0) + 1e-3) / (counts.sum() + 1e-3 * counts.shape[1])
 
     def cost(log_k: float) -> float:
-        a, n = math.exp(log_k) * mean, counts.sum(1)
-        by_item = (
-            (torch.lgamma(counts + a) - torch.lgamma(a)).sum(1)
-            + torch.lgamma(a.sum())
-            - torch.lgamma(n + a.sum())
-        )
+        a = math.exp(log_k) * mean
+        by_item = (torch.lgamma(counts + a) - torch.lgamma(a)).sum(1)
+        by_item = by_item + torch.lgamma(a.sum()) - torch.lgamma(counts.sum(1) + a.sum())
         return -by_item.sum().item()
 
     return math.exp(golden_section(cost, math.log(1e-2), math.log(1e4)))
 
 
 def noise_floor(items: Sequence[Item], draws: int = 200, seed: int = 0) -> float | None:
-    """What the true distributions themselves would score: the mean KL(panel || truth) of panels of the items' sizes, nats.
+    """The mean KL(panel || truth), nats, over `draws` simulated panels an item: what the truth would score.
 
-    By simulation, `draws` panels an item. The truth is an item's `truth` where known. Where not, each draw takes one from
-    the posterior Dirichlet(counts + k m) (see fit_concentration) and a second panel from that: the item's own votes taken
-    as truth would put the floor too low, for few votes look more certain than people are. About (C - 1) / (2 n) for many
-    votes n. None if truths are unknown and no item has two votes.
+    Unless every item's `truth` is known, each draw takes truths from the posterior Dirichlet(counts + k m) of
+    fit_concentration(): own votes as the truth would put the floor too low, for few votes look more certain
+    than people are. None if then no item has two votes. About (C - 1) / (2 n) for many votes n.
     """
     counts, truth = counts_of(items), truths_of(items)
-    k = fit_concentration(counts) if truth is None else 0.0
-    if k is None:
-        return None
-    posterior = counts + k * marginal_distribution(items).clamp_min(1e-9)
+    if truth is None:
+        k = fit_concentration(counts)
+        if k is None:
+            return None
+        posterior = torch.distributions.Dirichlet(counts + k * marginal_distribution(items).clamp_min(1e-9))
     total = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for _ in range(draws):
-            pi = torch.distributions.Dirichlet(posterior).sample() if truth is None else truth
-            panel, left, rest = (
-                torch.zeros_like(pi),
-                counts.sum(1).round(),
-                torch.ones(len(pi), dtype=torch.float64),
-            )
-            for c in range(
-                pi.shape[1]
-            ):  # a multinomial draw as binomial ones: its time does not grow with the votes
-                share = (
-                    (pi[:, c] / rest.clamp_min(1e-300)).clamp(0, 1)
-                    if c < pi.shape[1] - 1
-                    else torch.ones_like(rest)
-                )
-                panel[:, c] = torch.binomial(left, share)
-                left, rest = left - panel[:, c], rest - pi[:, c]
-            panel = panel / panel.sum(1, keepdim=True)
-            total += inspect.unwrap(kl_loss)(pi.clamp_min(1e-30).log(), panel).mean().item()
+            pi = posterior.sample() if truth is None else truth
+            panel, left, rest = [], counts.sum(1).round(), torch.ones(len(pi), dtype=torch.float64)
+            for share in pi.unbind(1)[:-1]:  # binomial draws: their time does not grow with the votes
+                panel.append(torch.binomial(left, (share / rest.clamp_min(1e-300)).clamp(0, 1)))
+                left, rest = left - panel[-1], rest - share
+            votes = torch.stack([*panel, left], 1)
+            votes = votes / votes.sum(1, keepdim=True)
+            total += inspect.unwrap(kl_loss)(pi.clamp_min(1e-30).log(), votes).mean().item()
     return total / draws
 
 
-def item_scores(
-    predicted: Any, items: Sequence[Item], ordered: bool | None = None
-) -> dict[str, torch.Tensor]:
-    """What evaluate() averages, an item at a time: (N,) float64, or (N, 5) moments for correlations (see bootstrap).
+def item_scores(q: Any, items: Sequence[Item], ordered: bool | None = None) -> dict[str, torch.Tensor]:
+    """What evaluate() averages, an item at a time: (N,) float64; for correlations (N, 5), see correlation().
 
-    Raises InputError for a wrong shape, negative or NaN probabilities, or rows that do not add up to 1 within 1e-3.
+    Raises InputError for a wrong shape, or a row that is no distribution to 1e-3.
     """
-    labels, counts = labels_of(items), counts_of(items)
-    q = torch.as_tensor(predicted).detach().double().cpu()
+    labels, counts, truth = labels_of(items), counts_of(items), truths_of(items)
+    q = torch.as_tensor(q).detach().double().cpu()
     if q.shape != counts.shape:
         raise InputError(f"predicted: shape {tuple(q.shape)}, expected {tuple(counts.shape)}: items, labels")
-    off = torch.isnan(q).any(1) | (q < 0).any(1) | ((q.sum(1) - 1).abs() > 1e-3)
+    off = (q < 0).any(1) | ~((q.sum(1) - 1).abs() <= 1e-3)  # NaN too
     if off.any():
         raise InputError(f"predicted: row {int(off.nonzero()[0])} is no distribution: {q[off][0].tolist()}")
     q, p = q / q.sum(1, keepdim=True), counts / counts.sum(1, keepdim=True)
-    truth = truths_of(items)
-    out = {"kl": kl_divergence(p, q)} | ({} if truth is None else {"kl_truth": kl_divergence(truth, q)})
-    out |= {
-        "accuracy": (majority(p) * majority(q)).sum(1),
-        "js_divergence": entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2,
-        "total_variation": (p - q).abs().sum(1) / 2,
-        "brier": 1 - 2 * (p * q).sum(1) + (q**2).sum(1),
-        "entropy_correlation": _moments(entropy(p), entropy(q)),
-    }
-    if are_numeric(labels) if ordered is None else ordered:
-        scale = [float(label) for label in labels] if are_numeric(labels) else range(len(labels))
-        values, along = torch.tensor(
-            list(scale), dtype=torch.float64
-        ).sort()  # the scale's order, not the columns'
+    out = {"kl": kl_divergence(p, q)}
+    if truth is not None:
+        out["kl_truth"] = kl_divergence(truth, q)
+    out["accuracy"] = (majority(p) * majority(q)).sum(1)
+    out["js_divergence"] = entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+    out["total_variation"] = (p - q).abs().sum(1) / 2
+    out["brier"] = 1 - 2 * (p * q).sum(1) + (q**2).sum(1)
+    out["entropy_correlation"] = _moments(entropy(p), entropy(q))
+    numeric = are_numeric(labels)
+    if numeric if ordered is None else ordered:
+        scale = [float(value) for value in (labels if numeric else range(len(labels)))]
+        values, along = torch.tensor(scale, dtype=torch.float64).sort()  # columns may have another order
         p, q = p[:, along], q[:, along]
         below_p, below_q = p.cumsum(1)[:, :-1], q.cumsum(1)[:, :-1]
         out["emd"] = (below_p - below_q).abs() @ values.diff().abs()
@@ -2703,13 +2508,13 @@ def item_scores(
 
 
 def entropy(q: Any) -> torch.Tensor:
-    """-sum_c q_c log q_c in nats: (N, C) -> (N,), float64. 0 for a sure judge, log C for one that knows nothing."""
+    """-sum_c q_c log q_c in nats, (N, C) -> (N,), float64: from 0 for a sure judge to log C for no idea."""
     q = torch.as_tensor(q).double()
     return -torch.xlogy(q, q).sum(-1)
 
 
 def mean_rating(q: Any, labels: Sequence[str]) -> torch.Tensor:
-    """sum_c q_c value_c, the value of a label being its number: (N, C) -> (N,), float64. InputError for other labels.
+    """The mean of labels that are numbers: (N, C) -> (N,), float64. Raises InputError for other labels.
 
     >>> mean_rating([[0.5, 0.0, 0.5]], ["1", "2", "5"])
     tensor([3.], dtype=torch.float64)
@@ -2725,10 +2530,10 @@ def modes(q: Any, labels: Sequence[str]) -> list[str]:
 
 
 def credible_sets(q: Any, labels: Sequence[str], level: float = 0.9) -> list[list[str]]:
-    """For each row the smallest set of labels that hold `level` of the probability: (N, C) -> N lists, in label order.
+    """For each row the fewest labels that hold `level` of the probability, (N, C) -> N lists, in label order.
 
-    Labels are taken from the most probable down (of those that tie, the first ones), until their sum reaches level - 1e-6:
-    float32 probabilities of 0.7 and 0.2 make 0.9. Raises InputError unless 0 < level <= 1.
+    Of labels that tie, the first are taken; level - 1e-6 will do, for 0.7 + 0.2 in float32 is less than 0.9.
+    Raises InputError unless 0 < level <= 1.
 
     >>> credible_sets([[0.3, 0.1, 0.6]], ["a", "b", "c"], 0.9)
     [['a', 'c']]
@@ -2737,64 +2542,55 @@ def credible_sets(q: Any, labels: Sequence[str], level: float = 0.9) -> list[lis
         raise InputError(f"level: must be above 0 and at most 1, not {level}")
     ranked, order = torch.as_tensor(q).double().sort(dim=-1, descending=True, stable=True)
     needed = (ranked.cumsum(-1) < level - 1e-6).sum(-1) + 1
-    return [
-        [labels[c] for c in sorted(row[:n])] for row, n in zip(order.tolist(), needed.tolist(), strict=True)
-    ]
+    chosen = [sorted(row[:n]) for row, n in zip(order.tolist(), needed.tolist(), strict=True)]
+    return [[labels[c] for c in row] for row in chosen]
 
 
 def bootstrap(
-    scores: torch.Tensor,
-    other: torch.Tensor | None = None,
-    groups: Sequence[Any] | None = None,
-    draws: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    scores: torch.Tensor, other: torch.Tensor | None = None, groups: Sequence | None = None, draws: int = 2000
 ) -> dict[str, float | None]:
-    """A mean over items with its confidence interval; with `other`, the difference of two methods, scores - other.
+    """A mean over items with its 95 % interval; with `other`, the difference of two methods, scores - other.
 
-    scores, other: (S, N), S training runs on the same N items, one metric of item_scores; for its correlations (S, N, 5).
-    groups: N names; items of one group are drawn together, those with None alone.
-    -> mean, low, high (at `level`) and p, two-sided, for a true value of zero; None with fewer than two groups.
+    scores, other: (S, N), S training runs on the same N items, one metric of item_scores(); for correlations
+    (S, N, 5). groups: N names; a group's items are drawn together, those with None alone. -> mean, low, high
+    and p, two-sided, for a true value of zero; None with fewer than two groups. ValueError for other shapes.
 
-    Groups are drawn with replacement, the same ones for both methods, and the draws spread out by sqrt(G / (G - 1)), for
-    samples of a few groups vary too little. Each draw adds Student's t with S - 1 degrees of freedom times the standard
-    error over runs (paired by seed), for five seeds are too few to be drawn from. So the interval speaks of new items and
-    new seeds, or with one run of new items only. Source: Efron and Tibshirani (1993), chapters 6, 13 and 16. Raises
-    ValueError for unequal shapes.
+    Groups are drawn with replacement, the same for both methods, and the draws spread out by
+    sqrt(G / (G - 1)), for few groups vary too little. To each draw comes Student's t, S - 1 degrees of
+    freedom, times the standard error over runs (paired by seed): so the interval speaks of new items and,
+    with two runs or more, of new seeds. Source: Efron and Tibshirani (1993), chapters 6, 13 and 16.
     """
-    if scores.dim() not in (2, 3) or (other is not None and other.shape != scores.shape):
-        shapes = [list(s.shape) for s in (scores, other) if s is not None]
+    methods = [scores] if other is None else [scores, other]
+    shapes = [list(method.shape) for method in methods]
+    if scores.dim() not in (2, 3) or shapes[0] != shapes[-1]:
         raise ValueError(f"scores: (S, N) or (S, N, 5), two methods alike, not {shapes}")
-    both = [s.double() if s.dim() == 3 else s.double()[..., None] for s in (scores, other) if s is not None]
-    runs, items = scores.shape[:2]
-    names = [i if g is None else ("group", g) for i, g in enumerate(groups or [None] * items)]
-    place = {name: g for g, name in enumerate(dict.fromkeys(names))}
-    at, size = torch.tensor([place[name] for name in names]), len(place)
-    add = lambda values: torch.zeros(size, *values.shape[1:], dtype=torch.float64).index_add(0, at, values)  # noqa: E731
-    weight, sums = add(torch.ones(items, dtype=torch.float64)), [add(s.movedim(1, 0)) for s in both]
+    place: dict[Any, int] = {}
+    names = [i if g is None else ("group", g) for i, g in enumerate(groups or [None] * scores.shape[1])]
+    at = torch.tensor([place.setdefault(name, len(place)) for name in names])
+    runs, size, weight = len(scores), len(place), at.bincount().double()
+    by_item = [torch.atleast_3d(method.double()).movedim(1, 0) for method in methods]  # (N, S, 1 or 5)
+    sums = [torch.zeros(size, *s.shape[1:], dtype=torch.float64).index_add(0, at, s) for s in by_item]
 
     def value(times: torch.Tensor) -> torch.Tensor:
         """(draws, G): how often each group was drawn -> (draws, S)."""
         means = [torch.einsum("dg,gsk->dsk", times, s) / (times @ weight)[:, None, None] for s in sums]
         found = [correlation(m) if scores.dim() == 3 else m[..., 0] for m in means]
-        return found[0] - (found[1] if len(found) > 1 else 0.0)
+        return found[0] if other is None else found[0] - found[1]
 
     by_run = value(torch.ones(1, size, dtype=torch.float64))[0]
     mean = by_run.mean().item()
     if size < 2 or math.isnan(mean):
         return {"mean": None if math.isnan(mean) else mean, "low": None, "high": None, "p": None}
-    draw, drawn = torch.Generator().manual_seed(seed), []
+    draw, drawn = torch.Generator().manual_seed(0), []
     for start in range(0, draws, 100):
         chosen = torch.randint(size, (min(100, draws - start), size), generator=draw)
-        times = torch.zeros(len(chosen), size, dtype=torch.float64)
-        drawn.append(
-            value(times.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))).mean(1)
-        )
+        ones = torch.ones(chosen.shape, dtype=torch.float64)
+        drawn.append(value(torch.zeros_like(ones).scatter_add_(1, chosen, ones)).mean(1))
     found = mean + (torch.cat(drawn).nan_to_num(mean) - mean) * math.sqrt(size / (size - 1))
     if runs > 1:
         normal = torch.randn(runs, draws, generator=draw, dtype=torch.float64)
         found = found + by_run.std() / math.sqrt(runs) * normal[0] / (normal[1:] ** 2).mean(0).sqrt()
-    low, high = found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    low, high = found.quantile(torch.tensor([(1 - 0.95) / 2, (1 + 0.95) / 2], dtype=torch.float64)).tolist()
     tail = min((found <= 0).sum().item(), (found >= 0).sum().item())
     return {"mean": mean, "low": low, "high": high, "p": min(1.0, 2 * (tail + 1) / (draws + 1))}
 
@@ -2809,15 +2605,15 @@ def evaluate(
     floor_draws: int = 200,
     seed: int = 0,
 ) -> dict[str, float | None]:
-    """Compares predicted distributions (N, C), columns in label order, with the votes. Plain numbers; None: undefined.
+    """Compares predicted distributions (N, C), columns in label order, with the votes. None: undefined.
 
-    Means over items (p: votes as shares, q: predicted):
-      kl                  KL(p || q) in nats, q raised to KL_FLOOR = 1e-6
+    Means over items (p: votes as shares, q: predicted), InputError as in item_scores():
+      kl                  KL(p || q) in nats, q raised to 1e-6
       kl_noise_floor      what the true distributions would score (see noise_floor), with floor_draws > 0
       kl_corrected        kl - kl_noise_floor, an estimate of KL(truth || q)
-      kl_marginal         what the training marginal would score (of these items, an oracle, without train_items)
+      kl_marginal         what the training marginal would score (without train_items these items' own)
       kl_truth            KL(truth || q), where every item's truth is known
-      accuracy            top label = majority label; a k-fold tie on either side counts 1/k for each label that agrees
+      accuracy            top label = majority label; k labels that tie, on either side, count 1/k each
       js_divergence       Jensen-Shannon divergence in nats (0 .. log 2; SciPy's jensenshannon is its root)
       total_variation     sum |p - q| / 2
       brier               mean over single votes of sum_c (q_c - [vote = c])^2
@@ -2825,19 +2621,17 @@ def evaluate(
       label_mass, label_mass_min   full-vocabulary probability of the labels together, mean and minimum
     and for ordered labels (by default: if all are numbers; distances then follow their values, else 1 a step)
       emd                 earth mover's (Wasserstein-1) distance
-      rps                 ranked probability score, mean over single votes of sum_k (Q_k - [vote <= k])^2, k < C
+      rps                 ranked probability score, over single votes, of sum_k (Q_k - [vote <= k])^2, k < C
       mean_correlation    Pearson, mean ratings over items
-    Raises InputError for a wrong shape, negative or NaN probabilities, or rows that do not add up to 1 within 1e-3.
     """
-    scores, counts = item_scores(predicted, items, ordered), counts_of(items)
-    means = {
-        name: (correlation(s.mean(0)) if s.dim() == 2 else s.mean()).item() for name, s in scores.items()
-    }
+    scores, p = item_scores(predicted, items, ordered), counts_of(items)
+    p = p / p.sum(1, keepdim=True)
+    means = {name: correlation(s.mean(0)) if s.dim() == 2 else s.mean() for name, s in scores.items()}
+    means = {name: value.item() for name, value in means.items()}
     floor = noise_floor(items, floor_draws, seed) if floor_draws else None
-    p = counts / counts.sum(1, keepdim=True)
     marginal = marginal_distribution(train_items or items).expand_as(p)
     out: dict[str, float | None] = {"items": len(items), "kl": means["kl"], "kl_noise_floor": floor}
-    out |= {"kl_corrected": None if floor is None else means["kl"] - floor}
+    out["kl_corrected"] = None if floor is None else means["kl"] - floor
     out |= {"kl_marginal": kl_divergence(p, marginal).mean().item(), "kl_truth": None}
     if label_mass is not None:
         mass = torch.as_tensor(label_mass).double()
@@ -2845,15 +2639,15 @@ def evaluate(
     return out | {name: None if math.isnan(value) else value for name, value in means.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 9. A run: from files to a folder that holds everything
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def write_json(path: Path, content: Any) -> None:
-    """Writes to a temporary name and renames, so that a file is whole or not there."""
     write_lines(path, [json.dumps(content, indent=1, ensure_ascii=False)])
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes to a temporary name and renames, so that a file is whole or not there."""
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "w", encoding="utf-8") as file:
         for line in lines:
@@ -2871,12 +2665,9 @@ def load_data(config: Config) -> tuple[list[Item], list[Item]]:
     items = load_items(*config.train, labels=labels)
     if config.test:
         test = load_items(*config.test, labels=labels or labels_of(items), complete=labels is None)
-        for side, other, wrong in (
-            (items, "test", "--test names the test items"),
-            (test, "train", "--train names the training items"),
-        ):
-            if misplaced := [item for item in side if item.split == other]:
-                raise InputError(f"{misplaced[0].named}: split: is {other}, but {wrong}")
+        if wrong := [i for i in items if i.split == "test"] + [i for i in test if i.split == "train"]:
+            split = wrong[0].split
+            raise InputError(f"{wrong[0].named}: split: is {split}, but --{split} names the {split} items")
     elif any(item.split for item in items):
         if unplaced := [item for item in items if not item.split]:
             raise InputError(f"{unplaced[0].named}: split: missing, though other items have one")
@@ -2894,35 +2685,30 @@ def load_data(config: Config) -> tuple[list[Item], list[Item]]:
 
 def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
     """["contradiction=contra,contradict"] -> {"contradiction": ["contra", "contradict"]}."""
-    wrong = [pair for pair in pairs if "=" not in pair]
-    if wrong:
+    if wrong := [pair for pair in pairs if "=" not in pair]:
         raise InputError(f"spellings: '{wrong[0]}' is not LABEL=TEXT,TEXT")
     return {label: texts.split(",") for label, texts in (pair.split("=", 1) for pair in pairs)}
 
 
 def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) -> list[Item]:
-    """The items whose prompts fit judge.max_length; with overlong = "error" raises InputError if any does not."""
-    lengths: list[int] = []
-    for start in range(0, len(items), 2048):
-        some = items[start : start + 2048]
-        encoded = iter(judge.encoder.many([prompt for item in some for prompt in item.prompts]))
-        lengths += [max(len(next(encoded)) for _ in item.prompts) for item in some]
-    over = [i for i, length in enumerate(lengths) if length > judge.max_length]
+    """The items whose prompts fit judge.max_length; InputError for the others unless overlong is "drop"."""
+    encoded = iter(judge.encoder.many([prompt for item in items for prompt in item.prompts]))
+    lengths, most = [max(len(next(encoded)) for _ in item.prompts) for item in items], judge.max_length
+    over = [i for i, length in enumerate(lengths) if length > most]
+    found = f"{len(over)} of {len(items)} {what} items"
     if over and overlong == "error":
-        limit = f"longer than max_length {judge.max_length} (the longest has {max(lengths)})"
-        raise InputError(
-            f"{items[over[0]].named}: prompt: {lengths[over[0]]} tokens; {len(over)} of {len(items)} {what} items are {limit}; "
-            "raise --max_length or use --overlong drop"
-        )
+        first = f"{items[over[0]].named}: prompt: {lengths[over[0]]} tokens"
+        limit = f"longer than max_length {most} (the longest has {max(lengths)})"
+        raise InputError(f"{first}; {found} are {limit}; raise --max_length or use --overlong drop")
     if over:
-        print(f"dropped {len(over)} of {len(items)} {what} items longer than {judge.max_length} tokens")
-    kept = [item for i, item in enumerate(items) if lengths[i] <= judge.max_length]
-    if not kept:
-        raise InputError(f"no {what} items are left within max_length {judge.max_length}")
-    return kept
+        print(f"dropped {found} longer than {most} tokens")
+    if len(over) == len(items):
+        raise InputError(f"no {what} items are left within max_length {most}")
+    return [item for item, length in zip(items, lengths, strict=True) if length <= most]
 
 
 def versions() -> dict[str, str]:
+    """Of this file, Python and the packages that are installed."""
     from importlib import metadata
 
     found = {"distjudge": __version__, "python": sys.version.split()[0]}
@@ -2932,10 +2718,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def average_orders(
-    first: torch.Tensor, second: torch.Tensor, back: Sequence[int]
-) -> tuple[torch.Tensor, bool]:
-    """The mean of a pair's predictions (C,) in both orders, and whether the top labels differ. back: Swap.labels."""
+def average_orders(first: torch.Tensor, second: torch.Tensor, back: Sequence) -> tuple[torch.Tensor, bool]:
+    """The mean of a pair's answers (C,) in both orders, and if their top labels differ. back: Swap.labels."""
     second = second[list(back)]
     return (first + second) / 2, bool(first.argmax() != second.argmax())
 
@@ -2943,50 +2727,41 @@ def average_orders(
 def judge_items(
     judge: Judge, items: Sequence[Item], progress: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-    """Probabilities (N, C), label masses (N,) and what the order of pairs did: {} where no item is a pair.
+    """Probabilities (N, C), label masses (N,) and, where items are pairs, what their order did (else {}).
 
-    A pair is judged in both orders and gets the mean, of the masses too. order_flips: the share of pairs whose top label
-    changes with the order; order_variation: the mean total variation between the two.
+    A pair gets the mean over both orders. order_flips: the share of pairs whose top label changes with the
+    order; order_variation: the mean total variation between the two.
     """
     logq, mass = judge.score([prompt for item in items for prompt in item.prompts], progress)
-    q, masses, flips, apart, k = [], [], [], [], 0
-    for item in items:
-        one = logq[k].exp()
+    sizes = [len(item.prompts) for item in items]
+    q, flips, apart = [], [], []
+    for item, both in zip(items, logq.split(sizes), strict=True):
+        q.append(both[0].exp())
         if item.swap:
-            first = one
-            one, flipped = average_orders(first, logq[k + 1].exp(), item.swap.labels)
+            first = q[-1]
+            q[-1], flipped = average_orders(first, both[1].exp(), item.swap.labels)
             flips.append(flipped)
-            apart.append((first - one).abs().sum().item())  # half of what lies between the orders
-        q.append(one)
-        masses.append(mass[k : k + len(item.prompts)].mean())
-        k += len(item.prompts)
-    found = (
-        {"order_flips": sum(flips) / len(flips), "order_variation": sum(apart) / len(apart)} if flips else {}
-    )
-    return torch.stack(q), torch.stack(masses), found
+            apart.append((first - q[-1]).abs().sum().item())  # half of what lies between the orders
+    pairs = len(flips)
+    orders = {"order_flips": sum(flips) / pairs, "order_variation": sum(apart) / pairs} if pairs else {}
+    return torch.stack(q), torch.stack([part.mean() for part in mass.split(sizes)]), orders
 
 
 def write_results(
-    judge: Judge,
-    items: Sequence[Item],
-    train_items: Sequence[Item],
-    config: Config,
-    folder: str | os.PathLike,
+    judge: Judge, items: Sequence[Item], train_items: Sequence[Item], config: Config, folder: str | Path
 ) -> dict:
-    """Judges the items and writes predictions.jsonl, metrics.json and config.json into the folder; returns the metrics."""
-    folder = Path(folder)
+    """Judges the items, writes predictions.jsonl, metrics.json and config.json, and returns the metrics."""
+    folder, rows = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     probabilities, mass, orders = judge_items(judge, items, progress=True)
-    rows = []
     for item, q, m in zip(items, probabilities.tolist(), mass.tolist(), strict=True):
         row = {"id": item.id, "counts": item.counts, "predicted": dict(zip(judge.labels, q, strict=True))}
         row |= {"label_mass": m, "prompt": item.prompt}
         row |= {name: value for name in ("group", "truth") if (value := getattr(item, name)) is not None}
         rows.append(json.dumps(row, ensure_ascii=False))
     write_lines(folder / "predictions.jsonl", rows)
-    metrics = (
-        evaluate(probabilities, items, train_items=train_items, label_mass=mass, seed=config.seed) | orders
-    )
+    metrics = evaluate(probabilities, items, train_items=train_items, label_mass=mass, seed=config.seed)
+    metrics |= orders
     write_json(folder / "metrics.json", metrics)
     about = {"labels": judge.labels, "prompt_hash": prompt_hash(judge), "versions": versions()}
     about |= {"items": {"train": len(train_items), "test": len(items)}}
@@ -3000,30 +2775,20 @@ def run(
 ) -> dict[str, float | None]:
     """Loads, trains, judges the test items and fills the run folder; returns the metrics.
 
-    The folder then holds config.json (resolved, with versions), judge.json, adapter/ or model/, tokenizer/,
-    predictions.jsonl, metrics.json and log.jsonl; load_judge(folder) brings the judge back. Under torchrun the first
-    process does the writing, and the others return {}. before_training: called with the judge, training and test items
-    before the first step. Raises InputError before training for what cannot be used.
+    load_judge(config.out) brings the judge back. before_training: called with the judge, training and test
+    items before the first step. InputError, before training, for what cannot be used. Of torchrun's processes
+    the first does the writing, and the others return {}.
     """
     config.check()
     items, test = load_data(config)
-    judge = load_judge(
-        config.model,
-        labels_of(items),
-        spellings=parse_spellings(config.spellings),
-        lora_rank=config.lora_rank,
-        four_bit=config.four_bit,
-        max_length=config.max_length,
-        seed=config.seed,
-        backend=config.backend,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    names = ("lora_rank", "four_bit", "max_length", "seed", "backend", "gradient_checkpointing")
+    settings = {name: getattr(config, name) for name in names}
+    spellings = parse_spellings(config.spellings)
+    judge = load_judge(config.model, labels_of(items), spellings=spellings, **settings)
     judge.pack_tokens = config.pack_tokens or judge.pack_tokens
     judge.encoder.memo = {}  # every prompt is tokenized once
-    items, test = (
-        keep_short(judge, items, config.overlong, "training"),
-        keep_short(judge, test, config.overlong, "test"),
-    )
+    items = keep_short(judge, items, config.overlong, "training")
+    test = keep_short(judge, test, config.overlong, "test")
     if before_training:
         before_training(judge, items, test)
     train(judge, items, config, eval_items=test)
@@ -3035,21 +2800,19 @@ def run(
 
 
 def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception], ...] = ()) -> None:
-    """A script's command line: tyro reads `config`; what the user got wrong ends in one line a problem and exit code 2.
+    """A script's command line: tyro reads `config` for main; an error ends in a line a problem on stderr.
 
-    A run that diverges, and `failures`, end in exit code 1; a run that a signal stops in 128 and the signal's number.
+    Exit codes: 2 for what the user got wrong, 1 for `failures` and a run that diverges, 128 + the signal's
+    number for a run that was stopped.
     """
     import tyro
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     failures, about = (FloatingPointError, *failures), sys.modules["__main__"].__doc__
+    grouped = issubclass(config, Config)
     try:
-        given = tyro.cli(_grouped(config), description=about, use_underscores=True)
-        if issubclass(config, Config):
-            given = config(
-                **{name: value for group in vars(given).values() for name, value in vars(group).items()}
-            )
-        main(given)
+        given = tyro.cli(_grouped(config) if grouped else config, description=about, use_underscores=True)
+        main(config(**collections.ChainMap(*map(vars, vars(given).values()))) if grouped else given)
     except (InputError, OSError, *failures) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, failures) else 2)
@@ -3058,28 +2821,21 @@ def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception
         sys.exit(128 + stopped.number)
 
 
-def _grouped(config: type) -> type:
-    """Config's settings as dataclasses by group, in Config's order, so that --help shows groups; what a script adds first."""
+def _grouped(config: type[Config]) -> type:
+    """The same settings for --help, a dataclass a group: first what a script adds, then Config's in order."""
     from tyro.conf import OmitArgPrefixes, arg
 
-    if not issubclass(config, Config):
-        return config
+    texts: dict[str, str] = {}
+    for cls in config.__mro__[-2::-1]:  # all but object
+        with contextlib.suppress(OSError):  # no source: made by make_dataclass()
+            for field, text in itertools.pairwise(ast.parse(inspect.getsource(cls)).body[0].body):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    texts[field.target.id] = " ".join(text.value.value.split())
     first = {"train": "data", "model": "model", "alpha": "method", "epochs": "training", "out": "output"}
-    own = {field.name for field in dataclasses.fields(Config)}
-    types, texts, group = typing.get_type_hints(config, include_extras=True), {}, ""
-    sources = [
-        cls for cls in config.__mro__[-2::-1] if cls.__module__ != "types"
-    ]  # not those made by make_dataclass()
-    for cls in sources:  # the texts under the fields
-        for field, text in itertools.pairwise(ast.parse(inspect.getsource(cls)).body[0].body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                texts[field.target.id] = " ".join(text.value.value.split())
-    groups: dict[str, list[tuple]] = {"command": [], **{name: [] for name in first.values()}}
-    for field in dataclasses.fields(config):
-        group = first.get(field.name, group)
-        kind = typing.Annotated[types[field.name], arg(help=texts.get(field.name))]
-        groups[group if field.name in own else "command"].append((field.name, kind, field))
-    made = {name: dataclasses.make_dataclass(name, fields) for name, fields in groups.items() if fields}
-    return dataclasses.make_dataclass(
-        "Settings", [(name, OmitArgPrefixes[cls]) for name, cls in made.items()]
-    )
+    hints, group, groups = typing.get_type_hints(config, include_extras=True), "", {"command": []}
+    for field in dataclasses.fields(config):  # Config's own come first
+        group = first.get(field.name, group) if field.name in Config.__dataclass_fields__ else "command"
+        kind = typing.Annotated[hints[field.name], arg(help=texts.get(field.name))]
+        groups.setdefault(group, []).append((field.name, kind, field))
+    made = [(name, dataclasses.make_dataclass(name, fields)) for name, fields in groups.items() if fields]
+    return dataclasses.make_dataclass("Settings", [(name, OmitArgPrefixes[cls]) for name, cls in made])

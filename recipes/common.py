@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,7 +36,7 @@ class RunConfig(Config):
     dry_run: bool = False
     """Print what a run would do, and stop. Needs config.json and the tokenizer; no weights, no GPU."""
     min_mass: float = 0.01
-    """Refuse a model whose labels hold less of its probability before training; 0 takes any."""
+    """Refuse, before training, a model whose labels hold less of its probability; 0 takes any."""
 
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
@@ -67,8 +67,8 @@ def main(config_class: type[RunConfig]) -> None:
 
 def with_preset(config_class: type[RunConfig], preset: str) -> type[RunConfig]:
     """The same settings with those of distjudge.PRESETS[preset] as defaults."""
-    values = distjudge.PRESETS[preset] | {"preset": preset}
-    changed = [(f.name, f.type, values[f.name]) for f in dataclasses.fields(config_class) if f.name in values]
+    hints, values = get_type_hints(config_class), distjudge.PRESETS[preset] | {"preset": preset}
+    changed = [(name, hints[name], value) for name, value in values.items()]
     return dataclasses.make_dataclass(config_class.__name__, changed, bases=(config_class,))
 
 
@@ -118,9 +118,7 @@ def check_mass(judge: Judge, items: Sequence[Item], least: float) -> str:
             "--min_mass 0 trains all the same"
         )
     if mean < 0.5 and least and FIRST:
-        log.warning(
-            "label mass: under a half: the model would rather say something else; see the prompt, --spellings"
-        )
+        log.warning("label mass: under a half: the model would rather say other things; see --spellings")
     return said
 
 
@@ -133,8 +131,8 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
     time are estimates.
     """
     model, on, adapters = judge.model, judge.device.type, hasattr(judge.model, "peft_config")
-    turned_round = [item.swap.prompt for item in items if item.swap]
-    encoded = judge.encode([item.prompt for item in items] + turned_round)
+    encoded = distjudge.training_rows(judge, items)[0]
+    turned = f" (and {len(encoded) - len(items):,} turned round)" if len(encoded) > len(items) else ""
     passes, largest = first_epoch(judge, encoded, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(weight_sizes(model).values()) - trained * adapters
@@ -143,10 +141,8 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
     why = {"bfloat16": "the card has it, or is assumed to", "float16": "the card has no bfloat16"}
     why["float32"] = "on a CPU" if on == "cpu" else "float16 is too narrow" if adapters else "all are trained"
     four_bit = "4-bit (NF4, quantized twice); embeddings, output layer and norms "
-    where = "all"
-    if adapters:
-        targets = ", ".join(sorted(model.peft_config["default"].target_modules))
-        where = f"LoRA of rank {config.lora_rank} on {targets}"
+    targets = sorted(model.peft_config["default"].target_modules) if adapters else []
+    lora = f"LoRA of rank {config.lora_rank} on {', '.join(targets)}" if adapters else "all"
     attention = model.config.get_text_config()._attn_implementation
     attention = {distjudge.BLOCKS: "SDPA in blocks"}.get(attention, attention)
     head, *labels = judge.tokens.describe(judge.tokenizer).removeprefix("labels are ").split("\n  ")
@@ -154,7 +150,7 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
         "backend": f"{judge.backend} ({model.backend_reason})",
         "model": f"{config.model}: {total / 1e9:.3g} billion weights" + planned * hasattr(model, "meant_for"),
         "weights": four_bit * getattr(model, "is_loaded_in_4bit", False) + f"{held} ({why[held]})",
-        "trained": f"{trained:,} weights in float32: {where}",
+        "trained": f"{trained:,} weights in float32: {lora}",
         "optimizer": ("8-bit AdamW" if distjudge.optimizer_is_8bit(judge) else "AdamW")
         + f", learning rate {config.learning_rate:g}, {config.schedule}",
         "passes": f"{'packs' if judge.packs else 'padded rows'} of at most {judge.pack_tokens:,} tokens "
@@ -162,9 +158,8 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
         + ("Unsloth" if getattr(model, "two_levels", False) else attention)
         + ", layers recomputed in the backward pass" * config.gradient_checkpointing,
         "labels": f"{head}: {', '.join(labels)}",
-        "items": f"{len(items):,} to train on"
-        + f" (and {len(turned_round):,} turned round)" * (len(turned_round) > 0)
-        + f", {len(test):,} to test on, prompts of up to {max(map(len, encoded)):,} tokens",
+        "items": f"{len(items):,} to train on{turned}, {len(test):,} to test on, prompts of up to "
+        f"{max(map(len, encoded)):,} tokens",
         "tokens": f"{sum(map(len, encoded)):,} an epoch, {sum(passes):,} after packing, in {len(passes):,} "
         f"passes of up to {max(passes):,}",
         "memory": memory_text(judge, estimate_memory(judge, config, largest)),
@@ -175,11 +170,10 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
 def first_epoch(judge: Judge, encoded: Sequence[list[int]], config: Config) -> tuple[list[int], dict]:
     """The tokens of each forward pass of the first epoch, padding included, and the largest pass's batch."""
     order, processes = distjudge.epoch_order(encoded, config, 0), int(os.environ.get("WORLD_SIZE", 1))
-    passes: list[int] = []
-    largest: dict[str, torch.Tensor] = {}
+    passes, largest = [], {}
     for start in range(0, len(order), config.batch_size):
         chosen = [encoded[i] for i in order[start : start + config.batch_size]]
-        chosen = chosen[: math.ceil(len(chosen) / processes)]
+        chosen = chosen[: max(1, len(chosen) // processes)]
         for members in judge.plan(chosen):
             batch = judge.batch([chosen[i] for i in members], "cpu")
             passes.append(batch["input_ids"].numel())
@@ -200,7 +194,7 @@ def memory_text(judge: Judge, memory: dict[str, float]) -> str:
         there, place = card.total_memory, card.name
     if needed > there:
         log.warning(
-            "more than there is by estimate: try a lower --pack_tokens, --gradient_checkpointing, --four_bit"
+            "memory: more than there is: try a lower --pack_tokens, --gradient_checkpointing, --four_bit"
         )
     compared = place if there == math.inf else f"of {there / 2**30:.1f} ({place})"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())

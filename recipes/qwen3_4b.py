@@ -1,31 +1,27 @@
 """Train a judge on Qwen3-4B in 4 bits.
 
-    python recipes/qwen3_4b.py --train votes.jsonl --dry_run        # what would happen; needs neither weights nor a GPU
-    python recipes/qwen3_4b.py --train votes.jsonl                  # 8:2 split by group; --test names test items
+    python recipes/qwen3_4b.py --train votes.jsonl --dry_run  # what would happen; no weights, no GPU
+    python recipes/qwen3_4b.py --train votes.jsonl            # 8:2 split by group; --test names test items
     python recipes/qwen3_4b.py --train votes.jsonl --model models/Qwen3-4B
 
-Memory, estimated (--dry_run does that for your items) and not yet measured on a GPU: 4.2 GiB for NLI prompts, 5.1 for SummEval's with
-their articles, 16 items a step; 4.0 and 4.3 with --pack_tokens 1, every prompt a pass of its own.
+Memory in GiB, estimated (--dry_run does that for your items) and not measured on a GPU yet: 4.2 for NLI
+prompts, 5.1 for SummEval's with their articles; 4.0 and 4.3 with --pack_tokens 1.
 
-The judge answers without thinking: its prompt ends in the empty <think></think> that the chat template writes for enable_thinking=False,
-and labels are read behind it. Digits are single tokens, so that "10" begins like "1" and such labels are read whole. Apache-2.0.
+The judge answers without thinking: its prompt ends in the empty <think></think> of enable_thinking=False,
+and labels are read behind it. Digits are single tokens: "10" begins like "1", and such labels are read
+whole. Apache-2.0.
 """
+
 import dataclasses
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import distjudge
+import common
 
 
 @dataclasses.dataclass
-class Qwen3Config4B(distjudge.FourBitConfig):
+class Qwen3Config4B(common.FourBitConfig):
     model: str = "Qwen/Qwen3-4B"
-    """Hub id, or a folder with the model's files: config.json, safetensors, tokenizer.json."""
     out: str = "runs/qwen3_4b"
-    """The run folder; what is in it is overwritten."""
 
 
 if __name__ == "__main__":
-    distjudge.cli(distjudge.run, Qwen3Config4B)
+    common.main(Qwen3Config4B)
