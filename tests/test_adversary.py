@@ -29,7 +29,7 @@ def distributions(draw, rows, labels, kind):
 
 
 def hard_cases(rows, seed):
-    """(y, p, eps) of mixed kinds: random and degenerate points, radii from 0 to more than the simplex is wide."""
+    """(y, p, eps) of mixed kinds: random and degenerate points, radii from 0 to beyond the simplex."""
     draw = torch.Generator().manual_seed(seed)
     cases = []
     for labels in (2, 3, 5, 8):
@@ -53,7 +53,7 @@ def hard_cases(rows, seed):
 
 
 def solver_projection(y, p, eps):
-    """The same by a general convex solver. Its default tolerance is on the objective, which leaves x off by 5e-4: hence 1e-12."""
+    """The same by a convex solver. Its default tolerance leaves x off by 5e-4: hence 1e-12."""
     x = cvxpy.Variable(len(y))
     limits = [x >= 0, cvxpy.sum(x) == 1] + ([cvxpy.norm(x - p) <= eps] if eps is not None else [])
     problem = cvxpy.Problem(
@@ -64,7 +64,7 @@ def solver_projection(y, p, eps):
 
 
 def test_projections_agree_with_a_convex_solver():
-    """The same point within 5e-4, and never one further from y: where the two differ it is by the solver's tolerance."""
+    """The same point within 5e-4, and never one further from y than the solver's."""
     compared = 0
     for y, p, eps in hard_cases(24, seed=0):
         ball, simplex = project_ball(y, p, eps), project_simplex(y)
@@ -106,7 +106,7 @@ def test_projections_by_hand():
     assert project_ball(y, p, 2.0).tolist() == [[1.0, 0.0]]
     both = project_ball(y.repeat(2, 1), p.repeat(2, 1), T([0.0, 0.1]))
     assert both[0].tolist() == [0.5, 0.5] and both[1].tolist() == pytest.approx([0.5 + step, 0.5 - step])
-    # with p on an edge the way out of the simplex is cut: the third coordinate stays 0, the rest moves along the edge
+    # with p on an edge the way out of the simplex is cut: the third coordinate stays 0
     assert project_ball(T([[0.8, 0.4, -9.0]]), T([[0.5, 0.5, 0.0]]), 0.1)[0].tolist() == pytest.approx(
         [0.5 + step, 0.5 - step, 0.0]
     )

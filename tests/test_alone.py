@@ -1,4 +1,4 @@
-"""distjudge.py copied alone into an empty folder: it needs torch, transformers, peft and what those need, and nothing else."""
+"""distjudge.py copied alone into an empty folder needs torch, transformers, peft and what they need."""
 
 import importlib.metadata
 import os
@@ -32,7 +32,7 @@ print(distjudge.evaluate(judge.predict([item.prompt for item in items]), items, 
 
 
 def link_packages(names, into):
-    """Links the installed packages of these names, and of all that they require, into a folder; returns their names."""
+    """Links these installed packages, and all that they require, into a folder; returns their names."""
     from packaging.requirements import Requirement
 
     todo, done = list(names), set()

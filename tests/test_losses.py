@@ -1,4 +1,4 @@
-"""Losses: values by hand, zeros and one-hot targets, ties, gradients, and arguments that are no distributions."""
+"""Losses: values by hand, zeros and one-hot targets, ties, gradients, arguments that are no distributions."""
 
 import inspect
 import math

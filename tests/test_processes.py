@@ -23,13 +23,15 @@ items = distjudge.load_items("items.jsonl")
 judge, given = distjudge.load_judge({model!r}, distjudge.labels_of(items), lora_rank=4), []
 plan = judge.plan
 seen = lambda encoded: [tuple(ids) for ids in encoded]
-judge.plan = lambda encoded: given[-1:] != [seen(encoded)] and given.append(seen(encoded)) or plan(encoded)  # a teacher plans them too
-settings = {{"batch_size": 8, "epochs": 2.0, "learning_rate": 1e-2, "schedule": "constant", "save_every": 3.0}}
+# a teacher plans them too
+judge.plan = lambda encoded: given[-1:] != [seen(encoded)] and given.append(seen(encoded)) or plan(encoded)
+settings = {{"batch_size": 8, "epochs": 2.0, "learning_rate": 1e-2, "schedule": "constant"}}
 log = distjudge.train(judge, items, distjudge.Config(out=sys.argv[1], teacher=float(sys.argv[2]), **settings))
 number = {{tuple(ids): i for i, ids in enumerate(judge.encode([item.prompt for item in items]))}}
 weights = torch.cat([p.detach().flatten() for p in judge.model.parameters() if p.requires_grad])
 with open(sys.argv[1] + "/rank" + os.environ.get("RANK", "0") + ".json", "w") as file:
-    json.dump({{"losses": [line["loss"] for line in log if "loss" in line], "given": [[number[ids] for ids in step] for step in given],
+    given = [[number[ids] for ids in step] for step in given]
+    json.dump({{"losses": [line["loss"] for line in log], "given": given,
                "weights": weights.tolist()}}, file)
 """
 RUN = """
@@ -82,7 +84,7 @@ def launch(tiny_model, votes, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "teacher"), [(2, "0"), (3, "0"), (2, "5")])
 def test_processes_train_as_one_does(launch, tmp_path, processes, teacher):
-    """Same losses and weights as one process: batch_size items a step altogether, dealt without repeats or losses."""
+    """Same losses and weights as one process: batch_size items a step altogether, each dealt once."""
     launch(TRAIN, "one", 1, teacher)
     launch(TRAIN, "several", processes, teacher)
     read = lambda name: json.loads((tmp_path / name).read_text())  # noqa: E731
@@ -120,7 +122,7 @@ def test_a_run_of_two_processes_writes_one_folder(launch, tmp_path):
 
 @pytest.mark.slow
 def test_scaling_is_measured(tmp_path):
-    """Every count of processes took the same items once, in steps of the same items; nothing is said of how fast."""
+    """Every count of processes took the same items once, in the same steps; nothing is said of how fast."""
     command = [
         sys.executable,
         str(ROOT / "recipes" / "scaling.py"),

@@ -1,4 +1,4 @@
-"""A run that is stopped goes on to the same bits; checkpoints are whole or not used; no code of theirs is run."""
+"""A run that is stopped goes on to the same bits; checkpoints are whole or not used, and run no code."""
 
 import hashlib
 import json
@@ -227,7 +227,7 @@ def test_a_diverging_run_names_step_items_and_checkpoint(go, method):
         go("other", at={5: poison}, save_every=5, **method)
 
 
-# --- the same with real processes -----------------------------------------------------------------------------------
+# --- the same with real processes ----------------------------------------------------------------------
 SCRIPT = "import distjudge; distjudge.cli(distjudge.run, distjudge.Config)"
 
 
@@ -250,7 +250,7 @@ def written(tmp_path, votes):
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_points(tiny_model, written, tmp_path):
-    """SIGKILL somewhere between the start and the end of the process, writing of checkpoints and results included."""
+    """SIGKILL somewhere between the start and the end, writing of checkpoints and results included."""
     process = start(tmp_path, tiny_model, "whole")
     assert process.wait() == 0, process.stdout.read()
     draw, killed = random.Random(0), 0
