@@ -106,7 +106,7 @@ def check_mass(judge: Judge, items: Sequence[Item], least: float) -> str:
     """Says how much of the untrained model's probability the labels hold on the first 16 items.
 
     least: a share of 1. Under it raises InputError: the model has something else to say, and training, which
-    moves the labels only against each other, does not teach it otherwise. Under a half warns. 0 does neither.
+    moves the labels only against each other, does not teach it otherwise. Under a half it warns.
     """
     mass = judge.score([item.prompt for item in items[:16]])[1]
     low, mean, high = mass.min(), mass.mean(), mass.max()
@@ -117,7 +117,7 @@ def check_mass(judge: Judge, items: Sequence[Item], least: float) -> str:
             "Does the prompt ask for the label alone, and is that split as above? Name other --spellings; "
             "--min_mass 0 trains all the same"
         )
-    if mean < 0.5 and least and FIRST:
+    if mean < 0.5 and FIRST:
         log.warning("label mass: under a half: the model would rather say other things; see --spellings")
     return said
 

@@ -13,6 +13,7 @@ on the same items, for the same number of steps, by each of METHODS. Writes into
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import common
 import pandas as pd
 import torch
+import transformers
 
 import distjudge
 from distjudge import Config, InputError, Item, Judge, evaluate, labels_of
@@ -37,9 +39,7 @@ METHODS = {
     "single_point": {"alpha": 0.0, "eps": 0.0},  # cross-entropy with the majority label
     "no_adversary": {"eps": 0.0},
     "full": {},  # the paper's method
-    "teacher": distjudge.PRESETS[
-        "teacher"
-    ],  # its loss is KL and its learning rate constant, whatever flags say
+    "teacher": distjudge.PRESETS["teacher"],  # its learning rate is constant, whatever flags say
 }
 ORDER = ["marginal", "untrained", *METHODS, "noise_floor"]
 COLUMNS = {"kl_votes": "KL to votes (nats)", "kl_truth": "KL to truth (nats)", "accuracy": "accuracy"}
@@ -179,6 +179,9 @@ def main(config: TinyConfig) -> None:
     if config.teacher:
         raise InputError("teacher: each row here has its own; the recipes of one backbone take it")
     items, test = distjudge.load_data(config)
+    transformers.utils.logging.disable_progress_bar()  # of loading weights; training and judging keep theirs
+    if not config.model and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a model this small is faster on one, several times so on a busy machine
     out, rows, fresh = Path(config.out), [], not Path(config.out).exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
