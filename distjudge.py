@@ -800,11 +800,11 @@ def build_pack(
 def pack_prompts(
     token_lists: TokenLists, max_tokens: int, branches: TokenLists = ((),), two_levels: bool = False
 ) -> list[Pack]:
-    """Divides prompts into packs of at most max_tokens tokens: the fewest tokens in all, then the fewest packs.
+    """Divides prompts into packs of at most max_tokens tokens: the fewest tokens in all, then fewest packs.
 
-    Prompts are sorted, so that those that share a beginning are neighbours; dynamic programming over the cuts
-    finds the cheapest division. A prompt is never split; one of more than max_tokens has a pack of its own.
-    branches: see LabelTokens. two_levels: see build_pack(); packs that it makes too large are halved.
+    Prompts are sorted, so that those that share a beginning are neighbours, and dynamic programming over the
+    cuts finds the cheapest division. A prompt is never split; one of more than max_tokens gets a pack of its
+    own. branches: see LabelTokens. two_levels: see build_pack(); packs that it makes too large are halved.
     """
     order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
     inner = len({tuple(branch[:k]) for branch in branches for k in range(1, len(branch) + 1)})
@@ -828,12 +828,12 @@ def pack_prompts(
 
 
 def shuffled(token_lists: TokenLists, seed: int, keep_together: int = 16, chunk: int = 8) -> list[int]:
-    """A random order of prompts in which those that share a beginning come in chunks, so that steps share more.
+    """A random order of prompts; those that share a beginning come in chunks, so that steps share more.
 
-    Prompts form a tree of groups: those that share keep_together tokens more than all of their group do are a
-    group within it. One of at most `chunk` prompts stays whole; what a larger one holds beside its groups is
-    dealt at random into chunks. Chunks, and prompts in no group, then stand in uniformly random order, so that
-    a large group (a rubric, say) is spread over the whole epoch.
+    Prompts form a tree of groups: those that share keep_together (1 or more) tokens more than all of their
+    group do are a group within it. One of at most `chunk` prompts stays whole; what a larger one holds beside
+    its groups is dealt at random into chunks. Chunks, and prompts in no group, then stand in uniformly random
+    order, so that a large group (a rubric, say) is spread over the whole epoch.
     """
     draw = random.Random(seed)
     order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
@@ -854,10 +854,11 @@ def shuffled(token_lists: TokenLists, seed: int, keep_together: int = 16, chunk:
 
 
 def unsloth_segments(ends: torch.Tensor, positions: torch.Tensor) -> Any:
-    """The prefixes and suffixes of a two-level pack, as Unsloth's forward takes them in the place of a mask."""
+    """The prefixes and suffixes of a two-level pack, as Unsloth's forward takes them in a mask's place."""
     from unsloth.utils.prefix_grouper_kernel import build_seg_info_multigroup
 
-    device, ends, positions, groups = ends.device, ends.tolist(), positions.tolist(), []
+    device, ends, positions = ends.device, ends.tolist(), positions.tolist()
+    groups: list[tuple[int, list[int]]] = []  # tokens of each prefix, and of the suffixes behind it
     for _, run in itertools.groupby(range(len(ends)), key=lambda i: (ends[i], positions[i] - i)):
         first, *more = run
         if positions[first] == 0:
@@ -2808,6 +2809,7 @@ def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception
     import tyro
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks everyone for a faster kernel
     failures, about = (FloatingPointError, *failures), sys.modules["__main__"].__doc__
     grouped = issubclass(config, Config)
     try:
