@@ -316,7 +316,7 @@ def test_a_model_that_says_other_things_is_refused(tiny_model, nli, tmp_path, mo
         common.run(config)
     assert not (tmp_path / "run").exists() and "passes" in capsys.readouterr().out  # the page came first
     judge, items = load_judge(tiny_model, ["yes", "no"]), distjudge.load_items(nli)[:4]
-    for mass, least, warned in ((0.3, 0.01, True), (0.7, 0.01, False), (0.3, 0, False)):
+    for mass, least, warned in ((0.3, 0.01, True), (0.7, 0.01, False), (0.3, 0, True)):
         monkeypatch.setattr(judge, "score", lambda prompts, mass=mass: (None, torch.full((4,), mass)))
         caplog.clear()
         said = common.check_mass(judge, items, least)
