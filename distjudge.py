@@ -34,6 +34,7 @@ import numbers
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -686,6 +687,8 @@ def label_tokens(
     question, found = "Is this so?", []
     prompt = encoder(question)
     for i, label in enumerate(labels):
+        if isinstance(spellings.get(label), str):
+            raise InputError(f"spellings: label '{short(label)}': a list of texts is needed, not one text")
         for text in spellings.get(label, [label]) or [""]:
             head = f"spellings: label '{short(label)}': '{short(text)}'"
             if not is_text(text):
@@ -1398,6 +1401,8 @@ def make_judge(
     add_label_readout(model)
     if adapter or lora_rank:
         model = _with_adapters(model, lora_rank, seed, gradient_checkpointing, adapter)
+    elif not hasattr(model, "meant_for"):  # rounded to 16 bits, small steps of its own weights would be lost
+        model.float()
     judge = Judge(model, encoder, tokens, base, max_length=max_length, spellings=spellings)
     check_model(judge)
     return judge
@@ -1568,6 +1573,8 @@ def load_model(
                 raise ValueError(f"{len(lost)} {what}, the first {min(lost)}")
         if four_bit and not getattr(model, "is_loaded_in_4bit", False):  # Unsloth would go on in 16 bits
             raise ValueError("it was not loaded in 4 bits; bitsandbytes does not work here")
+        if getattr(model, "_hf_peft_config_loaded", False):  # of a hub's repository
+            raise ValueError("it holds a PEFT adapter, not a model by itself; merge it into its base first")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged or contradictory folder can fail in any way
@@ -1583,12 +1590,15 @@ def load_model(
 def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     """Writes judge.json, tokenizer/ and adapter/ (or model/, when all weights were trained).
 
-    A config.json and metrics.json that another judge left there go, for they would speak of this one.
+    What another judge left there goes first, for it would be taken for this one's.
     """
     folder, adapter = Path(folder), hasattr(judge.model, "peft_config")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "metrics.json"):
+    for name in ("judge.json", "config.json", "metrics.json"):
         (folder / name).unlink(missing_ok=True)
+    for part in ("tokenizer", "adapter", "model"):
+        if (folder / part).resolve() != Path(judge.base).resolve():
+            shutil.rmtree(folder / part, ignore_errors=True)
     options = {"save_embedding_layers": False} if adapter else {}
     judge.model.save_pretrained(folder / ("adapter" if adapter else "model"), **options)
     judge.tokenizer.save_pretrained(folder / "tokenizer")
@@ -1979,7 +1989,12 @@ class Config:
             raise InputError("out: name a folder")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed: must be between 0 and 4294967295, not {self.seed}")
-        for name, allowed in (("schedule", ("linear", "cosine", "constant")), ("loss", tuple(LOSSES))):
+        choices = {
+            "schedule": ("linear", "cosine", "constant"),
+            "overlong": ("error", "drop"),
+            "loss": LOSSES,
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)}")
 
@@ -2084,13 +2099,12 @@ def train(
             raise InputError(f"{some[0].where}: {wrong}")
     encoded, votes, ids = training_rows(judge, items)
     per_epoch = math.ceil(len(encoded) / config.batch_size)
-    last = math.ceil(per_epoch * config.epochs)
+    last = math.ceil(per_epoch * config.epochs - 1e-9)
     save_every = whole_steps(config.save_every, last) or last + 1
     eval_every = whole_steps(config.eval_every, last) or last + 1
     set_seed(config.seed)
     accelerator = _accelerator(judge, config)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    model = accelerator.prepare(judge.model) if processes > 1 else judge.model
     half = autocast_type(judge)
     autocast = functools.partial(torch.autocast, judge.device.type, half, enabled=half is not None)
     scaler = torch.amp.GradScaler(judge.device.type, enabled=half == torch.float16)
@@ -2099,83 +2113,80 @@ def train(
     teacher = Teacher(judge) if config.teacher else None
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     parts |= {"teacher": teacher} if teacher else {}
-    run = Run(judge, config, accelerator, parts, _made_from(judge, items, eval_items, config), last)
+    made_from = _made_from(judge, items, eval_items, config)
+    progress = Progress(judge, config, accelerator, parts, made_from, last)
     adversary, hybrid = inspect.unwrap(worst_case), inspect.unwrap(hybrid_loss)  # without their checks
 
-    def backward(rows: list[int], said: torch.Tensor | None, share: float) -> torch.Tensor | None:
-        """Adds the gradient of `share` times these items' losses; None if a pass does not fit into memory."""
-        total, passes = torch.zeros((), device=judge.device), judge.plan([encoded[i] for i in rows])
-        for members in passes:
+    def backward(rows: list[int], said: torch.Tensor | None, weight: float) -> torch.Tensor:
+        """Adds the gradient of `weight` times the sum of these items' losses, and returns that sum."""
+        total = torch.zeros((), device=judge.device)
+        for members in judge.plan([encoded[i] for i in rows]):
             chosen = [rows[k] for k in members]
             batch, n = judge.batch([encoded[i] for i in chosen]), votes[chosen].to(judge.device)
+            progress.last_pass = members, batch["input_ids"].numel()
             people = n.sum(1, keepdim=True)
             p = n / people
-            try:  # processes exchange their gradients with the last pass only
-                with contextlib.nullcontext() if members is passes[-1] else accelerator.no_sync(model):
-                    with autocast():
-                        logq, _ = label_logprobs(model, batch, judge.tokens)
-                    run.check_finite(logq, [ids[i] for i in chosen])
-                    worst = adversary(logq, p, config.eps, config.steps, config.step_size)
-                    if said is not None:  # the votes are moved first, and the teacher's are added to them
-                        worst = shrink_votes(people * worst, config.teacher * said[members].to(n))
-                    loss = share * hybrid(logq, p, config.alpha, worst, config.loss).sum()
-                    scaler.scale(loss * processes).backward()  # processes average their gradients
-                    total += loss.detach()
-                    continue
-            except torch.OutOfMemoryError:
-                pass
-            judge.shrink(members, batch["input_ids"].numel())
-            return None
+            with autocast():
+                logq, _ = label_logprobs(judge.model, batch, judge.tokens)
+            progress.check_finite(logq, [ids[i] for i in chosen])
+            target = adversary(logq, p, config.eps, config.steps, config.step_size)
+            if said is not None:  # the votes are moved first, and the teacher's are added to them
+                target = shrink_votes(people * target, config.teacher * said[members].to(n))
+            loss = weight * hybrid(logq, p, config.alpha, target, config.loss).sum()
+            scaler.scale(loss).backward()
+            total += loss.detach()
         return total
 
-    with run:
-        while run.done < last:
-            epoch, k = divmod(run.done, per_epoch)
-            if k == 0 or run.done == run.first:
+    with progress:
+        while progress.done < last:
+            epoch, k = divmod(progress.done, per_epoch)
+            if k == 0 or progress.done == progress.first:
                 order = epoch_order(encoded, config, epoch)
             step_items = order[k * config.batch_size : (k + 1) * config.batch_size]
             mine = step_items[rank * len(step_items) // processes : (rank + 1) * len(step_items) // processes]
-            share = 1 / len(step_items) if mine else 0.0  # a process without items exchanges zeros
-            mine, said, loss = mine or step_items[:1], None, None
+            said, loss = None, None
             if teacher and teacher.number:
                 with teacher.in_place(), autocast():
                     said = judge.judge_encoded([encoded[i] for i in mine], with_mass=False)[0].exp()
-                run.check_finite(said, [ids[i] for i in mine])
+                progress.check_finite(said, [ids[i] for i in mine])
             judge.model.train()
-            while loss is None:  # out of memory: the whole step starts again, in smaller passes
+            while loss is None:
                 optimizer.zero_grad()
-                loss = backward(mine, said, share)
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    loss = backward(mine, said, 1 / len(step_items))
+                if loss is None:  # the whole step starts again, in smaller passes
+                    judge.shrink(*progress.last_pass)
+            loss, asked_to_stop = progress.exchange(loss)
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(run.weights.values(), 1.0).item()
+            norm = torch.nn.utils.clip_grad_norm_(progress.weights.values(), 1.0).item()
             scale, rate = scaler.get_scale(), schedule.get_last_lr()[0]
             scaler.step(optimizer)
             scaler.update()
-            if scaler.get_scale() >= scale:  # or float16 could not hold the gradients: no step
+            if scaler.get_scale() >= scale:  # else float16 could not hold the gradients: no step
                 schedule.step()
             if teacher:
                 teacher.update()
-            run.done += 1
-            row = {"epoch": run.done / per_epoch, "loss": accelerator.reduce(loss, "sum").item()}
-            row |= {"learning_rate": rate, "grad_norm": norm}
-            if eval_items and run.done % eval_every == 0:
+            progress.done += 1
+            row = {"epoch": progress.done / per_epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+            if eval_items and progress.done % eval_every == 0:
                 with teacher.in_place() if teacher else contextlib.nullcontext():
                     row |= evaluate_judge(judge, eval_items, items)
-            run.log(row)
+            progress.log(row)
             if on_step:
-                on_step(run.done)
-            stopping = bool(run.signals) and run.done < last
-            if stopping or run.done % save_every == 0 or run.done == last:
-                run.save([ids[i] for i in step_items])
+                on_step(progress.done)
+            stopping = asked_to_stop and progress.done < last
+            if stopping or progress.done % save_every == 0 or progress.done == last:
+                progress.save([ids[i] for i in step_items])
             if stopping:
-                raise run.stopped()
+                raise progress.stopped()
         if teacher:
             teacher.put(teacher.means)
-    return run.rows
+    return progress.rows
 
 
 def whole_steps(value: float, last: int) -> int:
     """A setting that is a share of all steps if below 1, else a number of steps."""
-    return math.ceil(last * value) if value < 1 else int(value)
+    return math.ceil(last * value - 1e-9) if value < 1 else int(value)
 
 
 def training_rows(judge: Judge, items: Sequence[Item]) -> tuple[list[list[int]], torch.Tensor, list[str]]:
@@ -2205,7 +2216,7 @@ def _accelerator(judge: Judge, config: Config) -> Any:
     return accelerator
 
 
-class Run:
+class Progress:
     """What training keeps beside its loop: log, checkpoints, signals, and what is put back at its end."""
 
     def __init__(self, judge: Judge, config: Config, accelerator: Any, parts: dict, made: dict, last: int):
@@ -2218,7 +2229,7 @@ class Run:
         self.writes, self.before = accelerator.is_main_process, (judge.packs, judge.pack_tokens)
         self.first, self.rows, self.signals, self.handlers = 0, [], [], {}
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Progress:
         from tqdm.auto import tqdm
 
         state = newest_checkpoint(self.folder, self.made_from) if self.config.resume else None
@@ -2227,7 +2238,7 @@ class Run:
         if self.writes:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             write_lines(self.log_file, map(json.dumps, self.rows))
-            for path in [] if self.config.resume else checkpoints_in(self.folder):
+            for path in [] if self.config.resume else self.folder.glob("step-*"):
                 path.unlink()
         self.done = self.first
         self.judge.pack_tokens = self.config.pack_tokens or self.judge.pack_tokens
@@ -2260,8 +2271,21 @@ class Run:
     def stopped(self) -> Stopped:
         saved = f"a checkpoint is saved, --resume goes on from it ({self.config.out})"
         saved = saved if self.config.save_every else "no checkpoint: save_every is 0"
-        name = signal.Signals(self.signals[0]).name
-        return Stopped(f"stopped by {name} after step {self.done} of {self.last}; {saved}", self.signals[0])
+        number = (self.signals or [signal.SIGTERM])[0]  # none: another process was asked to stop
+        name = signal.Signals(number).name
+        return Stopped(f"stopped by {name} after step {self.done} of {self.last}; {saved}", number)
+
+    def exchange(self, loss: torch.Tensor) -> tuple[float, bool]:
+        """Adds up all processes' gradients; -> the loss of the whole step, and whether one is to stop."""
+        both = torch.stack([loss, torch.full_like(loss, len(self.signals))])
+        if self.accelerator.num_processes > 1:
+            weights = list(self.weights.values())
+            parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            whole = self.accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
+            for weight, part in zip(weights, whole.split([w.numel() for w in weights]), strict=True):
+                weight.grad = part.view_as(weight).to(weight.dtype)
+            both = self.accelerator.reduce(both, "sum")
+        return both[0].item(), both[1].item() > 0
 
     def log(self, row: dict[str, Any]) -> None:
         self.rows.append({"step": self.done} | row)
@@ -2334,6 +2358,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
             file.seek(0)
             name = f"step-{step:09d}-{_hash_file(file)}.pt"
         os.replace(part, folder / name)
+        with contextlib.suppress(OSError):  # the name too must reach the disk; Windows opens no folders
+            handle = os.open(folder, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         why = f"{first_line(error)}; earlier ones are whole"
@@ -2347,7 +2375,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if _hash_file(file) != path.stem[15:]:
                 raise ValueError("is damaged: its checksum is another")
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "made_from" not in state:
+            raise ValueError("it is not of this kit")
+        return state
     except Exception as error:  # what torch.load refuses can have any name
         raise InputError(f"{path}: is no whole checkpoint: {first_line(error)}") from None
 
@@ -2625,6 +2656,8 @@ def evaluate(
       rps                 ranked probability score, over single votes, of sum_k (Q_k - [vote <= k])^2, k < C
       mean_correlation    Pearson, mean ratings over items
     """
+    if train_items and labels_of(train_items) != (labels := labels_of(items)):
+        raise InputError(f"train_items: labels {listed(labels_of(train_items))} are not {listed(labels)}")
     scores, p = item_scores(predicted, items, ordered), counts_of(items)
     p = p / p.sum(1, keepdim=True)
     means = {name: correlation(s.mean(0)) if s.dim() == 2 else s.mean() for name, s in scores.items()}

@@ -90,7 +90,10 @@ def run(config: RunConfig) -> dict[str, float | None]:
 
     config.check()
     if not config.dry_run:
-        return distjudge.run(config, before_training=look)
+        metrics = distjudge.run(config, before_training=look)
+        if FIRST:
+            print(outcome(metrics, config.out))
+        return metrics
     items, test = distjudge.load_data(config)
     labels, spellings = distjudge.labels_of(items), distjudge.parse_spellings(config.spellings)
     names = ("lora_rank", "four_bit", "max_length", "seed", "backend", "gradient_checkpointing")
@@ -100,6 +103,18 @@ def run(config: RunConfig) -> dict[str, float | None]:
     items = distjudge.keep_short(judge, items, config.overlong, "training")
     look(judge, items, distjudge.keep_short(judge, test, config.overlong, "test"))
     return {}
+
+
+def outcome(metrics: dict[str, float | None], out: str) -> str:
+    """What a run came to, in three lines: KL beside its rivals, what was written, and the next command."""
+    floor, beside = metrics["kl_noise_floor"], f"{metrics['kl_marginal']:.3f} of the mean distribution"
+    beside += f", {floor:.3f} of the truth" if floor else ""
+    kl, right = f"{metrics['kl']:.3f} nats (beside it: {beside})", f"accuracy {metrics['accuracy']:.3f}"
+    return (
+        f"\nKL to the votes of {metrics['items']} test items: {kl}; {right}\n"
+        f"wrote {out}: the judge, predictions.jsonl, metrics.json, log.jsonl\n"
+        f"next: python recipes/judge.py --run {out} --items new.jsonl --out judged.jsonl"
+    )
 
 
 def check_mass(judge: Judge, items: Sequence[Item], least: float) -> str:

@@ -145,7 +145,8 @@ def table_lines(rows: list[dict]) -> list[str]:
         for column in COLUMNS:
             values = own[column].astype(float)
             spread = f" ± {values.std():.3f}" if values.std() > 0 else ""
-            cells.append(f"{values.mean():.3f}{spread}" if values.notna().any() else "–")
+            mean = round(values.mean(), 3) + 0.0  # and not -0.000
+            cells.append(f"{mean:.3f}{spread}" if values.notna().any() else "–")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
 

@@ -493,3 +493,30 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tiny_model, tmp_path):
         assert "\n" not in str(error.value) and str(path) in str(error.value)
     with pytest.raises(InputError, match=r"needs labels"):
         load_judge(tiny_model)
+
+
+def test_a_folder_of_another_judge_leaves_nothing_in_the_new_one(tiny_model, tiny_tokenizer, tmp_path):
+    """A chat template that stayed behind would be the new judge's."""
+    import copy
+
+    from transformers import Qwen2ForCausalLM
+
+    save_judge(load_judge(tiny_model, ["yes", "no"], lora_rank=0), tmp_path / "run")
+    assert (tmp_path / "run" / "model").is_dir()
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template = None
+    other = distjudge.make_judge(
+        Qwen2ForCausalLM.from_pretrained(tiny_model), plain, ["yes", "no"], lora_rank=0
+    )
+    save_judge(other, tmp_path / "run")
+    again = load_judge(tmp_path / "run")
+    assert (
+        again.encode(["Hi"]) == other.encode(["Hi"]) != load_judge(tiny_model, ["yes", "no"]).encode(["Hi"])
+    )
+    save_judge(load_judge(tiny_model, ["yes", "no"], lora_rank=2), tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_spellings_are_lists_of_texts(tiny_model):
+    with pytest.raises(InputError, match="label 'yes': a list of texts is needed, not one text"):
+        load_judge(tiny_model, ["yes", "no"], spellings={"yes": "yes,yeah"})

@@ -230,3 +230,12 @@ def test_bootstrap_without_two_groups_or_with_other_shapes():
     for wrong in ((torch.ones(3),), (one, torch.ones(2, 4))):
         with pytest.raises(ValueError, match="scores"):
             bootstrap(*wrong)
+
+
+def test_training_items_with_labels_in_another_order_are_refused():
+    """Their marginal would be read with the wrong columns."""
+    rows = [{"prompt": "p", "counts": {"a": 3, "b": 1}}]
+    items, turned = (distjudge.load_items(rows, labels=labels) for labels in (["a", "b"], ["b", "a"]))
+    assert evaluate([[0.5, 0.5]], items, train_items=items, floor_draws=0)["kl_marginal"] == pytest.approx(0)
+    with pytest.raises(distjudge.InputError, match="train_items: labels {b, a} are not {a, b}"):
+        evaluate([[0.5, 0.5]], items, train_items=turned, floor_draws=0)

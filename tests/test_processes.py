@@ -97,12 +97,58 @@ def test_processes_train_as_one_does(launch, tmp_path, processes, teacher):
         dealt = [rank["given"][k] for rank in ranks]
         if steps[k] == 8:
             assert list(itertools.chain(*dealt)) == step and max(map(len, dealt)) - min(map(len, dealt)) <= 1
-        else:  # one has the item, and the others compute it for nothing, to exchange gradients of zero
-            assert all(given == step for given in dealt)
+        else:  # one has the item, and the others nothing
+            assert sorted(dealt) == [[]] * (processes - 1) + [step]
     for rank in ranks:
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(set(one["losses"])) == 8
         assert torch.allclose(torch.tensor(rank["weights"]), torch.tensor(one["weights"]), atol=1e-4)
         assert rank["weights"] == ranks[0]["weights"]
+
+
+TROUBLE = """
+import json, os, signal, sys
+sys.path.insert(0, {root!r})
+import torch, distjudge
+torch.set_num_threads(1)
+rank, trouble = int(os.environ.get("RANK", "0")), sys.argv[2]
+items = distjudge.load_items("items.jsonl")
+judge = distjudge.load_judge({model!r}, distjudge.labels_of(items), lora_rank=4)
+layer, calls = judge.model.get_decoder().layers[-1], []
+
+def out_of_memory(*unused):  # once, in the second step of the second process
+    calls.append(1)
+    if trouble == "memory" and rank == 1 and len(calls) == 3:
+        raise torch.OutOfMemoryError("played")
+
+layer.register_forward_hook(out_of_memory)
+
+def on_step(n):
+    if trouble == "signal" and rank == 1 and n == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+settings = {{"batch_size": 8, "epochs": 2.0, "learning_rate": 1e-2, "schedule": "constant", "pack_tokens": 200}}
+try:
+    log = distjudge.train(judge, items, distjudge.Config(out=sys.argv[1], **settings), on_step=on_step)
+except distjudge.Stopped as stopped:
+    log = [{{"loss": str(stopped)[:31]}}]
+with open(sys.argv[1] + "/rank" + str(rank) + ".json", "w") as file:
+    json.dump([row["loss"] for row in log], file)
+"""
+
+
+@pytest.mark.slow
+def test_trouble_of_one_process_is_that_of_all(launch, tmp_path):
+    """Memory that runs out on one: it makes smaller passes, and nobody hangs. A signal to one: all stop after one step."""
+    launch(TROUBLE, "one", 1, "none")
+    for trouble in ("memory", "signal"):
+        launch(TROUBLE, trouble, 2, trouble)
+    read = lambda name: json.loads((tmp_path / name).read_text())  # noqa: E731
+    for rank in (0, 1):
+        assert read(f"memory/rank{rank}.json") == pytest.approx(read("one/rank0.json"), rel=1e-4)
+        assert read(f"signal/rank{rank}.json") == ["stopped by SIGTERM after step 3"]
+    assert [path.name[:14] for path in (tmp_path / "signal/checkpoints").iterdir()].count(
+        "step-000000003"
+    ) == 1
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """The README's own code runs: the two ways to take only the losses, and a loss of one's own."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,24 @@ def test_twenty_lines_for_a_trainer(parts, tmp_path, kind):
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[0] == pytest.approx(expected, rel=2e-3) and losses[-1] < 0.9 * losses[0]
+
+
+def test_your_own_votes_as_the_readme_has_them(tmp_path):
+    """The table, the prompt and the first command of the README make items."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table, prompt = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "votes.csv").write_text(table)
+    (tmp_path / "prompt.txt").write_text(prompt)
+    (command,) = re.findall(r"^python data/prepare.py own .*$", text, re.MULTILINE)
+    words = [sys.executable, str(ROOT / "data" / "prepare.py"), *command.split()[2:]]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for path in (tmp_path / "votes/own").glob("*.jsonl") for line in path.open()]
+    assert {row["prompt"].splitlines()[-1] for row in rows} == {
+        "Answer: Boil it for five minutes.",
+        "Answer: It depends on the pot.",
+    }
+    assert sorted(sum(row["counts"].values()) for row in rows) == [1, 2]
 
 
 def test_files_and_flags_that_the_readmes_name_are_there():

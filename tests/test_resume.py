@@ -207,7 +207,7 @@ def test_a_signal_saves_and_stops_and_the_handlers_are_put_back(go, tmp_path, nu
     whole, _ = go("whole", save_every=0.5)
     said = rf"stopped by {number.name} after step 4 of 10; a checkpoint is saved, --resume"
     with pytest.raises(distjudge.Stopped, match=said) as caught:
-        go("run", save_every=0.5, at={4: lambda judge: os.kill(os.getpid(), number)})
+        go("run", save_every=0.5, at={3: lambda judge: os.kill(os.getpid(), number)})
     assert caught.value.number == number and signal.getsignal(number) is before
     assert steps(tmp_path / "run") == [4]
     assert torch.equal(go("run", save_every=0.5, resume=True)[0], whole)
