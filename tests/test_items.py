@@ -271,6 +271,12 @@ def test_a_pair_and_its_other_order_stay_on_one_side():
         distjudge.keep_apart(items[:1], items[1:2])
 
 
+def test_a_single_prompt_is_kept_from_a_pair_that_shows_it_in_its_other_order():
+    pair, (alone,) = load_items([PAIR]), load_items([{"prompt": SWAP["prompt"], "counts": ONE}])
+    for train, test in ((pair, [alone]), ([alone], pair)):
+        assert distjudge.keep_apart(train, test, "remove") == ([], {"prompt": 1, "group": 0, "id": 0})
+
+
 @pytest.mark.parametrize("field", ["id", "prompt", "group"])
 def test_train_and_test_must_be_apart(field):
     train = load_items([GOOD | {"group": "g"}])

@@ -183,6 +183,12 @@ def test_bootstrap_agrees_with_scipy(case):
         assert ours["low"] < ours["mean"] < ours["high"]
 
 
+def test_few_groups_spread_out_by_hand():
+    """Of two items the draws are 0, 1/2 and 1; they spread out by sqrt(2 / 1)."""
+    found, half = bootstrap(torch.tensor([[0.0, 1.0]])), math.sqrt(2) / 2
+    assert (found["low"], found["high"]) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-12)
+
+
 def crossed(draws, runs, items, item_sd, run_sd, rest_sd, group=1):
     """Differences of two methods, true mean 0: effects of the item (or its group) and the run, a rest."""
     draw = torch.Generator().manual_seed(11)

@@ -293,10 +293,10 @@ RECOMPUTED = {"gradient_checkpointing": True}
 
 
 def trained(judge, items, **changes):
-    """The weights after training, and the losses on the way."""
+    """The weights after training, and the losses and lengths of gradients on the way."""
     log = train(judge, items, Config(learning_rate=1e-3, **changes))
     weights = torch.cat([w.detach().flatten() for w in judge.model.parameters() if w.requires_grad])
-    return weights, [row["loss"] for row in log]
+    return weights, [row[name] for row in log for name in ("loss", "grad_norm")]
 
 
 def test_training_with_packs_without_and_in_small_ones_is_the_same(tiny_model, votes, tmp_path):
@@ -349,7 +349,7 @@ def test_out_of_memory_makes_passes_smaller_no_item_is_lost(tiny_model, votes, t
     assert scarce.refused and "no item is lost" in caplog.text
     assert judge.pack_tokens == 1024  # what was set before training is back
     (weights, losses), (others, other_losses) = after
-    assert torch.allclose(weights, others, atol=1e-6) and losses == pytest.approx(other_losses, abs=1e-6)
+    assert torch.allclose(weights, others, atol=1e-6) and losses == pytest.approx(other_losses, abs=1e-5)
 
 
 def test_out_of_memory_while_judging(tiny_model):

@@ -27,8 +27,11 @@ def go(tiny_model, votes, tmp_path):
     """Trains 10 steps in two epochs and a bit; with `stop`, raises after so many, before their checkpoint."""
     items = votes(14)
 
-    def run(out, stop=None, items=items, labels=("1", "2", "3"), at=None, **changes):
+    def run(out, stop=None, items=items, labels=("1", "2", "3"), at=None, dropout=0.0, tested=(), **changes):
         judge = load_judge(tiny_model, labels, lora_rank=4)
+        for module in judge.model.modules() if dropout else ():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = torch.nn.Dropout(dropout)
         fixed = {"batch_size": 4, "epochs": 2.5, "learning_rate": 1e-2, "save_every": 1}
 
         def on_step(n):
@@ -37,7 +40,7 @@ def go(tiny_model, votes, tmp_path):
             if at and n in at:
                 at[n](judge)
 
-        log = train(judge, items, Config(out=str(tmp_path / out), **(fixed | changes)), on_step=on_step)
+        log = train(judge, items, Config(out=str(tmp_path / out), **(fixed | changes)), tested, on_step)
         return torch.cat([w.detach().flatten() for w in judge.model.parameters() if w.requires_grad]), log
 
     return run
@@ -78,6 +81,28 @@ def test_with_checkpoints_now_and_then(go, tmp_path, method):
     before = steps(tmp_path / "stopped")
     once_more, _ = go("stopped", **settings, resume=True)  # a finished run: nothing is left to do
     assert torch.equal(once_more, whole) and steps(tmp_path / "stopped") == before == [10, 9]
+
+
+@pytest.mark.parametrize("method", [{}, TEACHER])
+def test_dropout_goes_on_with_the_numbers_it_would_have_drawn(go, method):
+    whole, log = go("whole", dropout=0.5, **method)
+    assert not torch.equal(whole, go("without", **method)[0])
+    with pytest.raises(KeyboardInterrupt):
+        go("stopped", 6, dropout=0.5, **method)
+    again, log_again = go("stopped", dropout=0.5, **method, resume=True)
+    assert torch.equal(again, whole) and log_again == log
+
+
+def test_passes_that_have_shrunk_stay_small(go):
+    """As after running out of memory; other passes would be other roundings."""
+    seen = {}
+    at = {3: lambda judge: setattr(judge, "pack_tokens", 40)}
+    whole, log = go("whole", at=at)
+    with pytest.raises(KeyboardInterrupt):
+        go("stopped", 6, at=at)
+    look = {10: lambda judge: seen.update(tokens=judge.pack_tokens)}
+    again, log_again = go("stopped", at=look, resume=True)
+    assert seen == {"tokens": 40} and torch.equal(again, whole) and log_again == log
 
 
 def test_a_new_run_does_not_see_the_checkpoints_of_the_last(go, tmp_path):
@@ -159,6 +184,7 @@ def test_resuming_another_run_is_refused_by_name(go, votes, tmp_path):
         ({"alpha": 0.5}, "alpha differs: 0.8 then, 0.5 now"),
         ({"seed": 3}, "seed differs: 0 then, 3 now"),
         ({"items": votes(14, seed=5)}, "training items differs"),
+        ({"tested": votes(3)}, "test items differs"),
         ({"epochs": 3.0}, "epochs differs"),
         ({"labels": four, "items": votes(14, labels=four)}, "labels differs"),
     ):
@@ -211,6 +237,13 @@ def test_a_signal_saves_and_stops_and_the_handlers_are_put_back(go, tmp_path, nu
     assert caught.value.number == number and signal.getsignal(number) is before
     assert steps(tmp_path / "run") == [4]
     assert torch.equal(go("run", save_every=0.5, resume=True)[0], whole)
+
+
+def test_a_second_signal_stops_at_once(go, tmp_path):
+    twice = lambda judge: [signal.raise_signal(signal.SIGINT) for _ in range(2)]  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        go("run", save_every=0.5, at={4: twice})
+    assert steps(tmp_path / "run") == []
 
 
 def poison(judge):

@@ -78,7 +78,8 @@ def test_training_is_that_of_a_loop_written_out_by_hand(tiny_model, tmp_path):
     with torch.no_grad():
         for judge in judges:
             judge.model.lm_head.weight *= 4  # a model sure of itself: gradients longer than 1
-    config = settings(tmp_path, lora_rank=0, batch_size=6, epochs=5.0, learning_rate=1e-3, weight_decay=0.1)
+    more = {"learning_rate": 1e-3, "weight_decay": 0.1, "steps": 3, "step_size": 0.1}
+    config = settings(tmp_path, lora_rank=0, batch_size=6, epochs=5.0, **more)
     log = train(judges[0], items, config)
     losses, norms = by_hand(judges[1], items, config, 5)
     assert [row["loss"] for row in log] == pytest.approx(losses, rel=1e-4)
@@ -118,6 +119,14 @@ def test_a_step_s_loss_is_the_mean_over_its_items_whatever_the_passes(tiny_model
     assert log is None or log[0]["loss"] == pytest.approx(kl, rel=1e-5)
 
 
+def test_a_short_last_step_is_the_mean_over_its_items_too(tiny_model, votes, tmp_path):
+    judge, items = load_judge(tiny_model, LABELS), votes(6)
+    p = torch.tensor([item.distribution for item in items])
+    kl = distjudge.kl_loss(judge.score([item.prompt for item in items])[0], p).sum().item()
+    log = train(judge, items, settings(tmp_path, batch_size=4, alpha=1.0, eps=0.0, learning_rate=0.0))
+    assert 4 * log[0]["loss"] + 2 * log[1]["loss"] == pytest.approx(kl, rel=1e-5)
+
+
 def test_two_runs_with_one_seed_agree_to_the_bit_and_other_seeds_do_not(tiny_model, votes, tmp_path):
     def trained(seed):
         judge = load_judge(tiny_model, LABELS, seed=seed)
@@ -137,6 +146,12 @@ def test_every_epoch_has_each_item_once_and_an_order_of_its_own(tiny_model, vote
     epochs = [list(itertools.chain(*steps[k : k + 4])) for k in (0, 4, 8)]
     assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3 and list(range(13)) not in epochs
+
+
+def test_every_seed_has_orders_of_its_own():
+    at = [(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    orders = {tuple(distjudge.epoch_order([[n] for n in range(20)], Config(seed=s), e)) for s, e in at}
+    assert len(orders) == 4 and all(sorted(order) == list(range(20)) for order in orders)
 
 
 def test_warm_up_and_schedules_by_hand(tiny_model, votes, tmp_path):
@@ -202,6 +217,42 @@ def test_the_teacher_is_a_mean_of_weights_without_dropout_and_its_votes_count(
         assert log[step]["loss"] == pytest.approx(
             distjudge.kl_loss(logq, targets[step]).mean().item(), rel=1e-4
         )
+
+
+@pytest.mark.parametrize("pack_tokens", [0, 1])
+def test_votes_are_moved_first_and_each_item_gets_its_own_teacher(tiny_model, votes, tmp_path, pack_tokens):
+    """With steps of length zero the teacher says what the judge says: the loss by hand, whatever the passes."""
+    judge, items, k = load_judge(tiny_model, LABELS), votes(6), 3.0
+    logq, n = judge.score([item.prompt for item in items])[0], distjudge.counts_of(items).float()
+    p = n / n.sum(1, keepdim=True)
+    worst = distjudge.worst_case(logq, p, 0.25)
+    both = (n.sum(1, keepdim=True) * worst + k * logq.exp()) / (n.sum(1, keepdim=True) + k)
+    more = {"learning_rate": 0.0, "epochs": 2.0, "batch_size": 6, "pack_tokens": pack_tokens}
+    log = train(judge, items, settings(tmp_path, teacher=k, alpha=0.8, eps=0.25, **more))
+    for row, target in zip(log, (worst, both), strict=True):  # the first step has no teacher yet
+        loss = distjudge.hybrid_loss(logq, p, 0.8, target).mean().item()
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_on_the_way_the_teacher_is_evaluated(tiny_model, votes, tmp_path):
+    judge, items = load_judge(tiny_model, LABELS), votes(4)
+    log = train(judge, items, settings(tmp_path, teacher=3.0, epochs=3.0, eval_every=1), eval_items=items)
+    q = judge.predict([item.prompt for item in items])  # the teacher's, in the end
+    kl = distjudge.evaluate(q, items, floor_draws=0)["kl"]
+    assert log[-1]["eval_kl"] == pytest.approx(kl, rel=1e-5) != log[0]["eval_kl"]
+
+
+def test_a_step_has_dropout_and_the_judge_afterwards_has_none(tiny_model, votes, tmp_path):
+    judge, modes = load_judge(tiny_model, LABELS), []
+    judge.model.register_forward_pre_hook(lambda model, args: modes.append(model.training))
+    train(judge, votes(4), settings(tmp_path))
+    assert modes == [True] and not judge.model.training
+
+
+def test_a_part_of_an_epoch_is_rounded_up_to_whole_steps(tiny_model, votes, tmp_path):
+    steps = lambda epochs: len(train(judge, items, settings(tmp_path, batch_size=2, epochs=epochs)))  # noqa: E731
+    judge, items = load_judge(tiny_model, LABELS, lora_rank=2), votes(5)
+    assert [steps(0.1), steps(1.0), steps(1.5)] == [1, 3, 5]
 
 
 def test_what_the_settings_mean(tiny_model, tmp_path):
