@@ -243,5 +243,5 @@ def test_training_items_with_labels_in_another_order_are_refused():
     rows = [{"prompt": "p", "counts": {"a": 3, "b": 1}}]
     items, turned = (distjudge.load_items(rows, labels=labels) for labels in (["a", "b"], ["b", "a"]))
     assert evaluate([[0.5, 0.5]], items, train_items=items, floor_draws=0)["kl_marginal"] == pytest.approx(0)
-    with pytest.raises(distjudge.InputError, match="train_items: labels {b, a} are not {a, b}"):
+    with pytest.raises(distjudge.InputError, match=r"train_items: labels {b, a} are not {a, b}"):
         evaluate([[0.5, 0.5]], items, train_items=turned, floor_draws=0)

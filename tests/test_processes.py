@@ -126,9 +126,10 @@ def on_step(n):
     if trouble == "signal" and rank == 1 and n == 2:
         os.kill(os.getpid(), signal.SIGTERM)
 
-settings = {{"batch_size": 8, "epochs": 2.0, "learning_rate": 1e-2, "schedule": "constant", "pack_tokens": 200}}
+settings = {{"batch_size": 8, "epochs": 2.0, "learning_rate": 1e-2, "schedule": "constant"}}
 try:
-    log = distjudge.train(judge, items, distjudge.Config(out=sys.argv[1], **settings), on_step=on_step)
+    config = distjudge.Config(out=sys.argv[1], **settings, pack_tokens=200)
+    log = distjudge.train(judge, items, config, on_step=on_step)
 except distjudge.Stopped as stopped:
     log = [{{"loss": str(stopped)[:31]}}]
 with open(sys.argv[1] + "/rank" + str(rank) + ".json", "w") as file:
@@ -138,7 +139,7 @@ with open(sys.argv[1] + "/rank" + str(rank) + ".json", "w") as file:
 
 @pytest.mark.slow
 def test_trouble_of_one_process_is_that_of_all(launch, tmp_path):
-    """Memory that runs out on one: it makes smaller passes, and nobody hangs. A signal to one: all stop after one step."""
+    """Memory runs out on one: smaller passes, nobody hangs. A signal to one: all stop after one step."""
     launch(TROUBLE, "one", 1, "none")
     for trouble in ("memory", "signal"):
         launch(TROUBLE, trouble, 2, trouble)

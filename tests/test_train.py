@@ -221,7 +221,7 @@ def test_the_teacher_is_a_mean_of_weights_without_dropout_and_its_votes_count(
 
 @pytest.mark.parametrize("pack_tokens", [0, 1])
 def test_votes_are_moved_first_and_each_item_gets_its_own_teacher(tiny_model, votes, tmp_path, pack_tokens):
-    """With steps of length zero the teacher says what the judge says: the loss by hand, whatever the passes."""
+    """With steps of length zero the teacher says what the judge says: losses by hand, whatever the passes."""
     judge, items, k = load_judge(tiny_model, LABELS), votes(6), 3.0
     logq, n = judge.score([item.prompt for item in items])[0], distjudge.counts_of(items).float()
     p = n / n.sum(1, keepdim=True)
