@@ -145,8 +145,8 @@ def table_lines(rows: list[dict]) -> list[str]:
         for column in COLUMNS:
             values = own[column].astype(float)
             spread = f" ± {values.std():.3f}" if values.std() > 0 else ""
-            mean = round(values.mean(), 3) + 0.0  # and not -0.000
-            cells.append(f"{mean:.3f}{spread}" if values.notna().any() else "–")
+            mean = f"{values.mean():.3f}".replace("-0.000", "0.000")
+            cells.append(f"{mean}{spread}" if values.notna().any() else "–")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
 
