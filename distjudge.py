@@ -2228,6 +2228,7 @@ class Progress:
         self.recompute = config.gradient_checkpointing and judge.backend != "unsloth"
         self.writes, self.before = accelerator.is_main_process, (judge.packs, judge.pack_tokens)
         self.first, self.rows, self.signals, self.handlers = 0, [], [], {}
+        self.last_pass: tuple[Sequence[int], int] = [], 0  # members and tokens, for when memory runs out
 
     def __enter__(self) -> Progress:
         from tqdm.auto import tqdm
