@@ -129,6 +129,12 @@ def counts_of(items: Sequence[Item]) -> torch.Tensor:
     return torch.tensor([list(item.counts.values()) for item in items], dtype=torch.float64)
 
 
+def shares_of(items: Sequence[Item]) -> torch.Tensor:
+    """The human distributions, votes as shares: float64 (N, C)."""
+    counts = counts_of(items)
+    return counts / counts.sum(1, keepdim=True)
+
+
 def truths_of(items: Sequence[Item]) -> torch.Tensor | None:
     """The true distributions as a float64 tensor (N, C); None unless every item has one."""
     truths = [item.truth for item in items]
@@ -950,10 +956,7 @@ def use_block_attention(model: Any) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # 4. The judge: a causal LM that is read at the label tokens only
 # ----------------------------------------------------------------------------------------------------------
-SLICE, SLICE_LOGITS = (
-    16_384,
-    2**24,
-)  # tokens of the vocabulary and logits that are computed at a time, at most
+SLICE, SLICE_LOGITS = 16_384, 2**24  # tokens of the vocabulary, and logits, at a time at most
 
 
 def add_label_readout(model: Any) -> None:
@@ -968,9 +971,8 @@ def add_label_readout(model: Any) -> None:
     """
     plain_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
     if not head.weight.is_floating_point():
-        raise InputError(
-            f"{type(model).__name__}: its output layer is quantized; label rows cannot be read from it"
-        )
+        quantized = "its output layer is quantized; label rows cannot be read from it"
+        raise InputError(f"{type(model).__name__}: {quantized}")
     config = model.config.get_text_config()
     model.two_levels = type(decoder).forward.__module__.startswith("unsloth.")
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -989,12 +991,10 @@ def add_label_readout(model: Any) -> None:
         width = min(SLICE, max(256, SLICE_LOGITS // max(1, len(hidden))))
         biases = itertools.repeat(None) if head.bias is None else head.bias.split(width)
         norm = lambda *rows: logits_of(hidden, *rows).logsumexp(1)  # noqa: E731
+        again = functools.partial(checkpoint, norm, use_reentrant=False)
         rows = zip(head.weight.split(width), biases, strict=False)
-        if not torch.is_grad_enabled():
-            return torch.stack([norm(*some) for some in rows], dim=1).logsumexp(1)
-        return torch.stack([checkpoint(norm, *some, use_reentrant=False) for some in rows], dim=1).logsumexp(
-            1
-        )
+        norms = itertools.starmap(again if torch.is_grad_enabled() else norm, rows)
+        return torch.stack([*norms], dim=1).logsumexp(1)
 
     def forward(self, *args, answer_at=None, token_ids=None, vocabulary=False, ends=None, **kwargs):
         if ends is not None and self.two_levels:  # Unsloth drops masks in training, but takes this
@@ -1003,25 +1003,17 @@ def add_label_readout(model: Any) -> None:
             kwargs["attention_mask"] = tree_mask(config, self.dtype, ends[0], kwargs["position_ids"][0])
         if answer_at is None:
             return plain_forward(*args, **kwargs)
-        for unused in (
-            "logits_to_keep",
-            "num_logits_to_keep",
-        ):  # what Unsloth's PeftModel adds; none are made here
-            kwargs.pop(unused, None)
-        kwargs = {k: v for k, v in kwargs.items() if v is not None} | {
-            "use_cache": False,
-            "return_dict": True,
-        }
+        unused = ("logits_to_keep", "num_logits_to_keep")  # of Unsloth's PeftModel; no logits are made here
+        kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in unused}
+        kwargs |= {"use_cache": False, "return_dict": True}
         hidden = decoder(*args, **kwargs).last_hidden_state[answer_at[:, 0], answer_at[:, 1]]
-        with torch.autocast(
-            hidden.device.type, enabled=False
-        ):  # bf16 logits near 20 would be off by 4e-4 nats
+        # in 16 bits logits near 20 would be off by 4e-4 nats
+        with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.float()
             if token_ids is None:
                 return hidden
-            logits = logits_of(
-                hidden, head.weight[token_ids], None if head.bias is None else head.bias[token_ids]
-            )
+            bias = None if head.bias is None else head.bias[token_ids]
+            logits = logits_of(hidden, head.weight[token_ids], bias)
             return (logits, over_vocabulary(hidden)) if vocabulary else logits
 
     model.forward = types.MethodType(forward, model)  # bound, as those who wrap it and unwrap it expect
@@ -1101,21 +1093,25 @@ class Judge:
     """Tokens a forward pass, at most; halved when CUDA runs out of memory."""
 
     def __init__(
-        self, model: Any, encoder: PromptEncoder, tokens: LabelTokens, base: str = "", **settings: Any
+        self,
+        model: Any,
+        encoder: PromptEncoder,
+        tokens: LabelTokens,
+        base: str = "",
+        max_length: int | None = None,
+        spellings: dict[str, Sequence[str]] | None = None,
     ):
-        """settings: max_length (tokens of a prompt, at most; 2048) and spellings, as they were given."""
+        """max_length: tokens of a prompt, at most; 2048 by default. spellings: as they were given."""
         self.model, self.encoder, self.tokens, self.base = model, encoder, tokens, base
-        max_length, config = settings.get("max_length") or 2048, model.config.get_text_config()
+        max_length, config = max_length or 2048, model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or max_length
         if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
             positions = config.rope_parameters.get("original_max_position_embeddings", positions)
             if positions < max_length:
-                text = (
-                    "%s: prompts may have about %d tokens, not %d: with longer ones its position codes change"
-                )
+                text = "%s: prompts may have about %d tokens, not %d: longer ones change its position codes"
                 log.warning(text, base or type(model).__name__, positions, max_length)
         self.max_length = min(max_length, positions - max(len(ids) for _, ids in tokens.sequences) + 1)
-        self.spellings = dict(settings.get("spellings") or {})
+        self.spellings = dict(spellings or {})
         self.pack_tokens = 1024 if self.device.type == "cpu" else 8192
 
     @property
@@ -1140,6 +1136,7 @@ class Judge:
 
         start: the number of the first prompt, for messages.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         for i, prompt in enumerate(prompts, start):
             try:
                 prompt_text(prompt)
@@ -1209,9 +1206,8 @@ class Judge:
                 tick(len(members))
             else:
                 self.shrink(members, batch["input_ids"].numel())
-                left = [
-                    i for group in (*todo, members) for i in group
-                ]  # those still waiting are too large as well
+                # the passes still waiting are too large as well
+                left = [i for group in (*todo, members) for i in group]
                 todo = [[left[i] for i in group] for group in self.plan([encoded[i] for i in left])][::-1]
         return logq, mass
 
@@ -1247,8 +1243,12 @@ class Judge:
         labels. All prompts are checked before the first is judged.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for start in range(0, len(prompts), 2048) if len(prompts) > 2048 else ():
-            self.encode(prompts[start : start + 2048], start)
+        for k, prompt in enumerate(prompts) if len(prompts) > 2048 else ():  # of one window stream() sees all
+            is_short = (
+                isinstance(prompt, str) and len(prompt.encode("utf-8", "replace")) <= self.max_length // 2
+            )
+            if not is_short or not prompt.strip():  # a token is hardly less than a byte
+                self.encode([prompt], k)
         rows = list(self.stream(prompts, progress))
         if not rows:
             return torch.empty(0, len(self.labels)), torch.empty(0)
@@ -1403,7 +1403,7 @@ def make_judge(
         model = _with_adapters(model, lora_rank, seed, gradient_checkpointing, adapter)
     elif not hasattr(model, "meant_for"):  # rounded to 16 bits, small steps of its own weights would be lost
         model.float()
-    judge = Judge(model, encoder, tokens, base, max_length=max_length, spellings=spellings)
+    judge = Judge(model, encoder, tokens, base, max_length, spellings)
     check_model(judge)
     return judge
 
@@ -1683,20 +1683,15 @@ def _read_saved(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
 def check_distributions(logq: torch.Tensor, p: torch.Tensor) -> None:
     """ValueError unless the rows of logq (..., C) are log-probabilities and of p probabilities, to 1e-2."""
     if logq.shape != p.shape or not logq.dim():
-        raise ValueError(
-            f"logq and p must be alike, (B, C): they are {tuple(logq.shape)} and {tuple(p.shape)}"
-        )
-    wanted = {
-        "logq": "log-probabilities (.log_softmax(-1) makes them of scores)",
-        "p": "probabilities (votes / their sum)",
-    }
+        shapes = f"{tuple(logq.shape)} and {tuple(p.shape)}"
+        raise ValueError(f"logq and p must be alike, (B, C): they are {shapes}")
+    wanted = {"logq": "log-probabilities (of scores: .log_softmax(-1))", "p": "probabilities (votes / sum)"}
     for name, rows in (("logq", logq.detach().double().exp()), ("p", p.detach().double())):
         wrong = ~((rows.sum(-1) - 1).abs() <= 1e-2) | (rows < 0).any(-1)
         if bool(wrong.any()):
             row = [round(x, 4) for x in (logq if name == "logq" else p)[wrong][0].tolist()]
-            raise ValueError(
-                f"{name}: wanted are {wanted[name]}, given is a row {row}; the order is (logq, p)"
-            )
+            given = f"given is a row {row}; the order is (logq, p)"
+            raise ValueError(f"{name}: wanted are {wanted[name]}, {given}")
 
 
 def _checked(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -1780,10 +1775,8 @@ def hybrid_loss(
     cross_entropy = _cross(logq, majority(p)) if alpha < 1 else 0.0
     if alpha == 0:
         return cross_entropy
-    return (
-        alpha * inspect.unwrap(LOSSES[loss])(logq, p if worst is None else worst)
-        + (1 - alpha) * cross_entropy
-    )
+    distance = inspect.unwrap(LOSSES[loss])(logq, p if worst is None else worst)
+    return alpha * distance + (1 - alpha) * cross_entropy
 
 
 def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
@@ -1819,9 +1812,7 @@ def _project_simplex(y: torch.Tensor) -> torch.Tensor:
     u = y.sort(-1, descending=True).values
     excess = u.cumsum(-1) - 1
     rank = torch.arange(1, y.shape[-1] + 1, device=y.device, dtype=y.dtype)
-    size = (
-        (u * rank > excess).sum(-1, keepdim=True).clamp_min(1)
-    )  # 0 only for NaN, which then comes out as NaN
+    size = (u * rank > excess).sum(-1, keepdim=True).clamp_min(1)  # 0 only for NaN, which stays NaN
     return (y - excess.gather(-1, size - 1) / size).clamp_min(0)
 
 
@@ -2226,7 +2217,7 @@ class Progress:
         self.weights = {name: w for name, w in judge.model.named_parameters() if w.requires_grad}
         # Unsloth's layers recompute in a way of their own
         self.recompute = config.gradient_checkpointing and judge.backend != "unsloth"
-        self.writes, self.before = accelerator.is_main_process, (judge.packs, judge.pack_tokens)
+        self.writes, self.pack_tokens = accelerator.is_main_process, judge.pack_tokens
         self.first, self.rows, self.signals, self.handlers = 0, [], [], {}
         self.last_pass: tuple[Sequence[int], int] = [], 0  # members and tokens, for when memory runs out
 
@@ -2260,7 +2251,7 @@ class Progress:
             tracker.finish()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.judge.packs, self.judge.pack_tokens = self.before
+        self.judge.pack_tokens = self.pack_tokens
         self.judge.model.eval()
         if self.recompute:
             self.judge.model.gradient_checkpointing_disable()
@@ -2304,7 +2295,7 @@ class Progress:
             raise self._diverged(wrong, itertools.compress(ids, bad.tolist()))
 
     def _diverged(self, what: str, ids: Iterable[str]) -> FloatingPointError:
-        """Good is a checkpoint whose weights a later step has used, with a finite loss."""
+        """The error, with the newest checkpoint whose weights a later step has used, to a finite loss."""
         names = list(dict.fromkeys(map(short, ids)))
         items = f"item{'s' * (len(names) > 1)} {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
         good = [path for path in checkpoints_in(self.folder) if int(path.name[5:14]) < self.done]
@@ -2446,8 +2437,7 @@ def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 def marginal_distribution(items: Sequence[Item]) -> torch.Tensor:
     """The mean human distribution, (C,): of all constant predictions the best in mean KL over these items."""
-    counts = counts_of(items)
-    return (counts / counts.sum(1, keepdim=True)).mean(0)
+    return shares_of(items).mean(0)
 
 
 def golden_section(cost: Callable[[float], float], low: float, high: float) -> float:
@@ -2512,14 +2502,14 @@ def item_scores(q: Any, items: Sequence[Item], ordered: bool | None = None) -> d
 
     Raises InputError for a wrong shape, or a row that is no distribution to 1e-3.
     """
-    labels, counts, truth = labels_of(items), counts_of(items), truths_of(items)
+    labels, p, truth = labels_of(items), shares_of(items), truths_of(items)
     q = torch.as_tensor(q).detach().double().cpu()
-    if q.shape != counts.shape:
-        raise InputError(f"predicted: shape {tuple(q.shape)}, expected {tuple(counts.shape)}: items, labels")
+    if q.shape != p.shape:
+        raise InputError(f"predicted: shape {tuple(q.shape)}, expected {tuple(p.shape)}: items, labels")
     off = (q < 0).any(1) | ~((q.sum(1) - 1).abs() <= 1e-3)  # NaN too
     if off.any():
         raise InputError(f"predicted: row {int(off.nonzero()[0])} is no distribution: {q[off][0].tolist()}")
-    q, p = q / q.sum(1, keepdim=True), counts / counts.sum(1, keepdim=True)
+    q = q / q.sum(1, keepdim=True)
     out = {"kl": kl_divergence(p, q)}
     if truth is not None:
         out["kl_truth"] = kl_divergence(truth, q)
@@ -2659,8 +2649,7 @@ def evaluate(
     """
     if train_items and labels_of(train_items) != (labels := labels_of(items)):
         raise InputError(f"train_items: labels {listed(labels_of(train_items))} are not {listed(labels)}")
-    scores, p = item_scores(predicted, items, ordered), counts_of(items)
-    p = p / p.sum(1, keepdim=True)
+    scores, p = item_scores(predicted, items, ordered), shares_of(items)
     means = {name: correlation(s.mean(0)) if s.dim() == 2 else s.mean() for name, s in scores.items()}
     means = {name: value.item() for name, value in means.items()}
     floor = noise_floor(items, floor_draws, seed) if floor_draws else None
@@ -2727,8 +2716,11 @@ def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
 
 def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) -> list[Item]:
     """The items whose prompts fit judge.max_length; InputError for the others unless overlong is "drop"."""
-    encoded = iter(judge.encoder.many([prompt for item in items for prompt in item.prompts]))
-    lengths, most = [max(len(next(encoded)) for _ in item.prompts) for item in items], judge.max_length
+    lengths, most = [], judge.max_length
+    for start in range(0, len(items), 2048):  # not all of them at a time in memory
+        some = items[start : start + 2048]
+        encoded = iter(judge.encoder.many([prompt for item in some for prompt in item.prompts]))
+        lengths += [max(len(next(encoded)) for _ in item.prompts) for item in some]
     over = [i for i, length in enumerate(lengths) if length > most]
     found = f"{len(over)} of {len(items)} {what} items"
     if over and overlong == "error":
@@ -2805,6 +2797,16 @@ def write_results(
     return metrics
 
 
+def judge_of(config: Config, labels: Sequence[str], weights: bool = True) -> Judge:
+    """load_judge() of config.model, with the settings of a run."""
+    names = ("lora_rank", "four_bit", "max_length", "seed", "backend", "gradient_checkpointing")
+    settings = {name: getattr(config, name) for name in names}
+    settings["spellings"] = parse_spellings(config.spellings)
+    judge = load_judge(config.model, labels, weights=weights, **settings)
+    judge.pack_tokens = config.pack_tokens or judge.pack_tokens
+    return judge
+
+
 def run(
     config: Config, before_training: Callable[[Judge, list[Item], list[Item]], Any] | None = None
 ) -> dict[str, float | None]:
@@ -2816,11 +2818,7 @@ def run(
     """
     config.check()
     items, test = load_data(config)
-    names = ("lora_rank", "four_bit", "max_length", "seed", "backend", "gradient_checkpointing")
-    settings = {name: getattr(config, name) for name in names}
-    spellings = parse_spellings(config.spellings)
-    judge = load_judge(config.model, labels_of(items), spellings=spellings, **settings)
-    judge.pack_tokens = config.pack_tokens or judge.pack_tokens
+    judge = judge_of(config, labels_of(items))
     judge.encoder.memo = {}  # every prompt is tokenized once
     items = keep_short(judge, items, config.overlong, "training")
     test = keep_short(judge, test, config.overlong, "test")

@@ -95,11 +95,7 @@ def run(config: RunConfig) -> dict[str, float | None]:
             print(outcome(metrics, config.out))
         return metrics
     items, test = distjudge.load_data(config)
-    labels, spellings = distjudge.labels_of(items), distjudge.parse_spellings(config.spellings)
-    names = ("lora_rank", "four_bit", "max_length", "seed", "backend", "gradient_checkpointing")
-    settings = {name: getattr(config, name) for name in names}
-    judge = distjudge.load_judge(config.model, labels, spellings=spellings, weights=False, **settings)
-    judge.pack_tokens = config.pack_tokens or judge.pack_tokens
+    judge = distjudge.judge_of(config, distjudge.labels_of(items), weights=False)
     items = distjudge.keep_short(judge, items, config.overlong, "training")
     look(judge, items, distjudge.keep_short(judge, test, config.overlong, "test"))
     return {}

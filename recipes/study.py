@@ -183,8 +183,8 @@ def some_of(items: list[Item], number: int, seed: int) -> list[Item]:
 
 def smoothed(items: list[Item], share: float) -> list[Item]:
     """The majority label with `share` of its probability spread over all labels, in place of the votes."""
-    counts = counts_of(items)
-    p = distjudge.majority(counts / counts.sum(1, keepdim=True)) * (1 - share) + share / counts.shape[1]
+    p = distjudge.shares_of(items)
+    p = distjudge.majority(p) * (1 - share) + share / p.shape[1]
     shares = [dict(zip(labels_of(items), row, strict=True)) for row in p.tolist()]
     return [dataclasses.replace(item, counts=own) for item, own in zip(items, shares, strict=True)]
 
@@ -510,10 +510,9 @@ def perturb(p: torch.Tensor, delta: float, draw: torch.Generator) -> torch.Tenso
 def robustness(shop: Workshop) -> None:
     config, table, n = shop.config, Table(shop), shop.votes[0]
     found = shop.collect({m: {"method": m, "votes": n} for m in shop.methods}) | table.references(n)
-    truth, counts = distjudge.truths_of(shop.test), counts_of(shop.test)
+    truth, p = distjudge.truths_of(shop.test), distjudge.shares_of(shop.test)
     if truth is not None:
         found["noise floor (the truth)"] = [truth]
-    p = counts / counts.sum(1, keepdim=True)
     for delta in config.deltas:
         draw = torch.Generator().manual_seed(config.seed)
         moved = [perturb(p, delta, draw) for _ in range(config.perturbations if delta else 1)]

@@ -24,7 +24,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import common
 import pandas as pd
 import torch
-import transformers
 
 import distjudge
 from distjudge import Config, InputError, Item, Judge, evaluate, labels_of
@@ -116,9 +115,7 @@ def load_base(base: str, labels: list[str], config: TinyConfig) -> Judge:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # of loading weights; training and judging keep theirs
-    same = ("lora_rank", "four_bit", "max_length", "seed", "backend", "gradient_checkpointing")
-    spellings = distjudge.parse_spellings(config.spellings)
-    return distjudge.load_judge(base, labels, spellings=spellings, **{s: getattr(config, s) for s in same})
+    return distjudge.judge_of(dataclasses.replace(config, model=base), labels)
 
 
 def row(method: str, seed: int, metrics: dict) -> dict:
@@ -180,7 +177,6 @@ def main(config: TinyConfig) -> None:
     if config.teacher:
         raise InputError("teacher: each row here has its own; the recipes of one backbone take it")
     items, test = distjudge.load_data(config)
-    transformers.utils.logging.disable_progress_bar()  # of loading weights; training and judging keep theirs
     if not config.model and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a model this small is faster on one, several times so on a busy machine
     out, rows, fresh = Path(config.out), [], not Path(config.out).exists()
