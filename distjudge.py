@@ -2084,6 +2084,7 @@ def train(
     from transformers import get_scheduler
 
     config.check()
+    check_out(config.out, *RUN_FILES)
     for some in filter(None, (items, eval_items)):
         if (labels := labels_of(some)) != judge.labels:
             wrong = f"labels {listed(labels)} are not the judge's {listed(judge.labels)}"
@@ -2128,7 +2129,8 @@ def train(
             total += loss.detach()
         return total
 
-    with progress:
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    with locked(config.out) if progress.writes else contextlib.nullcontext(), progress:
         while progress.done < last:
             epoch, k = divmod(progress.done, per_epoch)
             if k == 0 or progress.done == progress.first:
@@ -2228,7 +2230,6 @@ class Progress:
         if state:
             self._take_up(state)
         if self.writes:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
             write_lines(self.log_file, map(json.dumps, self.rows))
             for path in [] if self.config.resume else self.folder.glob("step-*"):
                 path.unlink()
@@ -2681,6 +2682,50 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     temporary.replace(path)
 
 
+@contextlib.contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes off a file, or a folder that is there, while this one writes to it.
+
+    PATH.lock (of a folder: .lock in it) holds the process's number. The system frees it when the process
+    ends, killed or not. Raises InputError that names the process which has it.
+    """
+    from filelock import FileLock, Timeout  # torch brings it
+
+    path = Path(path)
+    place = path / ".lock" if path.is_dir() else path.with_name(path.name + ".lock")
+    holder = place.read_text() if place.exists() else ""
+    lock = FileLock(place, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        remedy = "wait until it ends, or name another place"
+        raise InputError(f"{path}: process {holder} is writing to it: {remedy}") from None
+    try:
+        place.write_text(str(os.getpid()))
+        yield
+    finally:
+        place.unlink()
+        lock.release()
+
+
+def check_out(folder: str | os.PathLike, *ours: str) -> None:
+    """Raises InputError unless a folder for results is new, empty, or of an earlier run: one of ours is in it.
+
+    Files and folders whose names begin with a dot do not count.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"out: {folder} is a file, not a folder")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    held = [name for name in held if not name.startswith(".")]
+    if held and not set(ours) & set(held):
+        remedy = "name a new or empty folder, or that of an earlier run"
+        raise InputError(f"out: {folder} holds other files, such as {short(held[0], 40)}: {remedy}")
+
+
+RUN_FILES = ("judge.json", "log.jsonl", "checkpoints")  # one of them is in every run folder
+
+
 def load_data(config: Config) -> tuple[list[Item], list[Item]]:
     """Training and test items of a run, with one label order, apart from each other."""
     if not config.train:
@@ -2817,6 +2862,7 @@ def run(
     the first does the writing, and the others return {}.
     """
     config.check()
+    check_out(config.out, *RUN_FILES)
     items, test = load_data(config)
     judge = judge_of(config, labels_of(items))
     judge.encoder.memo = {}  # every prompt is tokenized once
