@@ -1883,7 +1883,7 @@ def worst_case(
 # ----------------------------------------------------------------------------------------------------------
 # The method's settings by name. On a recipe's command line, flags beside --preset win.
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"alpha": 0.8, "eps": 0.25, "steps": 5, "step_size": 0.05, "teacher": 0.0},
+    "paper": {"alpha": 0.8, "eps": 0.25, "steps": 5, "step_size": 0.05, "teacher": 0.0, "answer": 0.0},
     "single": {"alpha": 0.0, "eps": 0.0, "teacher": 0.0},
     "kl": {"alpha": 1.0, "eps": 0.0, "teacher": 0.0},
     "teacher": {"alpha": 1.0, "eps": 0.0, "teacher": 5.0, "schedule": "constant"},
@@ -1892,7 +1892,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class Config:
-    """Settings of a run. The defaults of the method are the paper's."""
+    """Settings of a run. The defaults of the method are the paper's, and the answer term beside it."""
 
     train: tuple[str, ...] = ()
     """Training items: one or more .jsonl or .jsonl.gz files."""
@@ -1923,6 +1923,9 @@ class Config:
     teacher: float = 0.0
     """How many votes a teacher's prediction counts as beside an item's own; 5 in the preset, 0 is none. The
     teacher is a running mean of the weights, and gives the answers in the end. Up to half more computing."""
+    answer: float = 1.0
+    """Weight of -log m, where m is the probability that the model answers with a label at all; the paper's
+    loss has 0. With less a served judge may say something else."""
     loss: str = "kl"
     """What alpha weighs: an entry of LOSSES."""
     steps: int = 5
@@ -1941,11 +1944,9 @@ class Config:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """What the learning rate does after the warm-up."""
-    warmup: float = 0.03
-    """Linear warm-up: a share of all steps if below 1, else a number of steps. "constant" has none."""
+    """What the learning rate does after its warm-up, 3% of all steps; "constant" has no warm-up."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW, on matrices only."""
+    """Weight decay of AdamW, on matrices only: norms and biases have none."""
     seed: int = 0
     """Seed of LoRA weights, data order and split."""
 
@@ -1963,7 +1964,7 @@ class Config:
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
         least = dict.fromkeys(
-            "eps steps step_size teacher learning_rate epochs warmup lora_rank eval_every".split(), 0
+            "eps steps step_size teacher answer learning_rate epochs lora_rank eval_every".split(), 0
         )
         least |= dict.fromkeys(("save_every", "pack_tokens", "weight_decay"), 0) | {
             "batch_size": 1,
@@ -2101,7 +2102,7 @@ def train(
     autocast = functools.partial(torch.autocast, judge.device.type, half, enabled=half is not None)
     scaler = torch.amp.GradScaler(judge.device.type, enabled=half == torch.float16)
     optimizer = make_optimizer(judge, config)
-    schedule = get_scheduler(config.schedule, optimizer, whole_steps(config.warmup, last), last)
+    schedule = get_scheduler(config.schedule, optimizer, whole_steps(0.03, last), last)
     teacher = Teacher(judge) if config.teacher else None
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     parts |= {"teacher": teacher} if teacher else {}
@@ -2119,12 +2120,15 @@ def train(
             people = n.sum(1, keepdim=True)
             p = n / people
             with autocast():
-                logq, _ = label_logprobs(judge.model, batch, judge.tokens)
+                logq, log_mass = label_logprobs(judge.model, batch, judge.tokens, with_mass=config.answer > 0)
             progress.check_finite(logq, [ids[i] for i in chosen])
             target = adversary(logq, p, config.eps, config.steps, config.step_size)
             if said is not None:  # the votes are moved first, and the teacher's are added to them
                 target = shrink_votes(people * target, config.teacher * said[members].to(n))
-            loss = weight * hybrid(logq, p, config.alpha, target, config.loss).sum()
+            losses = hybrid(logq, p, config.alpha, target, config.loss)
+            if log_mass is not None:
+                losses = losses - config.answer * log_mass
+            loss = weight * losses.sum()
             scaler.scale(loss).backward()
             total += loss.detach()
         return total

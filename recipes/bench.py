@@ -174,7 +174,7 @@ def train_ours(judge: Judge, items: list[Item], **settings: Any) -> tuple[list[f
     """Trains with Config's defaults and these settings: seconds of each step but the first, losses of all."""
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as out:
-        config = distjudge.Config(out=out, warmup=0.0, save_every=0.0, **settings)
+        config = distjudge.Config(out=out, save_every=0.0, **settings)
         log = quietly(lambda: distjudge.train(judge, items, config, on_step=lambda _: ends.append(now())))
     return [b - a for a, b in itertools.pairwise(ends)], [row["loss"] for row in log if "loss" in row]
 

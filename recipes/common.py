@@ -36,7 +36,7 @@ class RunConfig(Config):
     dry_run: bool = False
     """Print what a run would do, and stop. Needs config.json and the tokenizer; no weights, no GPU."""
     min_mass: float = 0.01
-    """Refuse, before training, a model whose labels hold less of its probability; 0 takes any."""
+    """With --answer 0: refuse a model whose labels hold less of its probability before training."""
 
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
@@ -84,7 +84,7 @@ def run(config: RunConfig) -> dict[str, float | None]:
             lines = plan_lines(judge, items, test, config)
             print("\n".join(f"{name:<11} {text}" for name, text in lines.items()), flush=True)
         if not config.dry_run:
-            mass = check_mass(judge, items, config.min_mass)
+            mass = check_mass(judge, items, config.answer, config.min_mass)
             if FIRST:
                 print(f"{'label mass':<11} {mass}", flush=True)
 
@@ -113,23 +113,25 @@ def outcome(metrics: dict[str, float | None], out: str) -> str:
     )
 
 
-def check_mass(judge: Judge, items: Sequence[Item], least: float) -> str:
+def check_mass(judge: Judge, items: Sequence[Item], answer: float, least: float = 0.0) -> str:
     """Says how much of the untrained model's probability the labels hold on the first 16 items.
 
-    least: a share of 1. Under it raises InputError: the model has something else to say, and training, which
-    moves the labels only against each other, does not teach it otherwise. Under a half it warns.
+    Under a half the model has something else to say, and a warning says what training does about that. It is
+    the answer term (answer: its weight) that teaches it to say a label. Without it, training moves the labels
+    only against each other: InputError under `least`, a share of 1.
     """
     mass = judge.score([item.prompt for item in items[:16]])[1]
     low, mean, high = mass.min(), mass.mean(), mass.max()
     said = f"{mean:.2%} of the model's probability on the first {len(mass)} items ({low:.2%} to {high:.2%})"
-    if mean < least:
+    if mean < least and not answer:
         raise InputError(
             f"label mass: the labels hold {said}, less than min_mass {least:g}: it would say something else. "
-            "Does the prompt ask for the label alone, and is that split as above? Name other --spellings; "
-            "--min_mass 0 trains all the same"
+            "Does the prompt ask for the label alone, and is that split as above? --answer 1 teaches it to "
+            "answer with a label; --min_mass 0 trains all the same"
         )
     if mean < 0.5 and FIRST:
-        log.warning("label mass: under a half: the model would rather say other things; see --spellings")
+        then = "training teaches it to answer with one" if answer else "so it will stay without --answer 1"
+        log.warning("label mass: under a half, the model would rather say something else than a label; %s", then)
     return said
 
 

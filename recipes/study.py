@@ -273,7 +273,7 @@ class Workshop:
         items = distjudge.keep_short(judge, items, run.overlong, "training")
         test = distjudge.keep_short(judge, self.test, "error", "test")
         if run.model:
-            print("label mass: " + common.check_mass(judge, items, 0.0))
+            print("label mass: " + common.check_mass(judge, items, config.answer))
         held: list[Item] = []
         if "calibrate" in beside:
             items, held = distjudge.split_items(items, 0.1, run.seed)

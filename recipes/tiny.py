@@ -162,7 +162,7 @@ def compare(config: TinyConfig, items: list[Item], test: list[Item], rows: list[
                 items[:] = distjudge.keep_short(judge, items, run.overlong, "training")
                 test[:] = distjudge.keep_short(judge, test, run.overlong, "test")
                 if config.model:
-                    print("label mass: " + common.check_mass(judge, items, 0.0))
+                    print("label mass: " + common.check_mass(judge, items, config.answer))
             if method == "untrained":
                 rows += reference_rows(items, test, seed)
             else:

@@ -310,18 +310,21 @@ def test_gradients_pass_through_4_bit_weights(stored, tmp_path, tiny_tokenizer, 
 
 def test_a_model_that_says_other_things_is_refused(tiny_model, nli, tmp_path, monkeypatch, capsys, caplog):
     """Random weights put a few thousandths on three labels of 500 tokens."""
-    config = common.RunConfig(train=(nli,), model=str(tiny_model), out=str(tmp_path / "run"))
+    settings = {"train": (nli,), "model": str(tiny_model), "answer": 0.0, "out": str(tmp_path / "run")}
+    config = common.RunConfig(**settings)
     said = r"labels hold 0\.\d\d% of the model's probability on the first 16 items .* than min_mass 0\.01"
     with pytest.raises(InputError, match=said):
         common.run(config)
     assert not (tmp_path / "run").exists() and "passes" in capsys.readouterr().out  # the page came first
     judge, items = load_judge(tiny_model, ["yes", "no"]), distjudge.load_items(nli)[:4]
-    for mass, least, warned in ((0.3, 0.01, True), (0.7, 0.01, False), (0.3, 0, True)):
+    stays, learns = "so it will stay without --answer 1", "training teaches it to answer with one"
+    cases = ((0.3, 0.0, 0.01, stays), (0.7, 0.0, 0.01, ""), (0.3, 0.0, 0.0, stays), (0.001, 1.0, 0.01, learns))
+    for mass, answer, least, warned in cases:
         monkeypatch.setattr(judge, "score", lambda prompts, mass=mass: (None, torch.full((4,), mass)))
         caplog.clear()
-        said = common.check_mass(judge, items, least)
+        said = common.check_mass(judge, items, answer, least)
         assert said.startswith(f"{mass:.2%} of the model's probability on the first 4 items")
-        assert ("under a half" in caplog.text) == warned
+        assert warned in caplog.text and bool(caplog.text) == bool(warned)
     with pytest.raises(InputError, match=r"min_mass: must be between 0 and 1, not 1\.5"):
         common.run(dataclasses.replace(config, min_mass=1.5))
 

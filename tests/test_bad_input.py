@@ -269,7 +269,7 @@ steps below zero      | --steps -1                    | steps: must be 0 or more
 a teacher of nan      | --teacher nan                 | teacher: must be 0 or more, not nan
 a loss nobody knows   | --loss nonesuch               | loss: must be one of kl, not nonesuch
 no items a step       | --batch_size 0                | batch_size: must be 1 or more, not 0
-a warm-up below zero  | --warmup -1                   | warmup: must be 0 or more, not -1
+a negative answer term | --answer -1                   | answer: must be 0 or more, not -1
 tokens below zero     | --pack_tokens -5              | pack_tokens: must be 0 or more, not -5
 no folder             | --out ''                      | out: name a folder
 no training items     | --train                       | train: name a file of training items

@@ -71,7 +71,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(go, tmp_path):
 
 @pytest.mark.parametrize("method", [{}, TEACHER])
 def test_with_checkpoints_now_and_then(go, tmp_path, method):
-    settings = {"schedule": "cosine", **method, "save_every": 3, "warmup": 0.3}
+    settings = {"schedule": "cosine", **method, "save_every": 3}
     whole, log = go("whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         go("stopped", 8, **settings)
