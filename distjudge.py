@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -244,9 +245,15 @@ def _first_20(lines: Sequence[str], what: str) -> str:
     return "\n".join([*lines[:20], *([f"and {len(lines) - 20} more {what}"] if len(lines) > 20 else [])])
 
 
+def printable(text: Any) -> str:
+    """Text for a terminal: control characters, direction marks and lone surrogates become spaces."""
+    marks = r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+    return re.sub(rf"[\x00-\x1f\x7f-\x9f{marks}\ud800-\udfff]", " ", str(text))
+
+
 def short(text: Any, width: int = 60) -> str:
-    """Text as part of a line of a message: without control and direction characters, cut at `width`."""
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", " ", str(text))
+    """Text as part of a line of a message: printable, cut at `width`."""
+    text = printable(text)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -525,7 +532,7 @@ class PromptEncoder:
         self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{self.name}: tokenizer: a fast tokenizer (tokenizer.json) is needed")
-        self.frame = frame or self._render()
+        self.frame = frame or self._in_time(self._render)
         before, after = self.frame["before"], self.frame["after"]
         # control tokens mean something beyond their characters: special ones, and tags such as <think>
         added = [(i, token) for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()]
@@ -562,6 +569,22 @@ class PromptEncoder:
         self._plain = _tokenizer_of(plain)
         if self(_PROBE) != whole:
             raise InputError(f"{self.name}: tokenizer: a message cannot be encoded as text only")
+
+    def _in_time(self, work: Callable[[], Any], seconds: float = 5.0) -> Any:
+        """What work() returns. A template is a program, and can loop: then its thread is left behind."""
+        result: concurrent.futures.Future = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                result.set_result(work())
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            return result.result(seconds)
+        except TimeoutError:
+            raise InputError(f"{self.name}: chat template: takes more than {seconds:g} seconds") from None
 
     def _render(self) -> dict[str, Any]:
         """What the chat template puts around a message and behind an answer, seen with stand-ins for them."""
@@ -671,7 +694,7 @@ class LabelTokens:
         for i, label in enumerate(self.labels):
             spelled = [ids for owner, ids in self.sequences if owner == i]
             shown = [" ".join(repr(piece[token]) for token in ids) for ids in spelled]
-            lines.append(f"  {label}: {' or '.join(shown)}")
+            lines.append(f"  {short(label)}: {' or '.join(shown)}")
         return "\n".join(lines)
 
 
@@ -1425,6 +1448,20 @@ def _check_folder(path: str) -> None:
         raise InputError(f"{path}: model: {fault}")
 
 
+def _check_weight_files(path: str) -> None:
+    """ValueError if a model's list of weight files names one that is no safetensors file beside it."""
+    from transformers.utils import cached_file
+
+    try:
+        listing = cached_file(path, "model.safetensors.index.json")
+    except OSError:  # there is none: the weights are in one file
+        return
+    names = sorted(set(json.loads(Path(listing).read_text(encoding="utf-8"))["weight_map"].values()))
+    if wrong := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
+        text = "model.safetensors.index.json names '%s'; only safetensors files beside it are read"
+        raise ValueError(text % short(wrong[0]))
+
+
 def choose_backend(wanted: str = "auto", device: str | None = None, trained: bool = False) -> tuple[str, str]:
     """Which library loads and runs the model, and why: ("unsloth" or "transformers", reason).
 
@@ -1543,7 +1580,10 @@ def load_model(
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     dtype = dtype or (torch.float32 if device == "cpu" else half_precision(device))
     try:
+        _check_weight_files(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        # a folder may name one, with code to fetch: the model's own is taken
+        config._attn_implementation = None
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
         if not weights:
             with torch.device("meta"):
@@ -1565,7 +1605,7 @@ def load_model(
                 nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
                 quantized = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
                 options |= {"quantization_config": quantized, "device_map": {"": device}}
-            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
             model, report = AutoModelForCausalLM.from_pretrained(path, **options)
             lost = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
             if lost:  # transformers would go on with random numbers in their place
@@ -1580,6 +1620,9 @@ def load_model(
     except Exception as error:  # a damaged or contradictory folder can fail in any way
         raise InputError(f"{path}: model: cannot be loaded: {first_line(error)}") from error
     for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes") and type(module.weight) is torch.nn.Parameter:
+            plain = "config.json has a quantization_config, but the weights are not quantized; take it out"
+            raise InputError(f"{path}: model: {plain}")
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # such a CPU would pack 4-bit weights, when judging, into a form that no gradient flows through
             module.support_avx512bf16_for_cpu = False
@@ -2713,7 +2756,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
 
 
 def check_out(folder: str | os.PathLike, *ours: str) -> None:
-    """Raises InputError unless a folder for results is new, empty, or of an earlier run: one of ours is in it.
+    """Raises InputError unless a folder for results is new, empty, or an earlier run's: holds one of ours.
 
     Files and folders whose names begin with a dot do not count.
     """
@@ -2886,19 +2929,28 @@ def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception
     """A script's command line: tyro reads `config` for main; an error ends in a line a problem on stderr.
 
     Exit codes: 2 for what the user got wrong, 1 for `failures` and a run that diverges, 128 + the signal's
-    number for a run that was stopped.
+    number for a run that was stopped. A reader of the output that closes it ends the script quietly.
     """
     import tyro
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.format = lambda record: printable(record.getMessage())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks everyone for a faster kernel
     failures, about = (FloatingPointError, *failures), sys.modules["__main__"].__doc__
     grouped = issubclass(config, Config)
     try:
         given = tyro.cli(_grouped(config) if grouped else config, description=about, use_underscores=True)
         main(config(**collections.ChainMap(*map(vars, vars(given).values()))) if grouped else given)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # who read the output, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError, *failures) as error:
-        print(f"error: {error}", file=sys.stderr)
+        lines = map(printable, f"error: {error}".split("\n"))
+        print(*lines, sep="\n", file=sys.stderr)
         sys.exit(1 if isinstance(error, failures) else 2)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -131,7 +131,9 @@ def check_mass(judge: Judge, items: Sequence[Item], answer: float, least: float 
         )
     if mean < 0.5 and FIRST:
         then = "training teaches it to answer with one" if answer else "so it will stay without --answer 1"
-        log.warning("label mass: under a half, the model would rather say something else than a label; %s", then)
+        log.warning(
+            "label mass: under a half, the model would rather say something else than a label; %s", then
+        )
     return said
 
 

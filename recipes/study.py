@@ -89,6 +89,8 @@ class StudyConfig(tiny.TinyConfig):
     """What to compare; see above."""
     out: str = "runs/study"
     """The folder for table, figure and cells; studies may share one, and then share cells."""
+    answer: float = 0.0
+    """Weight of -log m, where m is the probability of a label at all; 0 as in the paper."""
     seeds: int = 5
     """How many seeds, from `seed` on: first weights, order and, with --votes, the votes themselves."""
     methods: tuple[str, ...] = ()
@@ -273,7 +275,7 @@ class Workshop:
         items = distjudge.keep_short(judge, items, run.overlong, "training")
         test = distjudge.keep_short(judge, self.test, "error", "test")
         if run.model:
-            print("label mass: " + common.check_mass(judge, items, config.answer))
+            print("label mass: " + common.check_mass(judge, items, run.answer))
         held: list[Item] = []
         if "calibrate" in beside:
             items, held = distjudge.split_items(items, 0.1, run.seed)
@@ -608,6 +610,7 @@ def main(config: StudyConfig) -> None:
     config.check()
     if config.teacher:
         raise InputError("teacher: each row has its own; --methods names rows")
+    distjudge.check_out(config.out, "cells", "base")
     STUDIES[config.study](Workshop(config))
 
 

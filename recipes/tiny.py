@@ -54,6 +54,9 @@ class TinyConfig(Config):
     lora_rank: int = 0
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW. A model that starts from nothing needs more than the paper's 5e-5."""
+    answer: float = 0.2
+    """Weight of -log m, where m is the probability of a label at all. The others take 1; a model that starts
+    from nothing would spend its eight epochs on that."""
     epochs: float = 8.0
     batch_size: int = 16
     weight_decay: float = 0.1
@@ -176,6 +179,9 @@ def main(config: TinyConfig) -> None:
     config.check()
     if config.teacher:
         raise InputError("teacher: each row here has its own; the recipes of one backbone take it")
+    distjudge.check_out(
+        config.out, "table.json", *(f"{name}-{config.seed}" for name in ("base", "untrained"))
+    )
     items, test = distjudge.load_data(config)
     if not config.model and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a model this small is faster on one, several times so on a busy machine

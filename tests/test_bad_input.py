@@ -6,6 +6,7 @@ test_own.py, test_prepare.py and test_sources.py, of judges in test_judge.py.
 """
 
 import copy
+import dataclasses
 import gzip
 import json
 import re
@@ -22,7 +23,7 @@ import pytest
 import tiny
 
 import distjudge
-from distjudge import Config, load_items, load_judge
+from distjudge import Config, InputError, load_items, load_judge
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {  # a command, and the flags before those of a case, which win
@@ -373,7 +374,9 @@ USER_ALONE = "{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('n
 OWN_CODE = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
 EVIL = "import pathlib\npathlib.Path('sprung').touch()\n"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
-ELSEWHERE = '{"metadata": {}, "weight_map": {"x": "../gone"}}'
+INDEX = '{"metadata": {}, "weight_map": {"x": "%s"}}'
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+LOOP = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
 PEFT = '{"peft_type": "LORA", "r": 2, "base_model_name_or_path": "other/base"}'
 LAYER = "model.layers.1.mlp.up_proj.weight"
 MODELS = r"""
@@ -399,7 +402,9 @@ a lost layer       | weights(m / WEIGHTS, lambda t: t.pop(LAYER)) | model: ... 1
 a lost shard       | sharded(m)[1].unlink()                    | model: ... No such file
 a cut shard        | cut(sharded(m)[1])                        | model: ... file not fully covered
 a broken index     | write(sharded(m)[-1], "{")                | model: cannot be loaded
-an index to elsewhere | write(sharded(m)[-1], ELSEWHERE)          | model: ... No such file
+an index to elsewhere | write(sharded(m)[-1], INDEX % "../x.safetensors") | model: ... names '../x.safetensors
+an index to pickles | write(sharded(m)[-1], INDEX % "x.bin")    | model: ... names 'x.bin'; only safetensors
+quantized in words | fields(m / CONFIG, quantization_config=NF4) | model: config.json has a quantization
 an adapter         | write(m / "adapter_config.json", PEFT)    | model: holds a PEFT adapter, not a model
 no tokenizer.json  | (m / "tokenizer.json").unlink() | model: ... no vocabulary (tokenizer.json is missing)
 a cut tokenizer.json | cut(m / "tokenizer.json")                 | model: its tokenizer cannot be loaded
@@ -454,6 +459,33 @@ def test_code_that_a_tokenizer_brings_is_not_run(tmp_path, tiny_model, monkeypat
     assert not (tmp_path / "sprung").exists()
 
 
+def test_attention_that_a_folder_names_is_not_taken(tmp_path, tiny_model):
+    """Such a name may be that of a repository whose code would be fetched and run."""
+    for field in ("attn_implementation", "_attn_implementation"):
+        m = shutil.copytree(tiny_model, tmp_path / field)
+        fields(m / "config.json", **{field: "other/kernels"})
+        judges = [load_judge(folder, ["yes", "no"]) for folder in (m, tiny_model)]
+        assert judges[0].predict(["soup"]).tolist() == judges[1].predict(["soup"]).tolist()
+        assert judges[0].model.config._attn_implementation == judges[1].model.config._attn_implementation
+
+
+def test_what_a_file_brings_cannot_steer_a_terminal(tiny_model, capsys, monkeypatch):
+    marks = "\x1b[31m \u200f \u202e \u2066 \x9b \u061c"
+    judge = load_judge(tiny_model, ["yes" + marks, "no"])
+    said = judge.tokens.describe(judge.tokenizer)
+
+    def main(config):
+        raise InputError(f"{marks}: no such file\nand more")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit):
+        distjudge.cli(main, dataclasses.make_dataclass("Nothing", []))
+    said += capsys.readouterr().err
+    assert (
+        not set(said) & set(marks.replace("[31m", "").replace(" ", "")) and "no such file\nand more" in said
+    )
+
+
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 ASKING = "{% if add_generation_prompt %}<|judge|>thinking\n{% endif %}"
 
@@ -483,6 +515,8 @@ UTF-16     | recipes/tiny.py --train x.jsonl --out o | x.jsonl: is UTF-16 or no 
 a long number | data/prepare.py own --raw t.csv --text text --label v --out o | t.csv: row 4: v: mixed
 a seed     | recipes/tiny.py --seed -1 --out o       | seed: must be between 0 and 4294967295, not -1
 a template | recipes/tiny.py --model m --out o --lora_rank 2 | m: chat template: ends a prompt without '<|
+a loop     | recipes/tiny.py --model loop --out o --lora_rank 2 | loop: chat template: takes more than 5
+a model    | recipes/tiny.py --model m --out m          | out: m holds other files, such as chat_templ
 a judge    | recipes/judge.py --run run --items i.jsonl --out j.jsonl | run/tokenizer/chat_template.jinja: has
 """
 
@@ -494,6 +528,7 @@ def test_as_a_user_sees_it(tmp_path, tiny_model, saved_run, given, words):
     write(tmp_path / "i.jsonl", GOOD)
     write(tmp_path / "t.csv", V + f"z,{NINES}\n")
     write(shutil.copytree(tiny_model, tmp_path / "m") / TEMPLATE, TURNS)
+    write(shutil.copytree(tiny_model, tmp_path / "loop") / TEMPLATE, LOOP)
     write(shutil.copytree(saved_run, tmp_path / "run") / "tokenizer" / TEMPLATE, TURNS)
     before = sorted(tmp_path.rglob("*"))
     script, *flags = given.split()

@@ -114,6 +114,28 @@ def test_bad_input_ends_in_one_message_and_exit_code_2(arguments, words, tmp_pat
     assert words in shown.err + shown.out and not (tmp_path / "runs" / "tiny").exists()
 
 
+SCRIPT = """
+import dataclasses, sys
+sys.path.insert(0, %r)
+import distjudge
+def main(config):
+    for number in range(100_000):
+        print(number, flush=number == 0)
+    raise KeyboardInterrupt
+distjudge.cli(main, dataclasses.make_dataclass("Nothing", []))
+"""
+
+
+def test_a_closed_pipe_and_ctrl_c_end_a_script_without_a_traceback():
+    command = [sys.executable, "-c", SCRIPT % str(ROOT)]
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert script.stdout.readline() == "0\n"
+    script.stdout.close()
+    assert script.stderr.read() == "" and script.wait() == 0
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "stopped\n" and done.stdout.endswith("99999\n")
+
+
 def test_figures_from_a_run_folder(tmp_path):
     said = {"predicted": {"a": 0.3, "b": 0.4, "tie": 0.3}, "label_mass": 1.0}
     rows = [{"id": f"item {i}", "counts": {"a": i % 4, "b": 3, "tie": 1}} | said for i in range(9)]

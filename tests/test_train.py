@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ LABELS = ["1", "2", "3"]
 
 def settings(tmp_path, **changes):
     plain = {"learning_rate": 1e-2, "epochs": 1.0, "schedule": "constant", "lora_rank": 4}
-    return Config(out=str(tmp_path / "run"), **(plain | changes))
+    return Config(**(plain | {"out": str(tmp_path / "run")} | changes))
 
 
 def weights(judge):
@@ -361,6 +362,53 @@ def write(path, rows):
 def files(tmp_path, votes):
     rows = [{"id": i.id, "prompt": i.prompt, "counts": i.counts} for i in votes(20)]
     return write(tmp_path / "train.jsonl", rows[:14]), write(tmp_path / "test.jsonl", rows[14:])
+
+
+def test_a_folder_of_other_things_is_no_run_folder(tiny_model, files, votes, tmp_path):
+    """A model's own folder, say: not a byte of it changes, by run() nor by train()."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    bytes_of = lambda: {path: path.read_bytes() for path in model.iterdir()}  # noqa: E731
+    before, more = bytes_of(), {"train": files[:1], "test": files[1:], "model": str(model)}
+    refused = pytest.raises(InputError, match=r"out: .*model holds other files, such as chat_template\.jinja")
+    with refused:
+        run(settings(tmp_path, **more, out=str(model)))
+    with refused:
+        train(load_judge(model, LABELS), votes(4), settings(tmp_path, out=str(model)))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"out: .*file is a file, not a folder"):
+        run(settings(tmp_path, **more, out=str(tmp_path / "file")))
+    assert bytes_of() == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".hidden").touch()
+    for _ in range(2):  # an empty folder, and then that of a run
+        run(settings(tmp_path, **more))
+
+
+HOLD = """
+import sys, time
+sys.path.insert(0, {root!r})
+import distjudge
+with distjudge.locked({path!r}):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tiny_model, votes, tmp_path):
+    """The second is told whose it is; a process that is killed holds nothing."""
+    judge, out = load_judge(tiny_model, LABELS), tmp_path / "run"
+    out.mkdir()
+    command = [sys.executable, "-c", HOLD.format(root=str(ROOT), path=str(out))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        for _ in range(2):
+            with pytest.raises(InputError, match=f"process {holder.pid} is writing to it"):
+                train(judge, votes(4), settings(tmp_path))
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        holder.kill()
+    assert len(train(judge, votes(4), settings(tmp_path))) == 1
+    assert not (out / ".lock").exists()
 
 
 def test_a_run_folder_holds_everything(tiny_model, files, tmp_path):
