@@ -1384,6 +1384,8 @@ def load_judge(
     elif four_bit and not lora_rank:
         raise InputError("four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more")
     _check_folder(base)
+    if not Path(base).is_dir():
+        _reach_hub(base)
     trained = not (adapter or lora_rank)
     use, why = choose_backend(backend, device, trained)  # before transformers is imported
     tokenizer = load_tokenizer(str(folder / "tokenizer") if saved else path)
@@ -1446,6 +1448,22 @@ def _check_folder(path: str) -> None:
         fault = "no such folder"
     if fault:
         raise InputError(f"{path}: model: {fault}")
+
+
+def _reach_hub(name: str) -> None:
+    """One try to reach the model hub, where libraries make many; without it, what was fetched before is used."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError:  # it answers: loading will say what is wrong
+        pass
+    except Exception as error:  # of whatever carries the request
+        constants.HF_HUB_OFFLINE, text = True, "no model hub (%s): only what was fetched before can be used"
+        log.warning(text, first_line(error))
 
 
 def _check_weight_files(path: str) -> None:
@@ -2869,9 +2887,15 @@ def judge_items(
 def write_results(
     judge: Judge, items: Sequence[Item], train_items: Sequence[Item], config: Config, folder: str | Path
 ) -> dict:
-    """Judges the items, writes predictions.jsonl, metrics.json and config.json, and returns the metrics."""
+    """Judges the items, writes predictions.jsonl, metrics.json and config.json, and returns the metrics.
+
+    card.json beside the training items, which says how a table became prompts, goes along.
+    """
     folder, rows = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "card.json").unlink(missing_ok=True)
+    if config.train and (card := Path(config.train[0]).with_name("card.json")).is_file():
+        shutil.copyfile(card, folder / "card.json")
     probabilities, mass, orders = judge_items(judge, items, progress=True)
     for item, q, m in zip(items, probabilities.tolist(), mass.tolist(), strict=True):
         row = {"id": item.id, "counts": item.counts, "predicted": dict(zip(judge.labels, q, strict=True))}
