@@ -422,7 +422,7 @@ def main(config: JudgeConfig) -> None:
         raise distjudge.Stopped(f"stopped{more}", signal.SIGINT) from None
     except BrokenPipeError:  # who reads the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(141)  # as what SIGPIPE ends
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def rows_of(path: str) -> tuple[list[str], Iterable[Row]]:
 
         if kind in sources.READERS:
             columns, rows = sources.read_table(path)
-            return columns, ((where, row, "") for where, row in rows)
+            bare = lambda row: {x: None if distjudge.is_missing(y) else y for x, y in row.items()}  # noqa: E731
+            return columns, ((where, bare(row), "") for where, row in rows)
     return [], distjudge.read_rows(path)
 
 
