@@ -1,11 +1,17 @@
-"""Judge items with a trained judge, from the command line: files of any size, or a pipe.
+"""Judge texts with a trained judge, from the command line: a spreadsheet, a file of any size, or a pipe.
 
+    python recipes/judge.py --run runs/first --items new.csv --out judged.csv
     python recipes/judge.py --run runs/first --items in.jsonl --out out.jsonl
     cat in.jsonl | python recipes/judge.py --run runs/first --items - --out - | ...
     python recipes/judge.py --run runs/first --items five.jsonl --out five.out.jsonl --figure five.png
 
-Each input line needs a "prompt". "id", votes and any other field pass through. An output line holds them,
-without the prompt, and these, which replace fields of the same name:
+A table (CSV, TSV, Excel, Parquet) gets its prompts from the template that the judge was trained with, in
+card.json of --run, or that you name with --template and --text. Without one they stand in its column
+"prompt". --out has the same rows and columns, and judge_p(LABEL), judge_mode, judge_mean, judge_entropy,
+judge_credible_set, judge_label_mass; for pairs judge_flipped, for rows that --skip_bad skipped judge_problem.
+
+A line of JSON needs a "prompt", or the template's columns. "id", votes and any other field pass through. An
+output line holds them, without the prompt, and these, which replace fields of the same name:
 
     predicted       {label: probability}
     mode            the most probable label; mean: the mean rating, where the labels are numbers
@@ -15,29 +21,39 @@ without the prompt, and these, which replace fields of the same name:
     flipped         whether the two orders of a pair have another verdict
     key             a hash of judge, settings and prompt, by which a later call knows the line
 
-Lines keep the order of the input. Called again, the command goes on where it stopped: lines that --out holds
-already are compared with the first lines of the input and kept. A last line that was cut is redone.
-
 "swap" gives a pair in the other order: {"prompt": ..., "labels": {"a": "b", "b": "a"}}. "labels" maps a label
 to the one that means the same there; those that keep it may be left out. Both are judged and averaged.
+
+Called again, the command goes on where it stopped. The lines of --out (for a table: of OUT.part.jsonl) are
+compared with the first rows of the input and kept; a last one that was cut is redone. A file that holds
+anything else is left alone, and so are a table that is there already and a symbolic link.
 """
 
 import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
+import re
+import signal
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 import distjudge
-from distjudge import InputError, Judge, Swap
+from distjudge import InputError, Judge, Swap, short
+from recipes import sheets
+from recipes.sheets import Row, Template
 
 OURS = {"predicted", "mode", "mean", "entropy", "credible_set", "label_mass", "low_mass", "flipped", "key"}
 SHOW = 20  # no more items than this are shown as a table; a figure shows the first so many
@@ -73,9 +89,15 @@ class Settings:  # what recipes/judge_ray.py has too
 @dataclasses.dataclass(kw_only=True)
 class JudgeConfig(Settings):
     items: str
-    """What to judge: a .jsonl or .jsonl.gz file, or - for the standard input."""
+    """What to judge: a table (CSV, TSV, Excel, Parquet), JSON lines, .gz too, or - for the standard input."""
     out: str = "-"
-    """Where the judgments go: a file, which is continued if it holds some, or - for the standard output."""
+    """Where the judgments go: a .csv, .tsv, .xlsx or .parquet table, .jsonl, or - for the standard output."""
+    template: str = ""
+    """A file with the prompt and {columns} in it. Default: the template that the judge was trained with."""
+    text: str = ""
+    """The column for {text} in the template; without a template its cells are the prompts."""
+    item: str = ""
+    """The column with the id of each row."""
     figure: str = ""
     """Draw bars of the first 20 items into this file (.png, .svg, .pdf)."""
 
@@ -85,17 +107,20 @@ class Tally:
 
     def __init__(self, config: Settings):
         self.config, self.first, self.number = config, [], collections.Counter()
+        self.prompts: list[str] = []  # those of self.first
+        self.problems: dict[str, dict] = {}  # the table cells of rows that were skipped, by where they stand
 
     def add(self, row: dict[str, Any]) -> None:
         pairs, flipped = "flipped" in row, row.get("flipped", False)
         self.number.update(items=1, low="low_mass" in row, pairs=pairs, flipped=flipped)
         self.first += [row] if len(self.first) < SHOW else []
 
-    def bad(self, problem: str) -> None:
+    def bad(self, problem: str, where: str = "") -> None:
         if not self.config.skip_bad:
-            raise InputError(problem)
+            raise InputError(f"{problem} (--skip_bad goes on without such rows)")
         print(f"skipped: {problem}", file=sys.stderr)
         self.number["bad"] += 1
+        self.problems[where] = {"judge_problem": problem.removeprefix(f"{where}: ")}
 
     def summary(self) -> list[str]:
         number = self.number
@@ -134,11 +159,15 @@ class Judging:
         self.judge = distjudge.load_judge(config.run, labels, spellings=spellings, four_bit=config.four_bit)
         self.judge.pack_tokens = config.pack_tokens or self.judge.pack_tokens
         self.config, self.hash = config, judge_hash(self.judge, config.min_mass, config.level)
+        self.cut: list[Ask] = []  # the row whose judgment kept() found cut
 
-    def ask(self, row: dict[str, Any], where: str) -> Ask | str:
-        """The row as an Ask, or a line about what is wrong with it. Votes may be missing, but not wrong."""
-        parsed, problems = distjudge.parse_row(row, votes=False)
-        swap, ours = None, OURS | {"id", "prompt", "swap"}
+    def ask(self, row: dict[str, Any], where: str, filled: dict[str, Any] | None = None) -> Ask | str:
+        """The row as an Ask, or a line about what is wrong with it. Votes may be missing, but not wrong.
+
+        filled: id, prompt and swap as Template.fill() makes them; then no field of the row means anything.
+        """
+        parsed, problems = distjudge.parse_row(filled or row, votes=False)
+        swap, ours = None, OURS | ({"id"} if filled else {"id", "prompt", "swap"})
         if parsed["swap"]:
             try:
                 swap = distjudge.place_swap(*parsed["swap"], self.judge.labels)
@@ -150,7 +179,7 @@ class Judging:
             problems = [(name, wrong) for name, text in ask.prompts.items() if (wrong := self.too_long(text))]
         if not problems:
             return ask
-        named = f"item '{distjudge.short(parsed['id'])}': " if parsed["id"] else ""
+        named = f"item '{short(parsed['id'])}': " if parsed["id"] else ""
         return f"{where}: {named}" + "; ".join(f"{field}: {wrong}" for field, wrong in problems)
 
     def too_long(self, prompt: str) -> str:
@@ -162,23 +191,34 @@ class Judging:
         most = self.judge.max_length
         return f"{length} tokens, more than the judge's max_length {most}" if length > most else ""
 
-    def read(self, path: str, tally: Tally) -> Iterator[Ask]:
-        """The rows of a file (-: the standard input). Bad ones go to the tally."""
-        for where, row, problem in distjudge.read_rows(path):
-            ask = f"{where}: {problem}" if problem else self.ask(row, where)
+    def read(self, rows: Iterable[Row], tally: Tally, form: Template | None, table: bool) -> Iterator[Ask]:
+        """The rows as Asks. Bad ones go to the tally."""
+        for where, row, problem in rows:
+            ask: Ask | str = f"{where}: {problem}"
+            try:
+                if not problem:
+                    fills = form and form.applies(row, table)
+                    ask = self.ask(row, where, form.fill(where, row) if fills else None)
+            except InputError as error:
+                ask = str(error)
             if isinstance(ask, Ask):
+                tally.prompts += [ask.prompt] if len(tally.prompts) < SHOW else []
                 yield ask
             else:
-                tally.bad(ask)
+                tally.bad(ask, where)
 
     def answers(self, asks: Iterable[Ask]) -> Iterator[dict[str, Any]]:
-        """Output rows in the order of the asks, WINDOW prompts read ahead."""
+        """Output rows in the asks' order, WINDOW prompts read ahead. Their InputError is raised last."""
         waiting: collections.deque[Ask] = collections.deque()
+        stopped = []
 
         def prompts() -> Iterator[str]:
-            for ask in asks:
-                waiting.append(ask)
-                yield from ask.prompts.values()
+            try:
+                for ask in itertools.chain(self.cut, asks):
+                    waiting.append(ask)
+                    yield from ask.prompts.values()
+            except InputError as error:
+                stopped.append(error)
 
         judged = self.judge.stream(prompts(), sys.stderr.isatty(), WINDOW)
         for logq, mass in judged:
@@ -188,6 +228,8 @@ class Judging:
                 q, flipped = distjudge.average_orders(q, other.exp(), ask.swap.labels)
                 mass = (mass + other_mass) / 2
             yield ask.fields | self.describe(q, mass, flipped) | {"key": self.key(ask)}
+        for error in stopped:
+            raise error
 
     def describe(self, q: torch.Tensor, mass: float, flipped: bool | None) -> dict[str, Any]:
         """What an output line says about a prediction (C,); numbers have the seven digits of float32."""
@@ -214,17 +256,20 @@ class Judging:
         """The judgments that a file holds already, taken off `asks`; a last line that was cut is cut off.
 
         Raises InputError for another line that is not what this judge said of its input with these settings.
+        A cut line counts as one if it begins as its judgment would, behind a whole one.
         """
         end = 0
         with open(out, "r+b") as file:
             for number, raw in enumerate(file, 1):
-                if not raw.endswith(b"\n") and raw[:7] == b'{"id": '[: len(raw)]:
-                    file.truncate(end)
-                    return
-                ask, row = next(asks, None), None
-                with contextlib.suppress(ValueError):
-                    row = json.loads(raw)
-                if not isinstance(row, dict) or ask is None or row.get("key") != self.key(ask):
+                ask, (row, _) = next(asks, None), distjudge.parse_json(raw)
+                good = ask is not None and row.get("key") == self.key(ask)
+                if ask and not raw.endswith(b"\n"):
+                    begins = line_of(ask.fields).encode(errors="backslashreplace")[:-2] + b', "predicted": {'
+                    if good or (end and raw[: len(begins)] == begins[: len(raw)]):
+                        self.cut.append(ask)
+                        file.truncate(end)
+                        return
+                if not good:
                     raise InputError(
                         f"{out}:{number}: is not the judgment of {ask.where if ask else 'any input'} by this "
                         "judge with these settings; name another --out, or remove the file"
@@ -243,77 +288,143 @@ def judge_hash(judge: Judge, *settings: Any) -> str:
     return digest.hexdigest()
 
 
-def table(rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
-    """One line an item: its probabilities and what they say."""
-    import pandas
-
-    cells = []
-    for row in rows:
-        marks = "low mass " * ("low_mass" in row) + "flipped" * row.get("flipped", False)
-        cells.append([row["id"], *row["predicted"].values(), row["mode"], row.get("mean"), row["entropy"]])
-        cells[-1] += [" ".join(row["credible_set"]), row["label_mass"], marks]
-    head = ["id", *labels, "mode", "mean", "entropy", "credible set", "label mass", ""]
-    frame = pandas.DataFrame(cells, columns=[distjudge.short(name, 12) for name in head])
-    frame = frame.map(lambda cell: distjudge.short(cell, 24) if isinstance(cell, str) else cell)
-    return frame.dropna(axis=1, how="all").to_string(index=False, float_format="{:.3f}".format)
+def pieces(prompts: Sequence[str]) -> list[str]:
+    """What tells prompts apart: each without the words that all begin with. Of one alone, its last line."""
+    if len(set(prompts)) == 1:
+        return [prompt.strip().rpartition("\n")[2] for prompt in prompts]
+    start = min(distjudge.common_length(prompts[0], prompt) for prompt in prompts)
+    start -= len(re.search(r"\S*$", prompts[0][:start])[0])  # to the beginning of a word
+    return [prompt[start:] for prompt in prompts]
 
 
-def draw(rows: Sequence[dict[str, Any]], labels: Sequence[str], path: str) -> None:
+def draw(tally: Tally, labels: Sequence[str], path: str) -> None:
     """Bars of the predictions, and of the votes beside them where an item has counts of these labels."""
     import pandas
     from matplotlib.figure import Figure
 
-    names, wide, bars = [distjudge.short(label, 12) for label in labels], min(4, len(rows)), {}
-    figure = Figure(figsize=(2.3 * wide, 1.9 * -(-len(rows) // wide)), layout="constrained")
-    for number, row in enumerate(rows, 1):
+    rows = tally.first
+    names, wide, bars = [short(label, 12) for label in labels], min(4, len(rows)), {}
+    figure = Figure(figsize=(2.3 * wide, 2.1 * -(-len(rows) // wide)), layout="constrained")
+    for number, (row, text) in enumerate(zip(rows, pieces(tally.prompts), strict=True), 1):
         shares, counts = {"judge": list(row["predicted"].values())}, row.get("counts")
         if isinstance(counts, dict) and set(counts) <= set(labels):
             shares["votes"] = [counts.get(label, 0) / sum(counts.values()) for label in labels]
         ax = figure.add_subplot(-(-len(rows) // wide), wide, number, ylim=(0, 1.02))
         frame = pandas.DataFrame(shares, index=names)
         frame.plot.bar(ax=ax, rot=20, legend=False, color=["#e08214", "#4878a8"])
-        ax.set_title(distjudge.short(row["id"], 24).replace("$", r"\$"), fontsize=8)
+        title = "\n".join(textwrap.wrap(short(text, 60), 30))
+        ax.set_title(title.replace("$", r"\$"), fontsize=8, loc="left")
         bars |= {bar.get_label(): bar for bar in ax.containers}
     figure.legend(bars.values(), bars.keys(), loc="outside upper right", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def main(config: JudgeConfig) -> None:
+def find_run(config: Settings) -> None:
+    """Raises InputError, with the judges there are, if --run is no trained judge and no labels are given."""
+    folder, found = Path(config.run), set()
+    if config.labels or any((folder / name).is_file() for name in ("judge.json", "config.json")):
+        return
+    for place in {folder.parent, Path("runs")}:
+        found |= {str(path.parent) for form in ("*", "*/*") for path in place.glob(f"{form}/judge.json")}
+    there = ", ".join(sorted(found)[:5]) + ", ..." * (len(found) > 5) or "none; train one first"
+    what = "no judge in this folder" if folder.exists() else "no such folder"
+    raise InputError(f"{config.run}: {what}; judges here: {there} (a model that is no judge needs --labels)")
+
+
+def line_of(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+def check(config: JudgeConfig, out: Path | None, journal: Path | None) -> None:
+    """Raises InputError for settings that cannot be, and for an --out that is not ours to write."""
     config.check()
-    out = None if config.out == "-" else Path(config.out)
-    if config.out.endswith(".gz"):
-        raise InputError(f"out: {out}: judgments are appended line by line, not compressed")
+    find_run(config)
+    if (config.items == "-" and sys.stdin is None) or (not out and sys.stdout is None):
+        raise InputError("the standard input or output, named as -, is closed")
     if config.items != "-" and not Path(config.items).exists():
         raise InputError(f"{config.items}: no such file")
-    if out and config.items != "-" and out.exists() and out.samefile(config.items):
-        raise InputError("out: is the file of the items")
     if config.figure and Path(config.figure).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"figure: {config.figure}: must end with .png, .svg or .pdf")
-    work, tally = Judging(config), Tally(config)
-    asks = work.read(config.items, tally)
-    if out and out.exists():
-        for row in work.kept(out, asks):
+    for path in filter(None, {out, journal}):
+        if path.is_symlink() and (path.is_file() or not path.exists()):
+            raise InputError(f"out: {path}: is a symbolic link; name the file itself")
+        if path.is_dir():
+            raise InputError(f"out: {path}: is a folder; name a file in it")
+        if config.items != "-" and path.exists() and path.samefile(config.items):
+            raise InputError("out: is the file of the items")
+    if out != journal and out.exists():
+        raise InputError(f"out: {out}: is there already and is left as it is; remove it, or name another")
+    if out and out == journal and out.suffix != ".jsonl" and (out.is_file() or not out.exists()):
+        raise InputError(f"out: {out}: must end with .jsonl, {', '.join(sheets.SUFFIXES)}, or be -")
+
+
+def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> None:
+    """Judges what is not judged yet. journal: the file of JSON lines: `out`, or a table's beside it."""
+    tally = Tally(config)
+    template = sheets.template_of(config.run, config.template, config.text, config.item)
+    columns, rows = sheets.rows_of(config.items)
+    if columns:
+        template = sheets.for_columns(template, config.items, columns, config.item)
+        if out == journal and (clash := OURS & set(columns)):
+            raise InputError(f"{config.items}: column '{min(clash)}': judging adds a field of this name")
+        told = f"'{short(template.template, 80)}' with {distjudge.listed(template.columns(columns))}"
+        print(f"prompts: {told}", file=sys.stderr)
+    work = Judging(config)
+    labels, is_table = work.judge.labels, out != journal
+    if is_table:
+        rows = list(rows)
+        frame = sheets.frame_of(rows, out, sheets.added(collections.defaultdict(dict), labels))
+    asks = work.read(rows, tally, template, bool(columns))
+    if is_table:
+        asks = (dataclasses.replace(ask, fields={"id": ask.fields["id"]}) for ask in asks)
+    if journal and journal.is_file():
+        for row in work.kept(journal, asks):
             tally.add(row)
-    elif out:
-        out.parent.mkdir(parents=True, exist_ok=True)
     kept = tally.number["items"]
     text = {"encoding": "utf-8", "errors": "backslashreplace"}  # a lone surrogate, as JSON writes it
     if not out:
         sys.stdout.reconfigure(**text)
-    with open(out, "a", newline="\n", **text) if out else contextlib.nullcontext(sys.stdout) as file:
+    with open(journal, "a", newline="\n", **text) if out else contextlib.nullcontext(sys.stdout) as file:
         for row in work.answers(asks):
             tally.add(row)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(line_of(row))
             file.flush()
     if not (items := tally.number["items"]):
         raise InputError(f"{config.items}: no items")
+    if is_table:
+        with open(journal, encoding="utf-8", newline="\n") as file:  # a line for each row but the bad ones
+            bad = tally.problems
+            cells = [bad.get(at) or sheets.added(json.loads(next(file)), labels) for at, *_ in rows]
+        form = sheets.csv_form(config.items, columns, out.suffix.lower())
+        sheets.write_table(frame, cells, out, form)
+        journal.unlink()
     if items <= SHOW:
-        print(table(tally.first, work.judge.labels), file=sys.stdout if out else sys.stderr)
+        print(sheets.shown(tally.first, labels), file=sys.stdout if out else sys.stderr)
     if config.figure:
-        draw(tally.first, work.judge.labels, config.figure)
+        draw(tally, labels, config.figure)
     said = [f"judged {items - kept} items"] + [f"kept {kept} judged before"] * bool(kept)
     print("; ".join(said + tally.summary()), file=sys.stderr)
 
 
+def main(config: JudgeConfig) -> None:
+    out = None if config.out == "-" else Path(config.out)
+    is_table = out and out.suffix.lower() in sheets.SUFFIXES
+    journal = out.with_name(out.name + ".part.jsonl") if is_table else out
+    try:
+        check(config, out, journal)
+        if is_file := out and (out.is_file() or not out.exists()):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with distjudge.locked(out) if is_file else contextlib.nullcontext():
+            judge_all(config, out, journal)
+        print(end="", flush=True)
+    except KeyboardInterrupt:
+        more = f"; what {journal} holds is kept, and the same command goes on" if out else ""
+        raise distjudge.Stopped(f"stopped{more}", signal.SIGINT) from None
+    except BrokenPipeError:  # who reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as what SIGPIPE ends
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     distjudge.cli(main, JudgeConfig)

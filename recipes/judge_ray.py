@@ -168,6 +168,8 @@ def main(config: RayConfig) -> None:
     except ImportError:
         raise InputError('recipes/judge_ray.py needs Ray Data: pip install "ray[data]"') from None
     config.check()
+    if not config.address:  # else the run folder may be elsewhere
+        judge.find_run(config)
     if Path(config.out).suffix not in (".jsonl", ".parquet"):
         raise InputError(f"out: must end with .jsonl or .parquet, not '{config.out}'")
     if config.judges < 1 or config.batch_size < 1 or min(config.blocks, config.cpus, config.gpus) < 0:

@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import re
+import shutil
+import subprocess
 import sys
 import types
 
@@ -91,7 +93,9 @@ def test_output_lines_are_the_judges_predictions_in_order(judged, run_folder, ca
     hashed = distjudge.load_items([rows[-1] | {"counts": {"a": 1, "b": 0}}])[0].id
     assert [line["id"] for line in out] == [*(f"i{i}" for i in range(7)), hashed]
     said = capsys.readouterr()
-    assert said.out.split("\n", 1)[0].split() == "id a b tie mode entropy credible set label mass".split()
+    assert said.out.split("\n", 1)[0].split() == [
+        *"id p(a) p(b) p(tie) mode entropy credible_set label_mass".split()
+    ]
     assert f"{out[0]['predicted']['b']:.3f}" in said.out.splitlines()[1] and len(said.out.splitlines()) == 9
     assert said.err.strip() == "judged 8 items"
 
@@ -171,7 +175,14 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_stopped(judged, tmp_pat
         return real(self, (asked.append(p) or p for p in prompts), *rest)
 
     monkeypatch.setattr(distjudge.Judge, "stream", stream)
-    for cut, kept in ((0, 0), (3, 0), (ends[3], 4), (ends[3] + 20, 4), (ends[4] - 1, 4), (len(whole), 10)):
+    for cut, kept in (
+        (0, 0),
+        (ends[0] - 1, 0),
+        (ends[3], 4),
+        (ends[3] + 20, 4),
+        (ends[4] - 1, 4),
+        (len(whole), 10),
+    ):
         out.write_bytes(whole[:cut])
         asked.clear()
         capsys.readouterr()
@@ -204,11 +215,18 @@ def test_output_of_other_items_judges_or_settings_is_not_continued(judged, tmp_p
         with pytest.raises(InputError, match=rf"^out.jsonl:{number}: is not .*; name another --out"):
             judged(lines, **settings)
         assert out.read_bytes() == before
-    for foreign in (before.replace(b"{", b"[", 1), b"a text of mine, without a line break"):
-        out.write_bytes(foreign)
-        with pytest.raises(InputError, match=r"out.jsonl:1: is not the judgment of in.jsonl:1"):
+    line = before.splitlines(keepends=True)[0]
+    foreign = [
+        before.replace(b"{", b"[", 1),
+        b"a text of mine, without a line break",
+        b'{"id": "i0", "mine": [1, 2]}',
+    ]
+    foreign += [b'{"id"', line[:40], line + b'{"id": "i1", "predictions": 1}', line + b'{"id": "x']
+    for content in foreign:  # also what could be the beginning of a judgment, if no judgment stands before it
+        out.write_bytes(content)
+        with pytest.raises(InputError, match=r"out.jsonl:[12]: is not the judgment of in.jsonl:[12]"):
             judged(rows)
-        assert out.read_bytes() == foreign
+        assert out.read_bytes() == content
 
 
 def test_memory_is_bounded_by_the_window(run_folder, monkeypatch):
@@ -227,6 +245,12 @@ def test_memory_is_bounded_by_the_window(run_folder, monkeypatch):
         assert len(read) == 8 * (n // 8 + 1)
 
 
+def test_the_figure_shows_the_texts():
+    prompts = [f"How good is it?\nReview: the {text}" for text in ("soup was fine", "soap", "tea")]
+    assert recipe.pieces(prompts) == ["soup was fine", "soap", "tea"]
+    assert recipe.pieces(prompts[:1] * 2) == ["Review: the soup was fine"] * 2
+
+
 def test_pipes_flags_and_the_figure(judged, run_folder, tmp_path, monkeypatch, capsys):
     votes = [{"counts": {"a": 2, "b": 1, "tie": 0}}, {"counts": {"other": 1}}, {}, {}, {}]
     rows = [row | {"id": f"$x$ <b> {i}", "odd": "\ud800"} | votes[i] for i, row in enumerate(soups(5))]
@@ -243,6 +267,10 @@ def test_pipes_flags_and_the_figure(judged, run_folder, tmp_path, monkeypatch, c
     assert all(row["low_mass"] is True for row in out) and "low mass" in said.err.splitlines()[1]
     assert "5 of 5 have a label mass under 1" in said.err
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    work, rows[0]["id"] = recipe.Tally(config), "1"
+    work.first, work.prompts = out[:2], ["Rate it: good soup", "Rate it: bad soup"]
+    recipe.draw(work, LABELS, "f.svg")
+    assert "good soup" in (drawn := (tmp_path / "f.svg").read_text()) and "Rate it" not in drawn
     with pytest.raises(InputError, match="stdin:2: broken JSON"):
         pipe('{"prompt": "x"}\n{broken\n')
 
@@ -251,10 +279,11 @@ IMPOSSIBLE = [
     ({"items": "gone.jsonl"}, "gone.jsonl: no such file"),
     ({"level": 0.0}, "level must be above 0"),
     ({"min_mass": 2.0}, "min_mass between 0 and 1"),
-    ({"out": "x.jsonl.gz"}, "not compressed"),
+    ({"out": "x.jsonl.gz"}, "must end with .jsonl, .csv"),
+    ({"out": "."}, "is a folder"),
     ({"out": "in.jsonl"}, "is the file of the items"),
     ({"figure": "f.xyz"}, "f.xyz: must end with .png"),
-    ({"run": "nowhere"}, "labels"),
+    ({"run": "nowhere"}, "^nowhere: no such folder; judges here: none"),
     ({"labels": ("x", "y")}, "trained for"),
     ({"spellings": ("a=A",)}, "a run folder has its own"),
 ]
@@ -274,7 +303,64 @@ def test_the_command_line(judged, run_folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         distjudge.cli(recipe.main, recipe.JudgeConfig)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "error: in.jsonl:2: prompt: not text but int"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: in.jsonl:2: prompt: not text but int (--skip_bad goes on without such rows)"
+    )
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 1  # the good row before it
     monkeypatch.setattr(sys, "argv", [*command, "--skip_bad"])
     distjudge.cli(recipe.main, recipe.JudgeConfig)
     assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_reader_that_has_enough_and_a_closed_input_end_in_no_traceback(run_folder, tmp_path):
+    """The output of `| head` is more than a pipe holds, so that judging meets its end."""
+    rows = [row | {"note": "x" * 5000} for row in soups(60)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = f"{sys.executable} {recipe.__file__} --run {run_folder} --items"
+    for command, code, words in (
+        (f"{script} in.jsonl | head -1 | wc -l; exit ${{PIPESTATUS[0]}}", 141, ""),
+        (f"{script} - <&-", 2, "error: the standard input or output, named as -, is closed\n"),
+    ):
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, words)
+        assert done.stdout.strip() == "1" * (code == 141)
+
+
+def test_ctrl_c_keeps_what_is_judged(judged, tmp_path, monkeypatch, capsys):
+    real = distjudge.Judge.stream
+
+    def stream(self, *rest):
+        yield from itertools.islice(real(self, *rest), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distjudge.Judge, "stream", stream)
+    with pytest.raises(distjudge.Stopped, match=r"out.jsonl holds is kept") as stopped:
+        judged(soups(5))
+    assert stopped.value.number == 2 and not list(tmp_path.glob("*.lock"))
+    monkeypatch.setattr(distjudge.Judge, "stream", real)
+    assert len(judged(soups(5))) == 5 and "kept 2 judged before" in capsys.readouterr().err
+
+
+def test_outputs_that_are_no_files_of_ours(judged, tmp_path):
+    """A link is not followed, a device not read, a table not overwritten; one process writes to a file."""
+    (tmp_path / "mine.txt").write_text("mine")
+    for name in ("link.jsonl", "link.csv", "part.csv.part.jsonl"):
+        (tmp_path / name).symlink_to("mine.txt")
+        with pytest.raises(InputError, match="is a symbolic link"):
+            judged(soups(1), out=name.removesuffix(".part.jsonl"))
+    (tmp_path / "there.csv").write_text("a,b")
+    with pytest.raises(InputError, match=r"there.csv: is there already"):
+        judged(soups(1), out="there.csv")
+    with pytest.raises(OSError, match="No space left"):
+        judged(soups(1), out="/dev/full")
+    with distjudge.locked(tmp_path / "busy.jsonl"), pytest.raises(InputError, match=r"is writing to it"):
+        judged(soups(1), out="busy.jsonl")
+    assert (tmp_path / "mine.txt").read_text() == "mine" and (tmp_path / "there.csv").read_text() == "a,b"
+    assert not (tmp_path / "busy.jsonl").exists()
+
+
+def test_a_run_that_is_not_there_is_answered_with_those_that_are(judged, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "runs" / "tiny" / "full-0")
+    for run, words in (("runs/first", "no such folder"), ("runs/tiny", "no judge in this folder")):
+        with pytest.raises(InputError, match=rf"^{run}: {words}; judges here: runs/tiny/full-0 \("):
+            judged(soups(1), run=run)
