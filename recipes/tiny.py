@@ -7,9 +7,10 @@
 Makes a small Qwen2 model with random weights, and a tokenizer from the training prompts. Trains all weights
 on the same items, for the same number of steps, by each of METHODS. Writes into --out:
 
-    table.json, table.md    a row a method and seed: KL to the votes, KL to the truth if known, accuracy
+    table.json, table.md    a row a method and seed: how many people the judge is worth, KL to the votes, KL to
+                            the truth if known (in nats), accuracy
     METHOD-SEED/            a run folder each: judge, predictions, metrics, log
-    plots/                  figures of the full method with the first seed
+    plots/                  the four judges of the first seed in one figure; more of the full method
 """
 
 import dataclasses
@@ -35,13 +36,24 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|judge|>{% endif %}"
 )
 METHODS = {
-    "single_point": {"alpha": 0.0, "eps": 0.0},  # cross-entropy with the majority label
+    "single_point": {"alpha": 0.0, "eps": 0.0},
     "no_adversary": {"eps": 0.0},
-    "full": {},  # the paper's method
+    "full": {},
     "teacher": distjudge.PRESETS["teacher"],  # its learning rate is constant, whatever flags say
 }
+SAID = {
+    "single_point": "the majority label alone",
+    "no_adversary": "the votes' shares, without the adversary",
+    "full": "the paper's method",
+    "teacher": "with a teacher",
+}
 ORDER = ["marginal", "untrained", *METHODS, "noise_floor"]
-COLUMNS = {"kl_votes": "KL to votes (nats)", "kl_truth": "KL to truth (nats)", "accuracy": "accuracy"}
+COLUMNS = {
+    "people": "worth, people",
+    "kl_votes": "KL to votes",
+    "kl_truth": "KL to truth",
+    "accuracy": "accuracy",
+}
 
 
 @dataclasses.dataclass
@@ -122,7 +134,7 @@ def load_base(base: str, labels: list[str], config: TinyConfig) -> Judge:
 
 
 def row(method: str, seed: int, metrics: dict) -> dict:
-    names = zip(COLUMNS, ("kl", "kl_truth", "accuracy"), strict=True)
+    names = zip(COLUMNS, ("people", "kl", "kl_truth", "accuracy"), strict=True)
     return {"method": method, "seed": seed} | {column: metrics[name] for column, name in names}
 
 
@@ -130,25 +142,37 @@ def reference_rows(train_items: list[Item], test: list[Item], seed: int) -> list
     """What needs no judge: the mean of the training votes for every item, and the truth against the votes."""
     mean = distjudge.marginal_distribution(train_items).expand(len(test), -1)
     marginal = evaluate(mean, test, train_items=train_items)
-    floor = {"kl": marginal["kl_noise_floor"], "kl_truth": None, "accuracy": None}
+    floor = {"people": None, "kl": marginal["kl_noise_floor"], "kl_truth": None, "accuracy": None}
     if (truth := distjudge.truths_of(test)) is not None:
-        floor = evaluate(truth, test, floor_draws=0)
+        floor = evaluate(truth, test, draws=0) | {"people": None}
     rows = [row("marginal", seed, marginal), row("noise_floor", seed, floor)]
     return [r for r in rows if r["kl_votes"] is not None]
 
 
 def table_lines(rows: list[dict]) -> list[str]:
-    """A Markdown table: mean over seeds and, with several, their standard deviation."""
-    lines = ["| method | " + " | ".join(COLUMNS.values()) + " |", "| --- | --- | --- | --- |"]
+    """A Markdown table in aligned columns: mean over seeds and, with several, their standard deviation."""
+    cells = [["method", *COLUMNS.values()]]
     for method, own in pd.DataFrame(rows).groupby("method", sort=False):
-        cells = []
+        cells.append([method])
         for column in COLUMNS:
-            values = own[column].astype(float)
-            spread = f" ± {values.std():.3f}" if values.std() > 0 else ""
-            mean = f"{values.mean():.3f}".replace("-0.000", "0.000")
-            cells.append(f"{mean}{spread}" if values.notna().any() else "–")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return lines
+            values, digits = own[column].astype(float), 1 if column == "people" else 3
+            spread = f" ± {values.std():.{digits}f}" if values.std() > 0 else ""
+            mean = f"{max(0.0, values.mean()):.{digits}f}"
+            cells[-1].append(f"{mean}{spread}" if values.notna().all() else "–")
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    pad = lambda line: [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]  # noqa: E731
+    return [f"| {' | '.join(pad(line))} |" for line in cells]
+
+
+def meaning(rows: list[dict]) -> str:
+    """What the table means, in two sentences, as far as the judges' worth is known."""
+    worth = pd.DataFrame(rows).groupby("method")["people"].mean()
+    said = "A judge is worth n people if it is as near to what everybody thinks as a panel of n is."
+    if worth.reindex(["full", "single_point"]).notna().all():
+        said += f" Trained on all votes the paper's method is worth {worth['full']:.1f} of them,"
+        said += f" on the majority label alone {worth['single_point']:.1f}."
+    return said
 
 
 def compare(config: TinyConfig, items: list[Item], test: list[Item], rows: list[dict]) -> None:
@@ -169,7 +193,8 @@ def compare(config: TinyConfig, items: list[Item], test: list[Item], rows: list[
             if method == "untrained":
                 rows += reference_rows(items, test, seed)
             else:
-                print(f"\n{method}, seed {seed}: alpha {run.alpha}, eps {run.eps}", flush=True)
+                number = f"{list(METHODS).index(method) + 1} of {len(METHODS)}"
+                print(f"\n{number}: {SAID[method]} ({method}, seed {seed})", flush=True)
                 distjudge.train(judge, items, run, eval_items=test)
                 distjudge.save_judge(judge, run.out)
             rows.append(row(method, seed, distjudge.write_results(judge, test, items, run, run.out)))
@@ -198,9 +223,12 @@ def main(config: TinyConfig) -> None:
     distjudge.write_json(out / "table.json", rows)
     distjudge.write_lines(out / "table.md", lines)
     shutil.rmtree(out / "plots", ignore_errors=True)
-    drawn = figures.draw_all(out / f"full-{config.seed}", out / "plots")
-    print(f"\n{len(items)} training items, {len(test)} test items\n" + "\n".join(lines))
-    print("\nwrote " + ", ".join(str(path) for path in [out / "table.json", *drawn]))
+    runs = {method: out / f"{method}-{config.seed}" for method in METHODS}
+    drawn = [figures.compare(runs, out / "plots"), *figures.draw_all(runs["full"], out / "plots")]
+    print(f"\n{len(items):,} items to train on, {len(test):,} to test on; KL in nats\n\n" + "\n".join(lines))
+    print(f"\n{meaning(rows)}\n\nwrote {out / 'table.md'}, a folder for each judge, and {drawn[0]}")
+    judged = os.path.relpath((config.test or config.train)[0])
+    print(f"next: python recipes/judge.py --run {runs['full']} --items {judged} --out judged.jsonl")
 
 
 if __name__ == "__main__":

@@ -60,12 +60,17 @@ def test_tiny_trains_four_ways_and_draws_its_figures(tmp_path):
     table = json.loads((out / "table.json").read_text())
     methods = ["marginal", "untrained", "single_point", "no_adversary", "full", "teacher", "noise_floor"]
     assert [(row["method"], row["seed"]) for row in table] == [(m, s) for m in methods for s in (0, 1)]
-    assert all(set(row) == {"method", "seed", "kl_votes", "kl_truth", "accuracy"} for row in table)
+    assert all(set(row) == {"method", "seed", "people", "kl_votes", "kl_truth", "accuracy"} for row in table)
     mean = pd.DataFrame(table).groupby("method").mean()
     assert mean.kl_truth["full"] < mean.kl_truth[["marginal", "untrained", "single_point"]].min()
     assert mean.kl_truth["noise_floor"] < 1e-6 and mean.kl_votes["noise_floor"] < mean.kl_votes["full"]
-    assert "| full |" in done.stdout and "| full |" in (out / "table.md").read_text()
-    for name in ("bars", "calibration", "kl"):
+    assert mean.people["full"] > mean.people["single_point"] > 0
+    written = (out / "table.md").read_text()
+    assert written in done.stdout and len({len(line) for line in written.splitlines()}) == 1
+    assert f"worth {mean.people['full']:.1f} of them" in done.stdout and "-0.000" not in done.stdout
+    assert "2 of 4: the votes' shares, without the adversary (no_adversary, seed 1)" in done.stdout
+    assert "next: python recipes/judge.py --run out/full-0 --items some.jsonl --out" in done.stdout
+    for name in ("compare", "bars", "calibration", "kl"):
         assert (out / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (out / "full-1" / "predictions.jsonl").read_text().splitlines()]
     again = distjudge.load_judge(out / "full-1").predict([row["prompt"] for row in rows[:5]])
@@ -80,7 +85,7 @@ def test_tiny_on_words_as_labels_without_truth(tmp_path):
     write_rows(tmp_path / "v.jsonl", rows)
     settings = "--train v.jsonl --out o --epochs 1 --hidden 16"
     done = command("recipes/tiny.py", *settings.split(), cwd=tmp_path)
-    assert done.returncode == 0 and "8 test items" in done.stdout, done.stderr
+    assert done.returncode == 0 and "8 to test on" in done.stdout, done.stderr
     table = {row["method"]: row for row in json.loads((tmp_path / "o" / "table.json").read_text())}
     assert all(row["kl_truth"] is None for row in table.values()) and table["noise_floor"]["kl_votes"] > 0
 
