@@ -1,25 +1,29 @@
 """Measure a closed or served model as a raw judge, through any OpenAI-compatible endpoint.
 
-    pip install openai
     OPENAI_API_KEY=... python recipes/api.py --items test.jsonl --model gpt-4o-mini --price_in 0.15
     python recipes/api.py --items test.jsonl --base_url http://localhost:8000/v1 --model mine  # vLLM, ...
     python recipes/api.py --items test.jsonl --base_url ... --model ... --samples 20    # no log-probabilities
+    python recipes/api.py --items test.jsonl --base_url ... --model ... --percent       # nor many answers
     python recipes/api.py --items test.jsonl --base_url ... --model judge --render merged  # ours, under vLLM
 
 Label probabilities come from the first answer token: the log-probabilities of the endpoint's --top tokens,
 spellings added up. A token counts for a label if it is a spelling of the label or begins one, white space
 around it and capitals aside; with --match whole it must be one. A token that begins two labels counts for
-none. Where such tokens hold over 1 % of the probability, the item is refused. Labels outside the top tokens
-count as 0, as in the paper. Items whose labels hold less than --min_mass are refused, dropped or kept, as
---low_mass says.
+none: over 1 % of such is refused. Labels outside the top tokens count as 0, as in the paper. One token with
+all the probability in every answer is refused: the server took it after sampling.
+
+--samples n counts the labels of n answers. A label is the whole answer or its last line, a word or two and a
+colon before it aside ("Rating: 4"). With --percent, each answer gives a percentage for every label. Thoughts,
+up to </think>, are skipped; --max_tokens is the budget for them. An answer that cannot be read counts for no
+label and is shown.
 
 With --render, the tokenizer of a run folder or model folder makes the prompts. They go to the completions
 endpoint as token ids, and vLLM is asked for exactly the labels' tokens. So probabilities and mass are those
 of the full vocabulary, as our own judge has them.
 
-Every answer is appended to cache.jsonl in --out at once, so that a stopped run goes on without paying
-twice. The key is read from the environment and stands in no file. Items with "swap" (see recipes/judge.py)
-are asked in both orders. The folder is one that plots/figures.py and plots/report.py draw.
+Every answer is checked and appended to cache.jsonl in --out at once, so that a stopped run goes on without
+paying twice. The key is read from the environment and stands in no file. Items with "swap" (see
+recipes/judge.py) are asked in both orders. The folder is one that plots/figures.py and plots/report.py draw.
 """
 
 import asyncio
@@ -38,10 +42,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import httpx  # transformers brings it
 import torch
 
 import distjudge
@@ -51,6 +56,24 @@ OPENAI = "https://api.openai.com/v1"
 WAYS_OUT = "give --spellings that begin apart, use --match whole if every label is one token, or --samples n"
 PILOT = 16  # the first prompts go alone: an endpoint that cannot be read is refused before all is paid
 USAGE = ("requests", "prompt_tokens", "completion_tokens")
+LONGEST = 8 << 20  # bytes of a reply, unpacked
+FILTERED = {"content_filter", "safety", "prohibited_content", "blocklist", "recitation", "refusal"}
+BY_ITEM = (400, 403, 413, 422, 451)  # what may be wrong with one prompt alone
+HINTS = {  # what a refusal speaks of -> what helps; the first that fits
+    r"logprobs.*(max|most|less|fewer|great|above|exceed|between|<|range)|max\S* logprobs": "use --top 5",
+    r"logprob": "use --samples n or --percent",
+    r"max_\w*tokens.*(max_\w*tokens|unsup|unkn|not sup)": "use --token_field max_completion_tokens",
+    r"temperature": "use --temperature 1, with --samples n where there are no log-probabilities",
+    r"": "if it is this prompt alone, --low_mass drop goes on without it and counts it",
+}
+PERCENT = """
+
+Do not give one answer. If many people are asked this, what percentage of them gives each answer? Write a line
+for each answer in this form, and nothing else. The percentages add up to 100.
+"""
+TAG = r"(?:think|thinking|thought|reasoning)[>\]]"  # <think>...</think> and the like
+MARKS, STOPS = " \t\r\n\"'`*_()[]{}\u201c\u201d\u2018\u2019\u00ab\u00bb", ".,;:!\u3002\uff0c\uff01"
+ODD = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # what an answer of another form raises
 SHOWN = "kl kl_noise_floor kl_marginal accuracy label_mass label_mass_min labels_missing order_flips".split()
 
 
@@ -59,6 +82,10 @@ class EndpointError(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.args[0]}. The answers so far are kept; the same command goes on from here"
+
+
+class Refused(InputError):
+    """The endpoint refuses one prompt, which the message names; others may go on."""
 
 
 @dataclasses.dataclass
@@ -90,21 +117,29 @@ class ApiConfig:
     """How many tokens' log-probabilities to ask for (OpenAI gives 20, the paper's models gave 5)."""
     samples: int = 0
     """Count the labels of so many answers, for endpoints without log-probabilities."""
+    percent: bool = False
+    """Ask for the percentage of every label, in words."""
+    temperature: float | None = None
+    """Default: 0, or 1 where answers are sampled."""
+    max_tokens: int = 0
+    """Tokens of an answer, thoughts among them. 0: 1, or with --samples 8, with --percent 24 a label."""
+    token_field: str = "max_tokens"
+    """The request's field for it; some models want max_completion_tokens."""
     render: str = ""
     """A run folder or model folder whose tokenizer renders the prompts (vLLM; see above)."""
     system: str = ""
     """A system message before the prompt."""
     extra: str = ""
-    """Request fields, as JSON; null takes one out: {"max_tokens": null, "max_completion_tokens": 8}"""
+    """Request fields, as JSON; null takes one out: {"seed": 1, "temperature": null}"""
     min_mass: float = 0.5
     """Items whose labels hold less probability (or share of the samples) together cannot be read."""
     low_mass: Literal["refuse", "drop", "keep"] = "refuse"
-    """What to do with them: stop, leave them out, or keep what was captured (nothing captured: uniform)."""
+    """What to do with them and with prompts the endpoint refuses: stop, leave out, or keep what there is."""
 
     concurrency: int = 8
     """Requests at a time."""
     timeout: float = 60.0
-    """Seconds a request may take."""
+    """Seconds a request may take, up to the last byte of its answer."""
     retries: int = 6
     """How often a request is tried again after 408, 409, 425, 429, 5xx, a timeout or a malformed answer."""
     max_wait: float = 120.0
@@ -117,25 +152,35 @@ class ApiConfig:
     """Stop when this run has cost so much; 0 is never."""
 
     def check(self) -> None:
-        for name in ("limit", "samples", "retries", "max_wait", "price_in", "price_out", "max_cost"):
+        for name in "limit samples max_tokens retries max_wait price_in price_out max_cost".split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: must be 0 or more, not {getattr(self, name)}")
         if min(self.top, self.concurrency) < 1 or not self.timeout > 0 or not 0 <= self.min_mass <= 1:
             raise InputError("top, concurrency: must be 1 or more, timeout above 0, min_mass between 0 and 1")
         if self.max_cost and not self.price_in + self.price_out:
             raise InputError("max_cost: needs price_in and price_out")
-        if self.render and (self.samples or self.system or self.spellings):
-            raise InputError("render: goes without samples, system and spellings: the run folder has its own")
-        if urlsplit(self.base_url).scheme not in ("http", "https"):
-            raise InputError(f"base_url: must begin with http:// or https://, not '{self.base_url}'")
-        try:
-            if not isinstance(json.loads(self.extra or "{}"), dict):
-                raise InputError("extra: must be a JSON object")
-        except json.JSONDecodeError as error:
-            raise InputError(f"extra: broken JSON: {error}") from None
+        if self.render and (self.answers or self.system or self.spellings):
+            raise InputError("render: goes without samples, percent, system and spellings of this command")
+        host = r"https?://([^\[\]/?#]*@)?(\[[0-9a-f:.]+\]|[^\[\]/?#:@]+)(:\d{1,5})?([/?]|$)"
+        if not re.match(host, self.base_url):
+            raise InputError(f"base_url: must be like http://localhost:8000/v1, not '{self.base_url}'")
+        extra, wrong = distjudge.parse_json(self.extra or "{}")
+        if wrong or {"stream", "logprobs"} & set(extra):
+            raise InputError(f"extra: {wrong or 'stream and logprobs cannot be changed'}")
+
+    @property
+    def answers(self) -> int:
+        """How many answers to read for a prompt; 0: log-probabilities."""
+        return self.samples or int(self.percent)
 
 
 # --- reading labels ---
+def after_thought(text: str) -> str:
+    """What an answer says after its thoughts; nothing where they do not end."""
+    text = re.split(rf"(?i)[<\[]/{TAG}", text)[-1].strip()
+    return "" if re.search(rf"(?i)[<\[]{TAG}", text) else text
+
+
 class LabelReader:
     """Which label a token, or a sampled answer, stands for. Raises InputError for labels that look alike."""
 
@@ -143,13 +188,13 @@ class LabelReader:
         spellings = distjudge.parse_spellings(config.spellings)
         if unknown := sorted(set(spellings) - set(labels)):
             raise InputError(f"spellings: unknown label {distjudge.listed(unknown)}")
-        self.labels, self.match, self.texts = labels, config.match, {}
+        self.labels, self.match, self.percent, self.texts = labels, config.match, config.percent, {}
         for i, label in enumerate(labels):
             for text in map(self.normal, spellings.get(label, [label])):
                 if not text or self.texts.setdefault(text, i) != i:
                     wrong = f"is one of '{labels[self.texts[text]]}' too" if text else "is empty"
                     raise InputError(f"spellings: label '{label}': '{text}' {wrong}")
-        if not config.samples and self.match == "begin":  # then no first token may tell which label is meant
+        if not config.answers and self.match == "begin":  # then no first token may tell which label is meant
             for text, i in self.texts.items():
                 longer = [other for other, k in self.texts.items() if k != i and other.startswith(text)]
                 if longer:
@@ -176,20 +221,46 @@ class LabelReader:
                 q[label] += math.exp(logprob)
         return q[:-1], q[-1].item()
 
+    def spoken(self, text: str) -> int | None:
+        """The label that a text is, marks and brackets around it aside."""
+        text = self.normal(text)
+        return self.texts.get(text, self.texts.get(text.strip(MARKS).rstrip(STOPS + MARKS)))
+
     def answer(self, text: str) -> int | None:
-        """The label an answer begins with, after white space and marks, and before no letter or digit."""
-        text = self.normal(text).lstrip(" \t\r\n\"'`*_([{")
-        for spelling in sorted(self.texts, key=len, reverse=True):
-            if text.startswith(spelling) and not text[len(spelling) :][:1].isalnum():
-                return self.texts[spelling]
-        return None
+        """The label that an answer, or its last line, is; None for anything else."""
+        line = after_thought(text).replace("\uff1a", ":").rpartition("\n")[2]
+        name, _, value = line.rpartition(":")
+        labels = [label for label in map(self.spoken, [name, *name.split()]) if label is not None]
+        if not labels and re.fullmatch(r"[^\W\d_]+( [^\W\d_]+)?", name.strip(MARKS)):  # "Rating: 4"
+            line = value
+        return self.spoken(line)
+
+    def shares(self, text: str) -> torch.Tensor | None:
+        """What an answer says, (C,): its label, or with --percent every label once, 99 to 101 in all."""
+        q = torch.zeros(len(self.labels), dtype=torch.float64)
+        if not self.percent:
+            label = self.answer(text)
+            return None if label is None else q.index_fill(0, torch.tensor(label), 1.0)
+        text = re.sub("(?m)^```.*$", "", after_thought(text).replace("\uff1a", ":")).strip(" {}\n")
+        found: dict[int | None, float] = {None: 0.0}
+        for part in re.split("\n" if "\n" in text else ",", text):  # lines, or JSON
+            name, _, value = part.rpartition(":")
+            label = self.spoken(name if self.spoken(name) is not None else name.lstrip("-\u2022* "))
+            number = re.fullmatch(r"\s*(\d{1,3}(\.\d{1,9})?)\s*%?[\s,;.*]*", value, re.ASCII)
+            if label in found or not number:
+                return None
+            found[label] = q[label] = float(number[1])
+        return q / q.sum() if len(found) > len(q) and 99 <= q.sum() <= 101 else None
 
     def request(self, prompt: str, config: ApiConfig) -> dict[str, Any]:
         messages = [{"role": "system", "content": config.system}] * bool(config.system)
+        if config.percent:
+            prompt += PERCENT + "".join(f"\n{label}: ...%" for label in self.labels)
+        length = 24 * len(self.labels) if config.percent else 8 if config.samples else 1
+        temperature = (1.0 if config.answers else 0) if config.temperature is None else config.temperature
         body = {"model": config.model, "messages": [*messages, {"role": "user", "content": prompt}]}
-        if config.samples:
-            return body | {"temperature": 1.0, "max_tokens": 8}
-        return body | {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": config.top}
+        body |= {"temperature": temperature, config.token_field: config.max_tokens or length}
+        return body if config.answers else body | {"logprobs": True, "top_logprobs": config.top}
 
 
 class Renderer:
@@ -223,19 +294,70 @@ class Renderer:
 
 
 # --- asking ---
+def checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer as the cache keeps it. Raises one of ODD for another form, and for what is no probability."""
+    usage, once, texts = answer["usage"], {}, answer.get("refused", answer.get("texts"))
+    if not all(type(usage[name]) is int and 0 <= usage[name] < 1e9 for name in USAGE):
+        raise ValueError(f"usage: {usage}")
+    if texts == [] or not all(isinstance(text, str) for text in [answer["model"] or "", *(texts or [])]):
+        raise ValueError(f"no text: {texts or answer['model']}")
+    if texts:
+        return answer
+    for token, logprob in answer["top"]:
+        if not isinstance(token, str) or type(logprob) not in (int, float) or not -1e9 < logprob <= 0:
+            raise ValueError(f"no token with its log-probability: {token}, {logprob}")
+        if (token, logprob) in once and math.exp(logprob) > 0.01:  # rare tokens may look alike
+            raise ValueError(f"the token '{token}' stands twice, with one log-probability")
+        once[token, logprob] = math.exp(logprob)
+    if (mass := sum(once.values())) > 1.001:
+        raise ValueError(f"the tokens hold {mass:.4g} of the probability")
+    return answer | {"top": list(map(list, once))}
+
+
+def read_reply(reply: dict[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a reply: log-probabilities, texts or a refusal, and numbers of tokens."""
+    found, model, texts, refused = reply.get("usage") or {}, reply.get("model"), [], ""
+    usage = {"requests": 1} | {name: found.get(name) or 0 for name in USAGE[1:]}
+    answer = {"model": model and distjudge.short(model, 100), "usage": usage}
+    logprobs, chat = reply["choices"][0].get("logprobs") or {}, "messages" in body
+    for choice in reply["choices"] if chat else ():
+        message, ended = choice["message"], choice.get("finish_reason") or ""
+        texts.append(text := message.get("content") or "")
+        why = message.get("refusal") or (logprobs.get("refusal") and "refusal")
+        if not text and (why or ended.lower() in FILTERED):
+            refused = f"no answer: {distjudge.short(why or ended, 200)}"
+        budget = body.get("max_tokens") or body.get("max_completion_tokens") or 0
+        if ended == "length" and not 0 < usage["completion_tokens"] < budget and "\n" in after_thought(text):
+            texts[-1] += "\n\u2026"  # what was cut has no last line
+    if refused and not "".join(texts):
+        return checked(answer | {"refused": [refused]})
+    if not body.get("logprobs"):
+        return checked(answer | {"texts": texts})
+    tokens = logprobs.get("content" if chat else "top_logprobs")
+    first = tokens[0] if tokens else {}
+    if tokens is None or (chat and first.get("top_logprobs", []) is None):
+        raise InputError("the answers hold no log-probabilities; use --samples n or --percent")
+    top = list(first.items())
+    if chat:
+        top = [(entry["token"], entry["logprob"]) for entry in first.get("top_logprobs", [])]
+        if first and first["token"] not in dict(top):  # what was chosen, from below the top
+            top.append((first["token"], first["logprob"]))
+    return checked(answer | {"top": top})
+
+
 class Cache:
     """Answers by the hash of what was asked: JSON lines, each written to the disk before it is used."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.answers, self.file, raw = {}, open(path, "a+b"), b"\n"
         self.file.seek(0)
         for number, raw in enumerate(self.file, 1):
+            row, wrong = distjudge.parse_json(raw)
             try:
-                row = json.loads(raw)
-                self.answers[row["key"]] = row["answer"]
-            except (ValueError, KeyError, TypeError):
-                print(f"{path}:{number}: not an answer; it will be asked for again", file=sys.stderr)
+                self.answers[row["key"]] = checked(row["answer"])
+            except ODD as error:
+                why = distjudge.short(wrong or error, 100)
+                print(f"{path}:{number}: not an answer, to be asked for again: {why}", file=sys.stderr)
         if not raw.endswith(b"\n"):  # a line that was cut
             self.file.write(b"\n")
 
@@ -256,56 +378,51 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     return None
 
 
-def plain_url(url: str) -> str:
-    """A URL without a user and password that may stand in it, nor a query."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
 class Endpoint:
     """Asks the endpoint, so many requests at a time, with retries; keeps the cache and the bill."""
 
     def __init__(self, config: ApiConfig):
-        try:
-            import openai
-        except ImportError:
-            raise InputError("recipes/api.py needs the openai client: pip install openai") from None
-        self.openai, self.config, self.url = openai, config, plain_url(config.base_url)
+        self.config, self.parts = config, urlsplit(config.base_url)
         self.key = os.environ.get(config.key_env, "").strip()
-        if not self.key and config.base_url == OPENAI:
-            raise InputError(f"the key is missing: set the environment variable {config.key_env}")
-        settings = {"base_url": config.base_url, "timeout": config.timeout, "max_retries": 0}
-        self.client = openai.AsyncOpenAI(api_key=self.key or "none", **settings)
+        if not re.fullmatch("[!-~]+" if config.base_url == OPENAI else "[!-~]*", self.key):
+            raise InputError(f"the key is missing or no ASCII: set the environment variable {config.key_env}")
+        host = self.parts.netloc.rpartition("@")[2]  # without user and password
+        self.url = self.parts._replace(netloc=host, query="", fragment="").geturl()
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers |= {"api-key": self.key} if "api-version=" in self.parts.query else {}  # Azure's name for it
+        limits = httpx.Limits(max_connections=None)  # the gate limits them
+        self.client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=True)
         self.cache = Cache(Path(config.out) / "cache.jsonl")
         self.gate, self.asking = asyncio.Semaphore(config.concurrency), collections.defaultdict(asyncio.Lock)
         self.not_before, self.retried, self.answered_by, self.paid = 0.0, 0, set(), collections.Counter()
-
-    def clean(self, text: Any) -> str:
-        """A message without the key, should the endpoint have sent it back."""
-        return distjudge.short(str(text).replace(self.key, "***") if self.key else text, 300)
 
     def cost(self, usage: Mapping[str, int]) -> float:
         prices = {"prompt_tokens": self.config.price_in, "completion_tokens": self.config.price_out}
         return sum(usage[name] * price for name, price in prices.items()) / 1e6
 
-    async def ask(self, body: dict[str, Any], number: int = 0) -> dict[str, Any]:
+    async def ask(self, body: dict[str, Any], number: int, where: str) -> dict[str, Any]:
         """The endpoint's answer, the number-th to this request; from the cache, if it was given before."""
         asked = {name: value for name, value in body.items() if name != "n"}  # more samples add to these
-        key = hashlib.sha256(json.dumps([self.url, asked, number], sort_keys=True).encode()).hexdigest()
+        place = self.url + (self.parts.query and f"?{self.parts.query}")
+        key = hashlib.sha256(json.dumps([place, asked, number], sort_keys=True).encode()).hexdigest()
+        forms = {"refused", "top" if body.get("logprobs") else "texts"}
         async with self.asking[key]:  # the same prompt twice is paid once
-            if key not in self.cache.answers:
+            if not forms & set(self.cache.answers.get(key, ())):
                 async with self.gate:
-                    self.cache.put(key, await self.insist(body))
+                    self.cache.put(key, await self.insist(body, where))
         answer = self.cache.answers[key]
         self.answered_by |= {answer["model"]} - {None}
+        if "refused" in answer:
+            raise Refused(f"{where}: {answer['refused'][0]}; {HINTS['']}")
         return answer
 
-    async def insist(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Sends a request until it is answered.
+    async def insist(self, body: dict[str, Any], where: str) -> dict[str, Any]:
+        """Sends a request until it is answered; where the answer has another form, three times at most.
 
-        Raises InputError for what the endpoint refuses, EndpointError when it fails for good.
+        Raises Refused or InputError for what the endpoint refuses, EndpointError when it fails for good.
         """
-        config = self.config
+        config, odd = self.config, 0
         for attempt in range(config.retries + 1):
             while (wait := self.not_before - time.monotonic()) > 0:  # one request's Retry-After holds for all
                 await asyncio.sleep(wait)
@@ -314,59 +431,57 @@ class Endpoint:
                 raise EndpointError(f"{self.url}: {spent}")
             asked = 0.0
             try:
-                return await self.send(body)
-            except InputError:
-                raise
-            except self.openai.APIStatusError as error:
-                code, why = error.status_code, f"{error.status_code}: {self.clean(error.message)}"
-                if code not in (408, 409, 425, 429) and code < 500:
-                    raise InputError(f"{self.url}: {why}") from None
-                if getattr(error, "code", None) == "insufficient_quota":
-                    raise EndpointError(f"{self.url}: {why}") from None
-                asked = retry_after(error.response.headers, time.time()) or 0.0
-            except self.openai.APITimeoutError:
-                why = f"no answer within {config.timeout:g} s"
-            except self.openai.APIConnectionError as error:
-                why = self.clean(f"{error}: {error.__cause__}")
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                why = self.clean(f"malformed answer: {type(error).__name__}: {error}")
+                status, headers, content = await asyncio.wait_for(self.send(body), config.timeout)
+                reply, wrong = distjudge.parse_json(content)
+                if status < 300 and reply.get("choices"):
+                    answer = read_reply(reply, body)
+                    self.paid.update(answer["usage"])
+                    return answer
+                error = reply.get("error") or {}  # a few answer 200, with the error and its status inside
+                error = error if isinstance(error, dict) else {"message": error}
+                code, message = error.get("code"), error.get("message") or reply.get("detail") or wrong
+                status = status if status >= 300 else code if isinstance(code, int) else 500
+                why = distjudge.short(f"{status}: {message or content.decode(errors='replace')}", 300)
+                said = f"{code} {error.get('param')} {message}"
+                hint = next(hint for words, hint in HINTS.items() if re.search(words, said, re.I | re.S))
+                if status in BY_ITEM:
+                    raise Refused(f"{why}; {hint}")
+                if status not in (408, 409, 425, 429) and status < 500:
+                    raise InputError(why)
+                if code == "insufficient_quota":
+                    raise EndpointError(f"{self.url}: {why}")
+                asked = retry_after(headers, time.time()) or 0.0
+            except InputError as error:
+                raise type(error)(f"{where}: {self.url}: {error}") from None
+            except asyncio.TimeoutError:
+                why = f"no whole answer within {config.timeout:g} s (--timeout)"
+            except (httpx.HTTPError, *ODD) as error:
+                odd += (bad := isinstance(error, ODD))
+                kind = "malformed answer" if bad else "no connection"
+                why = distjudge.short(f"{kind}: {type(error).__name__}: {error}", 300)
             if asked > config.max_wait:
                 why += f"; it asks to wait {asked:.0f} s, max_wait is {config.max_wait:g}"
                 raise EndpointError(f"{self.url}: {why}")
             self.not_before = max(self.not_before, time.monotonic() + asked)
-            if attempt < config.retries:
-                self.retried += 1
-                await asyncio.sleep(max(asked, min(config.max_wait, 2**attempt) * random.uniform(0.5, 1)))
-        raise EndpointError(f"{self.url}: {why} (tried {config.retries + 1} times)")
+            if attempt == config.retries or odd > 2:
+                break
+            self.retried += 1
+            await asyncio.sleep(max(asked, min(config.max_wait, 2**attempt) * random.uniform(0.5, 1)))
+        raise EndpointError(f"{where}: {self.url}: {why} (tried {attempt + 1} times)")
 
-    async def send(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One request, and what we keep of its answer: log-probabilities or texts, and numbers of tokens."""
-        chat = "messages" in body
-        at = self.client.chat.completions if chat else self.client.completions
-        known = {name: body[name] for name in ("model", "prompt", "messages") if name in body}
-        more = {name: value for name, value in body.items() if name not in known}
-        reply = await at.with_raw_response.create(**known, extra_body=more)
-        content = json.loads(reply.http_response.text)
-        found = content.get("usage") or {}
-        usage = {"requests": 1} | {name: int(found.get(name) or 0) for name in USAGE[1:]}
-        self.paid.update(usage)
-        choices = content["choices"]
-        if not choices:
-            raise ValueError("no choices")
-        answer = {"model": content.get("model"), "usage": usage}
-        if not body.get("logprobs"):
-            return answer | {"texts": [choice["message"]["content"] or "" for choice in choices]}
-        tokens = (choices[0].get("logprobs") or {}).get("content" if chat else "top_logprobs")
-        if tokens is None:
-            raise InputError(f"{self.url}: the answers hold no log-probabilities; use --samples n")
-        first = tokens[0] if tokens else {}
-        if chat:
-            found = [(entry["token"], entry["logprob"]) for entry in first.get("top_logprobs", [])]
-            if first and first["token"] not in dict(found):  # what was chosen, from below the top
-                found.append((first["token"], first["logprob"]))
-        else:
-            found = list(first.items())
-        return answer | {"top": [(token, float(logprob)) for token, logprob in found]}
+    async def send(self, body: dict[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and content (without the key) of one request. ValueError over LONGEST bytes."""
+        end, content = "/chat/completions" if "messages" in body else "/completions", bytearray()
+        url = self.parts._replace(path=self.parts.path.rstrip("/").removesuffix(end) + end).geturl()
+        async with self.client.stream("POST", url, content=json.dumps(body)) as reply:
+            if (packing := reply.headers.get("content-encoding", "identity")) not in ("identity", "gzip"):
+                raise ValueError(f"packed as {packing}, which was not asked for")
+            async for part in reply.aiter_bytes():  # at most 64 KiB before they are unpacked
+                content += part
+                if len(content) > LONGEST:
+                    raise ValueError(f"over {LONGEST >> 20} MiB")
+        key = self.key.encode()
+        return reply.status_code, reply.headers, bytes(content.replace(key, b"***") if key else content)
 
 
 @dataclasses.dataclass
@@ -377,28 +492,42 @@ class Reading:
     mass: float
     missing: int
     usage: collections.Counter[str]
+    unread: Sequence[str]  # answers that are no label, or the likeliest token
+    alone: bool  # one token has all the probability, or only the chosen one was given
+    refused: str  # why the endpoint refuses the prompt
 
 
 async def read_prompt(prompt: str, where: str, endpoint: Endpoint, reader: LabelReader | Renderer) -> Reading:
-    config, usage, texts = endpoint.config, collections.Counter(), []
+    config, usage, texts, unread, alone, refused = endpoint.config, collections.Counter(), [], [], False, ""
     body = reader.request(prompt, config) | json.loads(config.extra or "{}")
     body = {name: value for name, value in body.items() if value is not None}
-    while not usage or len(texts) < config.samples:  # an endpoint may give fewer samples than asked for
-        wanted = config.samples - len(texts)
-        answer = await endpoint.ask(body | ({"n": wanted} if wanted > 1 else {}), usage["requests"])
-        usage.update(answer["usage"])
-        texts += answer.get("texts", [])
-    if config.samples:
-        found = [reader.answer(text) for text in texts[: config.samples]]
-        counts = [found.count(label) for label in range(len(reader.labels))]
-        q = torch.tensor(counts, dtype=torch.float64) / len(found)
-    else:
+    q = torch.zeros(len(reader.labels), dtype=torch.float64)
+    try:
+        while not usage or len(texts) < config.answers:  # an endpoint may give fewer than asked for
+            wanted = config.answers - len(texts)
+            more = {"n": wanted} if wanted > 1 else {}
+            answer = await endpoint.ask(body | more, usage["requests"], where)
+            usage.update(answer["usage"])
+            texts += answer.get("texts", [])
+    except Refused as error:
+        if config.low_mass == "refuse":
+            raise
+        texts, refused = [], str(error)
+    for text in texts[: config.answers]:
+        shares = reader.shares(text)
+        unread += [text] if shares is None else []
+        q += 0 if shares is None else shares
+    q /= max(1, config.answers)
+    if not (config.answers or refused):
         q, unclear = reader.read(answer["top"])
         if unclear > 0.01:
             unclear = f"tokens that begin two labels hold {unclear:.1%} of the probability"
             raise InputError(f"{where}: {unclear}; {WAYS_OUT}")
+        *others, (token, _) = sorted(answer["top"], key=lambda row: row[1]) or [("", 0.0)]
+        unread, alone = [token], sum(math.exp(logprob) for _, logprob in others) < 1e-20
     mass, missing = q.sum().item(), int((q == 0).sum())
-    return Reading(q / mass if mass else torch.full_like(q, 1 / len(q)), mass, missing, usage)
+    q = q / mass if mass else torch.full_like(q, 1 / len(q))
+    return Reading(q, mass, missing, usage, unread, alone, refused)
 
 
 async def read_all(items: Sequence[Item], config: ApiConfig) -> tuple[list[Reading], Endpoint]:
@@ -406,12 +535,9 @@ async def read_all(items: Sequence[Item], config: ApiConfig) -> tuple[list[Readi
     from tqdm.auto import tqdm
 
     reader = (Renderer if config.render else LabelReader)(distjudge.labels_of(items), config)
-    prompts = []
-    for item in items:
-        where = f"{item.where}: item '{distjudge.short(item.id)}'"
-        prompts += [(prompt, where) for prompt in item.prompts]
-    endpoint, readings = Endpoint(config), []
-    bar = tqdm(total=len(prompts), desc=config.model, unit="prompt", disable=not sys.stderr.isatty())
+    prompts = [(prompt, item.named) for item in items for prompt in item.prompts]
+    endpoint, readings, quiet = Endpoint(config), [], not (sys.stderr and sys.stderr.isatty())
+    bar = tqdm(total=len(prompts), desc=config.model, unit="prompt", disable=quiet)
     async with endpoint.client:
         with bar, endpoint.cache.file:
             for part in (prompts[:PILOT], prompts[PILOT:]):
@@ -424,17 +550,32 @@ async def read_all(items: Sequence[Item], config: ApiConfig) -> tuple[list[Readi
                     for task in tasks:
                         task.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)
-                check_mass(readings, prompts, config)
+                check_readings(readings, [where for _, where in prompts], config)
     return readings, endpoint
 
 
-def check_mass(readings: Sequence[Reading], prompts: Sequence[tuple[str, str]], config: ApiConfig) -> None:
-    low = [i for i, reading in enumerate(readings) if reading.mass < config.min_mass]
-    if low and config.low_mass == "refuse":
-        what = "of the samples are a label" if config.samples else "of the probability is on labels"
-        way = "sample longer answers (--extra)" if config.samples else "use --samples n"
+def check_readings(readings: Sequence[Reading], wheres: Sequence[str], config: ApiConfig) -> None:
+    """Raises InputError where readings are no distributions, or too few of them hold labels."""
+    refused = [reading.refused for reading in readings if reading.refused]
+    if 2 * len(refused) > len(readings):
+        raise InputError(f"{refused[0]}; so it is for {len(refused)} of {len(readings)} prompts")
+    if all(reading.alone for reading in readings if not reading.refused):
         raise InputError(
-            f"{prompts[low[0]][1]}: only {readings[low[0]].mass:.1%} {what}; so it is for {len(low)} of the "
+            f"{wheres[0]}: here and in every other answer one token has all the probability, or only the one "
+            "chosen is given. Where a server takes log-probabilities after sampling, use --temperature 1 or "
+            "set vLLM's --logprobs-mode raw_logprobs; else a greater --top, --samples n or --percent"
+        )
+    low = [i for i, reading in enumerate(readings) if reading.mass < config.min_mass and not reading.refused]
+    if low and config.low_mass == "refuse":
+        first, way, what = readings[low[0]], "use --samples n", "of the probability is on labels"
+        if config.answers:
+            what, way = "of the answers can be read", "sample longer answers (--max_tokens)"
+        if any(not after_thought(text) for text in first.unread):
+            no_thought = """--extra '{"chat_template_kwargs": {"enable_thinking": false}}'"""
+            way = f"ask the model not to think ({no_thought}), use --samples n with a greater --max_tokens"
+        said = distjudge.short("".join(first.unread[-1:]))
+        raise InputError(
+            f"{wheres[low[0]]}: only {first.mass:.1%} {what} ('{said}'); so it is for {len(low)} of the "
             f"{len(readings)} prompts judged so far (min_mass {config.min_mass:g}). Let the prompt ask for "
             f"the label only, name --spellings, {way}, or use --low_mass"
         )
@@ -457,12 +598,14 @@ def main(config: ApiConfig) -> None:
     config.check()
     items, train = load(config)
     labels, out = distjudge.labels_of(items), Path(config.out)
+    distjudge.check_out(out, "cache.jsonl")
     out.mkdir(parents=True, exist_ok=True)
-    readings, endpoint = asyncio.run(read_all(items, config))
+    with distjudge.locked(out):
+        readings, endpoint = asyncio.run(read_all(items, config))
     rows, kept, predicted, own = [], [], [], iter(readings)
     for item in items:
         found = [next(own) for _ in item.prompts]
-        low, q = any(reading.mass < config.min_mass for reading in found), found[0].q
+        low, q = any(reading.refused or reading.mass < config.min_mass for reading in found), found[0].q
         if low and config.low_mass == "drop":
             continue
         row: dict[str, Any] = {"id": item.id, "counts": item.counts, "prompt": item.prompt}
@@ -483,18 +626,26 @@ def main(config: ApiConfig) -> None:
     metrics = distjudge.evaluate(torch.stack(predicted), kept, train_items=train or None, label_mass=masses)
     flips = [row["flipped"] for row in rows if "flipped" in row]
     usage = sum((reading.usage for reading in readings), collections.Counter())
+    refused = [reading.refused for reading in readings if reading.refused]
+    unread = [text for reading in readings for text in reading.unread if config.answers]
     metrics |= {"order_flips": sum(flips) / len(flips)} if flips else {}
-    metrics |= {"dropped": dropped, "labels_missing": sum(r.missing for r in readings) / len(readings)}
+    metrics |= {"dropped": dropped, "refused": len(refused), "unread": len(unread)}
+    metrics |= {"labels_missing": sum(r.missing for r in readings) / len(readings)}
     metrics |= {name: usage[name] for name in USAGE} | {"cost": endpoint.cost(usage)}
     distjudge.write_json(out / "metrics.json", metrics)
     about = {"base_url": endpoint.url, "recipe": "api", "labels": labels, "files": config.items}
-    about |= {"versions": distjudge.versions() | {"openai": endpoint.openai.__version__}}
+    about |= {"versions": distjudge.versions() | {"httpx": httpx.__version__}}
     about |= {"answered_by": sorted(endpoint.answered_by), "items": {"train": len(train), "test": len(kept)}}
     distjudge.write_json(out / "config.json", dataclasses.asdict(config) | about)
     shown = [f"{name} {metrics[name]:.3f}" for name in SHOWN if metrics.get(name) is not None]
     print(f"{len(kept)} items: {', '.join(shown)}")
+    if unread:
+        count, some = len(readings) * config.answers, distjudge.listed(sorted(set(unread))[:5])
+        print(f"{len(unread)} of {count} answers cannot be read and count for no label, such as {some}")
+    if refused:
+        print(f"{len(refused)} of {len(readings)} prompts were refused, such as {refused[0]}")
     if dropped:
-        print(f"dropped {dropped} of {len(items)} items under label mass {config.min_mass:g}")
+        print(f"dropped {dropped} of {len(items)} items, refused or under label mass {config.min_mass:g}")
     paid, retried = endpoint.paid, endpoint.retried
     print(
         f"{usage['requests']} requests, {usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens, "

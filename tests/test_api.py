@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import email.utils
+import gzip
 import http.server
 import json
 import math
@@ -24,7 +25,6 @@ import distjudge
 from distjudge import InputError
 from plots import figures
 
-openai = pytest.importorskip("openai")
 KEY = "sk-secret-4711"
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,16 +32,16 @@ ROOT = Path(__file__).resolve().parents[1]
 class FakeEndpoint:
     """Answers chat requests with `answer(prompt, body)`, after what `faults` holds is used up.
 
-    An answer is {token: probability}, or a list of sampled texts.
+    An answer is {token: probability}, a list of sampled texts, {"choices": [...]} or (status, reply).
     """
 
     def __init__(self):
-        self.faults, self.asked, self.keys = collections.deque(), [], set()
+        self.faults, self.asked, self.heads = collections.deque(), [], []
         self.at_once, self.most, self.delay, self.lock, fake = 0, 0, 0.0, threading.Lock(), self
         self.answer = lambda prompt, body: {"1": 0.5, " 2": 0.3, "Ok": 0.2}
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+            protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
             def log_message(self, *args):
                 pass
@@ -60,15 +60,22 @@ class FakeEndpoint:
                     fake.at_once += 1
                     fake.most = max(fake.most, fake.at_once)
                     fake.asked.append(body)
-                    fake.keys.add(self.headers["Authorization"])
+                    fake.heads.append({"path": self.path} | dict(self.headers))
                     fault = fake.faults.popleft() if fake.faults else None
                 try:
                     time.sleep(0.6 if fault == "slow" else 0 if fault else fake.delay)
-                    self.close_connection = fault in ("slow", "cut")
+                    self.close_connection = fault in ("slow", "cut", "drip", "endless")
                     if fault == "cut":
                         self.send(200, b"", {"Content-Length": "500"})
+                    elif fault in ("drip", "endless"):
+                        self.send(200, b"{", {"Content-Length": str(1 << 40)})
+                        while True:  # until the client goes away
+                            self.wfile.write(b" " * (1 << 16 if fault == "endless" else 1))
+                            time.sleep(0.05 * (fault == "drip"))
                     elif fault != "slow":
-                        self.send(*(fault or (200, fake.reply(body))))
+                        self.send(*(fault or fake.reply(body)))
+                except ConnectionError:
+                    pass
                 finally:
                     with fake.lock:
                         fake.at_once -= 1
@@ -80,14 +87,27 @@ class FakeEndpoint:
 
     def reply(self, body):
         found = self.answer(body["messages"][-1]["content"], body)
+        if isinstance(found, tuple):
+            return found
         reply = {"model": "fake-1", "usage": {"prompt_tokens": 10, "completion_tokens": 1}}
         if isinstance(found, list):
             reply["usage"]["completion_tokens"] = len(found)
-            return reply | {"choices": [{"message": {"content": text}} for text in found]}
-        entries = [{"token": token, "logprob": math.log(p)} for token, p in found.items()]
-        entries = sorted(entries, key=lambda entry: -entry["logprob"])[: body["top_logprobs"]]
-        logprobs = {"content": [entries[0] | {"top_logprobs": entries}]}
-        return reply | {"choices": [{"message": {"content": entries[0]["token"]}, "logprobs": logprobs}]}
+            found = {"choices": [{"message": {"content": text}} for text in found]}
+        if "choices" not in found:
+            entries = [(token, math.log(p)) for token, p in found.items()]
+            entries = sorted(entries, key=lambda entry: -entry[1])[: body["top_logprobs"]]
+            found = logprobs(*entries, chosen=entries[0])
+        return 200, reply | found
+
+
+CONTENT, PACKED = {"message": {"content": "1"}}, {"Content-Encoding": "gzip"}
+
+
+def logprobs(*top, chosen=("1", -0.7), **more):
+    """A reply with log-probabilities as given: pairs of token and logprob; null: in place of them all."""
+    entries = [{"token": token, "logprob": p} for token, p in top]
+    first = {"token": chosen[0], "logprob": chosen[1], "top_logprobs": more.pop("null", entries)}
+    return {"choices": [CONTENT | {"logprobs": {"content": [first]}}]} | more
 
 
 @pytest.fixture
@@ -157,14 +177,17 @@ REFUSED = [
     ({"spellings": ("a=b",)}, "'b' is one of"),
     ({"spellings": ("a=",)}, "is empty"),
     ({"spellings": ("c=x",)}, "unknown label {c}"),
-    ({"extra": "[1]"}, "extra: must be"),
+    ({"extra": "[1]"}, "extra: not a JSON object"),
     ({"extra": "{"}, "extra: broken JSON"),
+    ({"extra": '{"stream": true}'}, "stream and logprobs cannot be changed"),
+    ({"base_url": "http://[::1/v1"}, "base_url: must be like"),
+    ({"base_url": "http://localhost:x/v1"}, "base_url: must be like"),
     ({"min_mass": 1.5}, "min_mass between 0 and 1"),
     ({"concurrency": 0}, "concurrency: must be 1 or more"),
     ({"retries": -1}, "retries: must be 0 or more"),
     ({"timeout": 0.0}, "timeout above 0"),
     ({"max_cost": 1.0}, "needs price_in"),
-    ({"base_url": "localhost:8000"}, "base_url: must begin"),
+    ({"base_url": "localhost:8000"}, "base_url: must be like"),
     ({"split": "test"}, "no item has test"),
     ({"render": "x", "samples": 2}, "render: goes without"),
 ]
@@ -181,7 +204,7 @@ def test_labels_where_one_begins_another_can_be_whole_tokens_or_samples(measure,
     fake.answer = lambda prompt, body: {"1": 0.25, "10": 0.75}
     found = measure(items(1, ("1", "10")), match="whole")[0][0]["predicted"]
     assert found == pytest.approx({"1": 0.25, "10": 0.75})
-    fake.answer = lambda prompt, body: ["10", " 10.", "1", "**1** of 10"][: body["n"]]
+    fake.answer = lambda prompt, body: ["10", " 10.", "1", "**1**"][: body["n"]]
     assert measure(items(1, ("1", "10")), samples=4)[0][0]["predicted"] == {"1": 0.5, "10": 0.5}
 
 
@@ -201,7 +224,7 @@ def test_low_mass_is_refused_early_dropped_or_kept(measure, fake):
 
 
 def test_samples_are_counted_and_more_of_them_are_bought_not_all_again(measure, fake):
-    answers = ["1", "2 stars", "Two", '"2"', "1.", "12", "3"]
+    answers = ["1", "**2**", "Two", '"2"', "1.", "12", "3"]
     fake.answer = lambda prompt, body: answers[: min(body.get("n", 1), 3)]  # gives three at most at a time
     rows, metrics = measure(items(1), samples=3)
     assert rows[0]["predicted"] == {"1": 0.5, "2": 0.5, "3": 0} and len(fake.asked) == 1
@@ -214,6 +237,93 @@ def test_samples_are_counted_and_more_of_them_are_bought_not_all_again(measure, 
     measure(items(1), samples=1, extra='{"max_tokens": null, "max_completion_tokens": 5, "temperature": 0.5}')
     assert "max_tokens" not in fake.asked[-1] and fake.asked[-1]["max_completion_tokens"] == 5
     assert fake.asked[-1]["temperature"] == 0.5
+
+
+RATED = {"3": "3", " 3.": "3", "(3)": "3", "so so\n**3**": "3", "Rating: 3": "3", "My rating is:\n3": "3"}
+RATED |= {"<think>5, or 4?</think>\n\n3": "3", "4?\n</think>3": "3", "[THINK]4[/THINK]3": "3"}
+NO_RATING = ["3.5", "3,5", "3-4", "3 or 4", "3/5", "-3", ".3", "3 of 5", "13", "3%", "", "3\nfine", "3?"]
+NO_RATING += ["1. It is clear. Rating: 5", "<think>\n3", "1: 3", "2:3", "not 4: 3", "\uff13"]
+SAID, NOT_SAID = (
+    {"Yes!": "yes", "Answer: no": "no", "“no”": "no"},
+    ["yes and no", "nope", "a yes", "yes, but"],
+)
+READ = [("12345", RATED | dict.fromkeys(NO_RATING)), (("a", "b", "tie"), {"A tie": None})]
+READ += [(("yes", "no"), SAID | dict.fromkeys([*NOT_SAID, "No, wait: yes", "no: yes"]))]
+READ += [("是否", {"是的": None, "否。": "否", "答：是": "是"})]
+
+
+@pytest.mark.parametrize(("labels", "expected"), READ)
+def test_a_sampled_label_is_the_whole_answer_or_its_last_line_or_none(labels, expected):
+    reader = api.LabelReader(list(labels), api.ApiConfig((), "m", samples=1))
+    found = {text: reader.answer(text) for text in expected}
+    assert {text: None if i is None else labels[i] for text, i in found.items()} == expected
+
+
+def test_what_is_no_label_is_counted_and_shown_and_what_was_cut_has_no_last_line(measure, fake, capsys):
+    fake.answer = lambda prompt, body: ["1", "3.5", "2", "1"]
+    rows, metrics = measure(items(2), samples=4)
+    assert rows[0]["predicted"] == pytest.approx({"1": 2 / 3, "2": 1 / 3, "3": 0}) and metrics["unread"] == 2
+    assert rows[0]["label_mass"] == 0.75
+    assert "2 of 8 answers cannot be read and count for no label, such as {3.5}" in capsys.readouterr().out
+    texts = ["2", "Two reasons:\n1", "<think>\nno</think>\n3"]
+    cut = [{"message": {"content": text}, "finish_reason": "length"} for text in texts]
+    fake.answer = lambda prompt, body: {"choices": cut, "usage": {"completion_tokens": 24}}
+    rows, metrics = measure(items(1), samples=3, model="cut")
+    assert rows[0]["predicted"] == {"1": 0, "2": 0.5, "3": 0.5} and metrics["unread"] == 1
+
+
+def test_a_model_that_thinks_is_told_of_and_has_a_budget(measure, fake):
+    for text in ("<think> is it", None):
+        fake.answer = lambda prompt, body, text=text: {"choices": [{"message": {"content": text}}]}
+        with pytest.raises(
+            InputError, match=r"only 0.0% .*not to think .*enable_thinking.*greater --max_tok"
+        ):
+            measure(items(1), samples=1, model=str(text))
+    fake.answer = lambda prompt, body: {"<think>": 0.99, "1": 0.01}
+    with pytest.raises(InputError, match=r"only 1.0% .*not to think .*enable_thinking.*greater --max_tokens"):
+        measure(items(1))
+    fake.answer = lambda prompt, body: ["<think>1 or 2, or 3</think>2"]
+    more = {"samples": 1, "max_tokens": 4000, "token_field": "max_completion_tokens", "temperature": 0.5}
+    assert measure(items(1), **more)[0][0]["predicted"] == {"1": 0, "2": 1, "3": 0}
+    assert fake.asked[-1]["max_completion_tokens"] == 4000 and fake.asked[-1]["temperature"] == 0.5
+    assert "max_tokens" not in fake.asked[-1]
+
+
+WRITTEN = {
+    "1: 20%\n2: 30%\n3: 50%": [0.2, 0.3, 0.5],
+    "<think>1: 90%</think>\n- **1**: 12.5 %\n- 2: 0\n\u2022 3: 87.5": [0.125, 0, 0.875],
+    '```json\n{"1": 20, "3": 50, "2": 30}\n```': [0.2, 0.3, 0.5],
+    '{\n  "1": 33,\n  "2": 33,\n  "3": 33\n}': [1 / 3, 1 / 3, 1 / 3],
+}
+UNREAD = [
+    "1: 20\n2: 30\n3: 40",
+    "1: 20\n2: 80",
+    "1: 20\n2: 30\n2: 50",
+    "Sure!\n1: 20\n2: 30\n3: 50",
+    "20, 30, 50",
+]
+UNREAD += [f"1: {n}\n2: 30\n3: 50" for n in ("-20", "nan", "about 20", "20-30", "1e1", "", "٢٠")]
+UNREAD += ["1: 0.2\n2: 0.3\n3: 0.5", "1: 50\n2: 50\n3: 50", "2", ""]
+
+
+@pytest.mark.parametrize(("text", "expected"), (WRITTEN | dict.fromkeys(UNREAD)).items())
+def test_a_written_distribution_has_every_label_once_and_adds_up(text, expected):
+    found = api.LabelReader(["1", "2", "3"], api.ApiConfig((), "m", percent=True)).shares(text)
+    assert found is None if expected is None else found.tolist() == pytest.approx(expected)
+
+
+def test_percentages_are_asked_for_and_averaged(measure, fake):
+    texts = ["1: 10%\n2: 20%\n3: 70%", "1: 30%\n2: 20%\n3: 50%", "3"]
+    fake.answer = lambda prompt, body: texts[: body.get("n", 1)]
+    rows, metrics = measure(items(1), percent=True)
+    assert rows[0]["predicted"] == pytest.approx({"1": 0.1, "2": 0.2, "3": 0.7}) and metrics["requests"] == 1
+    rows, metrics = measure(items(1), percent=True, samples=3, model="n")
+    assert rows[0]["predicted"] == pytest.approx({"1": 0.2, "2": 0.2, "3": 0.6}) and metrics["unread"] == 1
+    assert rows[0]["label_mass"] == pytest.approx(2 / 3) and fake.asked[0]["max_tokens"] == 72
+    asked = fake.asked[0]["messages"][0]["content"]
+    assert asked.startswith("Rate soup 0\n\nDo not give one") and asked.endswith(
+        "\n1: ...%\n2: ...%\n3: ...%"
+    )
 
 
 def test_both_orders_are_averaged(measure, fake):
@@ -244,12 +354,150 @@ def test_every_passing_fault_is_tried_again(measure, fake, capsys):
     assert rows[0]["predicted"]["1"] == pytest.approx(0.5 / 0.8)
 
 
+GOOD = [("1", math.log(0.6)), ("2", math.log(0.4))]
+HOSTILE = {
+    "log-probability: 1, nan": logprobs(("1", math.nan)),
+    "log-probability: 1, 0.5": logprobs(("1", 0.5)),
+    "log-probability: 1, -inf": logprobs(("1", -math.inf)),
+    "log-probability: 1, -1000": logprobs(("1", -(10**400))),
+    "log-probability: 1, True": logprobs(("1", True)),
+    "log-probability: 1, None": logprobs(("1", None)),
+    "log-probability: 7, -1": logprobs((7, -1.0)),
+    "log-probability: None, -1": logprobs((None, -1.0)),
+    "token '1' stands twice": logprobs(("1", -1.0), ("2", -5.0), ("1", -1.0)),
+    "the tokens hold 1.15 of": logprobs(*GOOD, ("3", math.log(0.15))),
+    "usage: {'requests': 1, 'prompt_tokens': -9": logprobs(*GOOD, usage={"prompt_tokens": -9}),
+    "usage: {.*'9'": logprobs(*GOOD, usage={"completion_tokens": "9"}),
+    "no text: ": {"choices": [{"message": {"content": [{"text": "1"}]}}]},
+    "string indices": logprobs(null="none"),
+    "no attribute": {"choices": [{"message": "1"}]},
+    "KeyError": {"choices": {"message": "1"}},
+    "broken JSON: .*recursion": b"[" * 100_000,
+    "stands twice in an object": b'{"choices": [], "choices": []}',
+}
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_answers_that_cannot_be_are_not_kept_nor_read_from_a_cache(measure, fake, words):
+    fake.faults.extend([(200, HOSTILE[words])] * 3)
+    with pytest.raises(api.EndpointError, match=rf"item 'i0': {fake.url}: .*(?i:{words}).*tried 3 times"):
+        measure(items(1), retries=2, samples=int(words == "no text: "))
+    assert Path("run/cache.jsonl").read_bytes() == b"" and len(fake.asked) == 3
+
+
+def test_a_cached_line_of_another_form_is_asked_for_again(measure, fake, capsys):
+    fake.answer = lambda prompt, body: {"1": 0.5, "2": 0.4}
+    expected = measure(items(1))[0]
+    cache = Path("run/cache.jsonl")
+    good = json.loads(cache.read_text())
+    tops = [["1", math.nan]], [["1", 1.0]], [["1", -0.1]] * 9, [[1, -1.0]], [["1"]], None, "x"
+    wrong = [*[{"top": top} for top in tops], {"model": ["m"]}, {"usage": {"requests": 1}}, {"usage": None}]
+    wrong = [good | {"answer": good["answer"] | fields} for fields in wrong] + [good | {"answer": {}}]
+    lines = [*map(json.dumps, wrong), "[" * 9999, "[1]", '{"key": []}', "\ufeff{}"]
+    for i, line in enumerate(lines):
+        cache.write_text(line + "\n")
+        assert measure(items(1))[0] == expected and len(fake.asked) == 2 + i
+        assert "cache.jsonl:1: not an answer, to be asked for again: " in capsys.readouterr().err
+    other = {name: good["answer"][name] for name in ("model", "usage")} | {"texts": ["3"]}
+    cache.write_text(json.dumps(good | {"answer": other}) + "\n")
+    assert measure(items(1))[0] == expected and len(fake.asked) == 2 + len(lines)
+
+
+def test_a_packed_answer_is_read(measure, fake):
+    fake.faults.append((200, gzip.compress(json.dumps(logprobs(*GOOD)).encode()), PACKED))
+    assert measure(items(1))[0][0]["predicted"] == pytest.approx({"1": 0.6, "2": 0.4, "3": 0})
+
+
+SURE = [
+    logprobs(("1", 0.0), ("2", -9999.0)),
+    logprobs(),
+    logprobs(("1", -0.7)),
+]  # all, or only what was chosen
+
+
+@pytest.mark.parametrize("reply", SURE)
+def test_answers_with_all_on_one_token_are_refused_with_the_remedy(measure, fake, reply):
+    fake.answer = lambda prompt, body: reply
+    for low_mass in ("refuse", "drop", "keep"):
+        with pytest.raises(InputError, match=r"one token has all.*--temperature 1 .*--top, --samples n or"):
+            measure(items(40), low_mass=low_mass)
+    assert len(fake.asked) == api.PILOT
+    fake.answer = lambda prompt, body: logprobs(*GOOD) if prompt.endswith(" 3") else reply
+    rows, _ = measure(items(4), temperature=1.0, min_mass=0.4)
+    assert rows[3]["predicted"] == pytest.approx({"1": 0.6, "2": 0.4, "3": 0})
+
+
+BLOCKED = {"message": {"content": None}, "finish_reason": "content_filter"}
+NO = {
+    "400": (400, {"error": {"message": "blocked by the content filter", "code": "content_filter"}}),
+    "403": (403, {"error": {"message": "flagged", "code": 403}}),
+    "too long": (400, {"object": "error", "message": "longer than the model's context"}),
+    "200 with an error": (200, {"error": {"message": "flagged", "code": 403}}),
+    "filtered": (200, {"choices": [BLOCKED | {"logprobs": None}]}),
+    "refusal": (200, {"choices": [{"message": {"content": None, "refusal": "I will not"}}]}),
+    "refusal's tokens": (200, {"choices": [{"message": {}, "logprobs": {"content": None, "refusal": [{}]}}]}),
+}
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("fault", NO.values(), ids=NO)
+def test_a_refused_prompt_is_named_and_left_out_where_the_user_says_so(measure, fake, fault, samples, capsys):
+    usual = {"concurrency": 1, "samples": samples}
+    good = ["1", "2"] if samples else {"1": 0.5, "2": 0.5}
+    fake.answer = lambda prompt, body: fault if prompt[-1] == "0" else good
+    with pytest.raises(InputError, match=r"items.jsonl:1: item 'i0': .*--low_mass drop"):
+        measure(items(4), **usual)
+    rows, metrics = measure(items(4), low_mass="drop", **usual)
+    assert [row["id"] for row in rows] == ["i1", "i2", "i3"] and metrics["refused"] == metrics["dropped"] == 1
+    assert "1 of 4 prompts were refused, such as items.jsonl:1: item 'i0'" in capsys.readouterr().out
+    rows, _ = measure(items(4), low_mass="keep", min_mass=0.0, **usual)
+    assert rows[0]["predicted"] == pytest.approx({"1": 1 / 3, "2": 1 / 3, "3": 1 / 3}) and rows[0]["low_mass"]
+    fake.answer = lambda prompt, body: fault
+    with pytest.raises(InputError, match="so it is for 16 of 16 prompts"):
+        measure(items(20), low_mass="drop", model="new", **usual)
+
+
+def test_a_query_stays_behind_the_path_and_azure_gets_its_key(measure, fake):
+    for path in ("/v1?api-version=1", "/v1/?api-version=1", "/v1/chat/completions?api-version=1"):
+        measure(items(1), base_url=fake.url.removesuffix("/v1") + path, model=str(len(path)))
+        assert fake.heads[-1]["path"] == "/v1/chat/completions?api-version=1"
+        assert fake.heads[-1]["api-key"] == KEY and "version=" not in Path("run/config.json").read_text()
+    measure(items(1))
+    assert fake.heads[-1]["path"] == "/v1/chat/completions" and "api-key" not in fake.heads[-1]
+
+
+def test_one_cache_takes_one_process_and_other_folders_none(measure, fake):
+    Path("run").mkdir()
+    with distjudge.locked("run"), pytest.raises(InputError, match=r"process .* is writing to it"):
+        measure(items(1))
+    Path("other").mkdir()
+    Path("other/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"out: other holds other files, such as notes.txt"):
+        measure(items(1), out="other")
+    assert not fake.asked and measure(items(1))
+
+
+def test_ctrl_c_ends_in_one_line_and_keeps_the_answers(measure, fake):
+    measure(items(3), model="n")
+    fake.answer = lambda prompt, body: time.sleep(60 * (prompt[-1] == "2")) or {"1": 0.9, "x": 0.1}
+    command = [sys.executable, ROOT / "recipes" / "api.py", "--items", "items.jsonl", "--model", "m"]
+    command += ["--base_url", fake.url, "--out", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = time.time()
+    while len(Path("run/cache.jsonl").read_text().splitlines()) < 5 and time.time() < before + 60:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err.count("\n")) == (130, "", 1) and "Traceback" not in err
+    assert len(Path("run/cache.jsonl").read_text().splitlines()) == 5
+
+
 @pytest.mark.parametrize("dated", [False, True])
 def test_retry_after_is_honoured_by_all_requests(measure, fake, dated):
     until, times, fake.delay = math.floor(time.time() + 2) if dated else time.time() + 0.4, [], 0.1
     header = email.utils.formatdate(until, usegmt=True) if dated else "0.4"
     fake.faults.append((429, {}, {"Retry-After": header}))
-    fake.answer = lambda prompt, body: times.append(time.time()) or {"1": 1.0}
+    fake.answer = lambda prompt, body: times.append(time.time()) or {"1": 0.9, "x": 0.1}
     measure(items(4), concurrency=2, max_wait=3)
     assert len(times) == 4 and sorted(times)[1] >= until - 0.05  # one was under way
 
@@ -263,7 +511,6 @@ def test_retry_after_by_hand():
     assert api.retry_after({}, now) is None
 
 
-CONTENT = {"message": {"content": "1"}}
 LASTING = [
     (api.EndpointError, (429, {}, {"Retry-After": "3600"}), "asks to wait 3600 s, .*goes on from here", 1),
     (api.EndpointError, (500, {"error": {"message": "on fire"}}), "tried 3 times", 3),
@@ -271,14 +518,24 @@ LASTING = [
     (InputError, (401, {"error": {"message": f"Incorrect key: {KEY}"}}), r"401: .*Incorrect key: \*\*\*", 1),
     (InputError, (404, {"error": {"message": "no model m"}}), "404: .*no model m", 1),
     (InputError, (200, {"choices": [CONTENT | {"logprobs": None}]}), "no log-prob.*; use --samples n", 1),
-    (InputError, (200, {"choices": [CONTENT]}), "no log-probabilities; use --samples n", 1),
+    (InputError, (200, {"choices": [CONTENT]}), "no log-probabilities; use --samples n or --percent", 1),
+    (InputError, (200, logprobs(null=None)), "no log-probabilities; use --samples n or --percent", 1),
+    (InputError, (400, {"error": "top_logprobs may be 5 at most"}), "; use --top 5", 1),
+    (InputError, (400, {"detail": "Requested logprobs of 20, greater than 5"}), "; use --top 5", 1),
+    (InputError, (400, {"error": {"message": "no logprobs here"}}), "; use --samples n or --percent", 1),
+    (InputError, (400, {"error": "'max_tokens' is unsupported"}), "--token_field max_completion_tokens", 1),
+    (InputError, (400, {"error": {"param": "temperature", "message": "no"}}), "; use --temperature 1", 1),
+    (api.EndpointError, "drip", "no whole answer within 0.4 s", 3),
+    (api.EndpointError, "endless", "over 8 MiB", 3),
+    (api.EndpointError, (200, gzip.compress(bytes(1 << 30), 1), PACKED), "over 8 MiB", 3),
+    (api.EndpointError, (200, b"{}", {"Content-Encoding": "br"}), "packed as br, which was not asked for", 3),
 ]
 
 
 @pytest.mark.parametrize(("kind", "fault", "words", "requests"), LASTING)
 def test_what_fails_for_good_is_said_in_one_line(measure, fake, kind, fault, words, requests):
     fake.faults.extend([fault] * 9)
-    with pytest.raises(kind, match=f"^{fake.url}: .*{words}") as error:
+    with pytest.raises(kind, match=f"{fake.url}: .*{words}") as error:
         measure(items(1), retries=2)
     assert "\n" not in str(error.value) and KEY not in str(error.value) and len(fake.asked) == requests
 
@@ -297,7 +554,9 @@ def test_the_command_line(measure, fake, monkeypatch, capsys):
 
 
 def test_nothing_is_paid_twice(measure, fake, capsys):
-    fake.answer = lambda prompt, body: {"1": 0.9} if prompt[-1] != "7" else 1 / 0  # the connection ends
+    fake.answer = lambda prompt, body: (
+        {"1": 0.9, "x": 0.1} if prompt[-1] != "7" else 1 / 0
+    )  # the connection ends
     with pytest.raises(api.EndpointError):
         measure(items(9), retries=0, concurrency=1)
     cache = Path("run/cache.jsonl")
@@ -305,12 +564,15 @@ def test_nothing_is_paid_twice(measure, fake, capsys):
     assert len(fake.asked) == 8 and len(lines) == 7
     torn = [*lines[:3], b"garbage\n", *lines[3:6], lines[6][:20]]
     cache.write_bytes(b"".join(torn))
-    fake.answer = lambda prompt, body: {"1": 0.9}
+    fake.answer = lambda prompt, body: {"1": 0.9, "x": 0.1}
     more = [*items(9), {"id": "twin", "prompt": "Rate soup 8", "counts": {"1": 1, "2": 0, "3": 0}}]
     rows, metrics = measure(more, price_in=1e5, price_out=1e6)
     assert len(fake.asked) == 8 + 3 and len(rows) == 10  # 6, 7 and 8, which stands there twice
     said = capsys.readouterr()
-    assert "cache.jsonl:4: not an answer" in said.err and "now 3 requests (0 retries), cost 6.0" in said.out
+    assert (
+        "cache.jsonl:4: not an answer, to be asked for again" in said.err
+        and "now 3 requests (0 retries), cost 6.0" in said.out
+    )
     assert metrics["cost"] == pytest.approx(10 * (10 * 0.1 + 1))
     measure(more)
     assert len(fake.asked) == 8 + 3 and "now 0 requests" in capsys.readouterr().out
@@ -326,13 +588,17 @@ def test_money_requests_at_once_and_the_key(measure, fake, capsys, monkeypatch):
         measure(items(16), concurrency=1, price_in=1e5, max_cost=3.0)
     assert len(fake.asked) == 3
     measure(items(16), concurrency=3)
-    assert fake.most == 3 and len(fake.asked) == 16 and fake.keys == {f"Bearer {KEY}"}
+    assert (
+        fake.most == 3
+        and len(fake.asked) == 16
+        and {head["Authorization"] for head in fake.heads} == {f"Bearer {KEY}"}
+    )
     said = capsys.readouterr()
     written = [path.read_text() for path in Path("run").iterdir()]
     assert not any(KEY in text for text in (*written, said.out, said.err))
     config = json.loads(Path("run/config.json").read_text())
     assert config["answered_by"] == ["fake-1"] and config["labels"] == ["1", "2", "3"]
-    assert config["items"]["test"] == 16 and config["versions"]["openai"]
+    assert config["items"]["test"] == 16 and config["versions"]["httpx"]
     monkeypatch.delenv("OPENAI_API_KEY")
     measure(items(16), base_url=fake.url.replace("//", "//user:pass@"))  # the same place: from the cache
     assert len(fake.asked) == 16 and "pass@" not in Path("run/config.json").read_text()
