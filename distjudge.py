@@ -1451,7 +1451,7 @@ def _check_folder(path: str) -> None:
 
 
 def _reach_hub(name: str) -> None:
-    """One try to reach the model hub, where libraries make many; without it, what was fetched before is used."""
+    """One try to reach the model hub, where libraries make many; without it, what was fetched is used."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -2966,7 +2966,7 @@ def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception
     try:
         given = tyro.cli(_grouped(config) if grouped else config, description=about, use_underscores=True)
         main(config(**collections.ChainMap(*map(vars, vars(given).values()))) if grouped else given)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
