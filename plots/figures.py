@@ -1,21 +1,27 @@
-"""Draw predicted against human distributions from a run folder.
+"""Draw predicted against human distributions from run folders.
 
-    python plots/figures.py runs/tiny/full-0                    # the first three, into its plots/
-    python plots/figures.py runs/first --out paper --show kl    # one of them, somewhere else
+    python plots/figures.py runs/tiny/full-0                              # the first three, into its plots/
+    python plots/figures.py runs/tiny/full-0 --show kl --format pdf --out paper
+    python plots/figures.py runs/tiny/single_point-0 runs/tiny/full-0     # one figure that compares them
 
     bars           votes and predictions of items: most agreed on, most disputed, worst predicted
     calibration    predicted probability of a label against the share of votes it got
     kl             histogram of KL(votes || judge) over items, with the noise floor and the marginal's mean
     simplex        with three labels: votes and predictions in a triangle
     curves         training loss by step, and KL on the test items where --eval_every was set
+    compare        of several run folders with the same test items: means of KL, and four items
 
-Each is written as .png and .svg.
+Figures are .png files. Their titles name the judge and the data.
 """
 
 import dataclasses
+import functools
 import json
 import math
+import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -37,6 +43,7 @@ MARKERS = "osD^vPX*"
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2))]
 plt.switch_backend("Agg")  # files only, no windows
 plt.rc("font", size=9)
+plt.rc("text", parse_math=False)  # a "$" in a text or label is a dollar
 plt.rc("axes", titlesize=9, grid=True, axisbelow=True, prop_cycle=plt.cycler(color=COLOURS, linestyle=LINES))
 plt.rc("axes.spines", top=False, right=False)
 plt.rc("grid", color="#e4e4e4", linewidth=0.6)
@@ -48,7 +55,10 @@ plt.rc("svg", hashsalt="distjudge")  # the same file each time
 
 @dataclasses.dataclass
 class Run:
-    """A run folder. votes, predictions q and truth: (N, C) float64. rows: the lines of predictions.jsonl."""
+    """A run folder. votes, predictions q and truth: (N, C) float64. rows: the lines of predictions.jsonl.
+
+    settings: config.json, if it is there. name: that of the folder.
+    """
 
     labels: list[str]
     ids: list[str]
@@ -58,6 +68,19 @@ class Run:
     metrics: dict
     log: list[dict] = dataclasses.field(default_factory=list)
     rows: list[dict] = dataclasses.field(default_factory=list)
+    settings: dict = dataclasses.field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        """Which judge on which data, for the title of a figure."""
+        files = next((own for key in ("test", "files", "train") if (own := self.settings.get(key))), [])
+        data = ", ".join(Path(file).name for file in ([files] if isinstance(files, str) else files))
+        return short(f"{self.name} on {len(self.ids):,} items" + (f" of {data}" if data else ""), 90)
+
+    @functools.cached_property
+    def pieces(self) -> list[str]:
+        return pieces([row.get("prompt") or "" for row in self.rows] or [""] * len(self.ids), 90)
 
     @property
     def p(self) -> torch.Tensor:
@@ -76,16 +99,33 @@ def read_lines(path: Path) -> Iterator[dict]:
         yield row
 
 
+def pieces(prompts: list[str], width: int) -> list[str]:
+    """Each prompt in a line of at most `width` characters that says which it is.
+
+    It is what stands between the words with which all prompts begin and end; if they begin differently, the
+    end, for the text that is judged comes last.
+    """
+
+    def common(texts: list[str]) -> str:
+        return re.match(r"(.*\s)?", os.path.commonprefix(texts), re.DOTALL)[0]  # noqa: RUF071
+
+    first, last = len(common(prompts)), len(common([prompt[::-1] for prompt in prompts]))
+    own = [" ".join((prompt[first : len(prompt) - last] or prompt).split()) for prompt in prompts]
+    if first:
+        return [short(text, width) for text in own]
+    return [short(text if len(text) <= width else "..." + text[3 - width :], width) for text in own]
+
+
 def load_run(folder: str | Path) -> Run:
-    """Reads predictions.jsonl, metrics.json and log.jsonl, if it is there. Raises InputError."""
-    path, log = Path(folder) / "predictions.jsonl", Path(folder) / "log.jsonl"
+    """Reads predictions.jsonl, metrics.json and, if there, log.jsonl and config.json. Raises InputError."""
+    path, log, named = Path(folder) / "predictions.jsonl", Path(folder) / "log.jsonl", short(folder, 200)
     try:
         rows = list(read_lines(path))
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # an InputError is a ValueError
-        raise InputError(f"{folder}: not a run folder: {error}") from None
+        raise InputError(f"{named}: not a run folder: {error}") from None
     if not rows:
-        raise InputError(f"{path}: no predictions")
+        raise InputError(f"{named}/predictions.jsonl: no predictions")
 
     def table(field: str) -> torch.Tensor:
         return torch.tensor([[row[field][label] for label in labels] for row in rows], dtype=torch.float64)
@@ -95,8 +135,14 @@ def load_run(folder: str | Path) -> Run:
         votes, q = table("counts"), table("predicted")
         truth = table("truth") if all("truth" in row for row in rows) else None
     except KeyError as error:
-        raise InputError(f"{path}: a line lacks {error}") from None
-    return Run(labels, ids, votes, q, truth, metrics, list(read_lines(log)) if log.exists() else [], rows)
+        raise InputError(f"{named}/predictions.jsonl: a line lacks {error}") from None
+    settings, home = Path(folder) / "config.json", Path(folder).resolve().name
+    try:
+        about = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{named}/config.json: broken JSON: {error}") from None
+    lines = list(read_lines(log)) if log.exists() else []
+    return Run(labels, ids, votes, q, truth, metrics, lines, rows, about, home)
 
 
 def name_labels(ax: plt.Axes, labels: list[str]) -> None:
@@ -106,25 +152,33 @@ def name_labels(ax: plt.Axes, labels: list[str]) -> None:
     ax.grid(visible=False, axis="x")
 
 
+def draw_item(ax: plt.Axes, run: Run, i: int, judges: dict[str, torch.Tensor], about: str) -> None:
+    """Bars of an item's votes and of each judge's (N, C), dots of its truth; above, its text and `about`."""
+    at, width = torch.arange(len(run.labels)), 0.8 / (1 + len(judges))
+    colours = [HUMAN, *([MODEL] if len(judges) == 1 else [COLOURS[1:][k % 7] for k in range(len(judges))])]
+    for k, (name, values) in enumerate({"votes": run.p, **judges}.items()):
+        place = at + (k - len(judges) / 2) * width
+        ax.bar(place, values[i], width, color=colours[k], label=short(name, 30))
+    if run.truth is not None:
+        ax.plot(at, run.truth[i], "o", color=TRUTH, markersize=3, label="truth")
+    name_labels(ax, run.labels)
+    text = textwrap.wrap(run.pieces[i], 36, max_lines=2, placeholder=" ...")
+    ax.set_title("\n".join([*text, about]), fontsize=7.5)
+    ax.set_ylim(0, 1.02)
+
+
 def draw_bars(run: Run, each: int = 4) -> plt.Figure:
     """Small bar charts of items in rows: the least and the most entropy of votes, and the largest KL."""
     entropy, each = distjudge.entropy(run.p), min(each, len(run.ids))
     kinds = {"most agreed on": entropy, "most disputed": -entropy, "worst predicted": -run.kl}
-    figure, axes = plt.subplots(3, each, figsize=(2.3 * each, 5.6), sharey=True, squeeze=False)
-    at = torch.arange(len(run.labels))
+    figure, axes = plt.subplots(3, each, figsize=(2.4 * each, 6.4), sharey=True, squeeze=False)
     for row, (kind, value) in zip(axes, kinds.items(), strict=True):
         for ax, i in zip(row, value.argsort(stable=True)[:each].tolist(), strict=True):
-            ax.bar(at - 0.2, run.p[i], 0.4, color=HUMAN, label="votes")
-            ax.bar(at + 0.2, run.q[i], 0.4, color=MODEL, label="judge")
-            if run.truth is not None:
-                ax.plot(at, run.truth[i], "o", color=TRUTH, markersize=3, label="truth")
-            name_labels(ax, run.labels)
-            title = f"{short(run.ids[i], 22)}\nKL {run.kl[i]:.2f}, {run.votes[i].sum():g} votes"
-            ax.set_title(title, fontsize=8)
-            ax.set_ylim(0, 1.02)
+            about = f"{short(run.ids[i], 22)}: KL {run.kl[i]:.2f}, {run.votes[i].sum():g} votes"
+            draw_item(ax, run, i, {"judge": run.q}, about)
         row[0].set_ylabel(f"{kind}\nprobability")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=len(names), frameon=False)
+    figure.legend(handles, names, loc="outside lower right", ncols=len(names), frameon=False)
     return figure
 
 
@@ -188,28 +242,73 @@ def draw_simplex(run: Run) -> plt.Figure:
 
 
 def draw_curves(run: Run, most: int = 100) -> plt.Figure:
-    """Training loss and, with --eval_every, KL on the test items, nats by step.
+    """Training loss by step and, with --eval_every, KL on the test items beside it, nats.
 
     Of a long run at most `most` means of equally many steps are drawn. Raises InputError without a log.
     """
     if not any("loss" in row for row in run.log):
         raise InputError("curves: no log.jsonl with losses in the run folder")
-    names = {"loss": "training loss", "eval_kl": "KL to test votes", "eval_kl_truth": "KL to test truth"}
-    figure, ax = plt.subplots(figsize=(5, 3.2))
-    for key, name in names.items():
+    number = 1 + any("eval_kl" in row for row in run.log)
+    figure, axes = plt.subplots(1, number, figsize=(4.2 * number, 3.2), squeeze=False)
+    for key, name in {"loss": "loss", "eval_kl": "KL to votes", "eval_kl_truth": "KL to truth"}.items():
         points = torch.tensor([(row["step"], row[key]) for row in run.log if key in row], dtype=torch.float64)
         if len(points) > most:
             block = math.ceil(len(points) / most)
             points = torch.stack([part.mean(0) for part in points.split(block)])
             name += f", means of {block} steps"
         if len(points):
-            ax.plot(*points.T, marker="o" if len(points) < 30 else None, markersize=4, label=name)
+            marker = "o" if len(points) < 30 else None
+            axes[0, int(key != "loss")].plot(*points.T, marker=marker, markersize=4, label=name)
     floor = run.metrics.get("kl_noise_floor")
-    if floor is not None and any("eval_kl" in row for row in run.log):  # no floor of a mixed training loss
-        ax.axhline(floor, color=TRUTH, linestyle=":", linewidth=1, label="noise floor of the votes")
-    ax.set(xlabel="step", ylabel="nats")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False)
+    if floor is not None and number == 2:  # the floor of KL to votes: the training loss is another measure
+        axes[0, 1].axhline(floor, color=COLOURS[0], linestyle=":", label="noise floor of KL to votes")
+    for ax, title in zip(axes[0], ("training loss", "KL on test items"), strict=False):
+        ax.set(xlabel="step", ylabel="nats", title=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(frameon=False)
+    return figure
+
+
+def draw_compare(runs: dict[str, Run]) -> plt.Figure:
+    """Above, mean KL of each run with its 95 % interval over groups of items; below, four items.
+
+    They are the most agreed on, the most disputed, and two on which the judges differ most (the mutual
+    information of judge and label). Raises InputError for runs of other items.
+    """
+    first = next(iter(runs.values()))
+    for name, run in runs.items():
+        if (run.labels, run.ids) != (first.labels, first.ids) or not run.votes.equal(first.votes):
+            raise InputError(
+                f"{short(name)}: its items, labels or votes are not those of {short(first.name)}"
+            )
+    q, groups = (
+        torch.stack([run.q for run in runs.values()]),
+        [row.get("group") for row in first.rows] or None,
+    )
+    entropy, apart = distjudge.entropy(first.p), distjudge.entropy(q.mean(0)) - distjudge.entropy(q).mean(0)
+    most = [value.argsort(stable=True).tolist() for value in (entropy, -entropy, -apart)]
+    chosen = list(dict.fromkeys([most[0][0], most[1][0], *most[2]]))[:4]
+    targets = {"votes": first.p} | ({} if first.truth is None else {"truth": first.truth})
+    figure, at = plt.figure(figsize=(10, 5.6)), range(len(runs))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.6))
+    above = top.subplots(1, len(targets), sharey=True, squeeze=False)[0]
+    for ax, (kind, target) in zip(above, targets.items(), strict=True):
+        found = [distjudge.bootstrap(distjudge.kl_divergence(target, own)[None], groups=groups) for own in q]
+        found = pandas.DataFrame(found, dtype=float)
+        ax.hlines(at, found["low"], found["high"], color=NEUTRAL)
+        ax.scatter(found["mean"], at, color=[COLOURS[1:][k % 7] for k in at], zorder=3)
+        ax.set_yticks(at, [short(name, 30) for name in runs])
+        ax.set(xlabel=f"KL({kind} || judge), nats: mean, 95 % interval over items", ylim=(len(at), -1))
+    if (floor := first.metrics.get("kl_noise_floor")) is not None:
+        above[0].axvline(floor, color=TRUTH, linestyle=":", label=f"noise floor {floor:.3f}")
+        above[0].legend(frameon=False)
+    below = bottom.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+    kinds = ("most agreed on", "most disputed", "judges differ", "judges differ")
+    for ax, i, kind in zip(below, chosen, kinds, strict=False):
+        draw_item(ax, first, i, dict(zip(runs, q, strict=True)), f"{short(first.ids[i], 20)}: {kind}")
+    below[0].set_ylabel("probability")
+    handles, names = below[0].get_legend_handles_labels()
+    bottom.legend(handles, names, loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -217,35 +316,59 @@ USUAL = {"bars": draw_bars, "calibration": draw_calibration, "kl": draw_kl}
 FIGURES = USUAL | {"simplex": draw_simplex, "curves": draw_curves}
 
 
-def save(figure: plt.Figure, path: Path) -> list[Path]:
-    """Writes path.png and path.svg (the same bytes each time) and closes the figure."""
-    paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    figure.savefig(paths[0])
-    figure.savefig(paths[1], metadata={"Date": None})
+def save(figure: plt.Figure, path: Path, title: str = "", formats: Iterable[str] = ()) -> list[Path]:
+    """Writes path.png, and path.FORMAT for each other format, under a title; closes the figure."""
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    paths = [path.with_suffix(f".{kind}") for kind in dict.fromkeys(["png", *formats])]
+    for one in paths:
+        figure.savefig(one)
     plt.close(figure)
     return paths
 
 
-def draw_all(folder: str | Path, out: str | Path = "", names: Iterable[str] = USUAL) -> list[Path]:
+def draw_all(
+    folder: str | Path, out: str | Path = "", names: Iterable[str] = USUAL, formats: Iterable[str] = ()
+) -> list[Path]:
     """Draws the named figures of a run folder into `out`, by default its plots/; returns the files' paths."""
     run, out = load_run(folder), Path(out or Path(folder) / "plots")
     out.mkdir(parents=True, exist_ok=True)
-    return [path for name in names for path in save(FIGURES[name](run), out / name)]
+    return [path for name in names for path in save(FIGURES[name](run), out / name, run.title, formats)]
+
+
+def compare(runs: dict[str, Path], out: Path, formats: Iterable[str] = ()) -> Path:
+    """Draws run folders, {name: folder}, in one figure; returns its path, compare.png in the folder `out`."""
+    loaded = {name: load_run(folder) for name, folder in runs.items()}
+    Path(out).mkdir(parents=True, exist_ok=True)
+    title = dataclasses.replace(next(iter(loaded.values())), name=f"{len(runs)} judges").title
+    return save(draw_compare(loaded), Path(out) / "compare", title, formats)[0]
 
 
 @dataclasses.dataclass
 class FiguresConfig:
-    run: tyro.conf.Positional[str]
-    """The run folder."""
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """The run folder; several are compared in one figure."""
     out: str = ""
-    """Where the figures go. Default: plots/ in the run folder."""
+    """Where the figures go. Default: plots/ in the run folder; of several, beside the first."""
     show: tuple[Literal["bars", "calibration", "kl", "simplex", "curves"], ...] = tuple(USUAL)
-    """Which figures."""
+    """Which figures of one run."""
+    format: tuple[Literal["svg", "pdf", "eps"], ...] = ()
+    """Other formats beside .png."""
 
 
 def main(config: FiguresConfig) -> None:
-    for path in draw_all(config.run, config.out, config.show):
-        print(path)
+    if not config.runs:
+        raise InputError("runs: name a run folder")
+    if len(config.runs) == 1:
+        drawn = draw_all(config.runs[0], config.out, config.show, config.format)
+    else:
+        named = {Path(run).resolve().name: Path(run) for run in config.runs}
+        if len(named) < len(config.runs):
+            named = {run: Path(run) for run in config.runs}
+        out = Path(config.out or Path(config.runs[0]).resolve().parent / "plots")
+        drawn = [compare(named, out, config.format)]
+    for path in drawn:
+        print(short(path, 1000))
 
 
 if __name__ == "__main__":

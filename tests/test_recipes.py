@@ -1,6 +1,7 @@
 """The command lines as users call them, on tiny settings; the embedded sample; the figures."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tiny
 import torch
 
 import distjudge
+from distjudge import InputError
 from plots import figures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +151,7 @@ def test_figures_from_a_run_folder(tmp_path):
     done = command("plots/figures.py", tmp_path, "--show", "kl", "bars", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     drawn = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert drawn == ["bars.png", "bars.svg", "kl.png", "kl.svg"]
+    assert drawn == ["bars.png", "kl.png"]
     done = command("plots/figures.py", tmp_path / "plots", cwd=tmp_path)
     assert done.returncode == 2 and "not a run folder" in done.stderr
 
@@ -158,9 +160,45 @@ def test_bars_choose_the_items_they_say():
     q = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.01, 0.99]], dtype=torch.float64)
     votes = torch.tensor([[2.0, 2], [4, 0], [3, 1]], dtype=torch.float64)
     run = figures.Run(["x", "y"], ["even", "sure", "wrong"], votes, q, None, {})
+    run.rows = [{"prompt": f"Rate it: ${name}$"} for name in ("one", "two", "three")]
     figure = figures.draw_bars(run, each=1)
-    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["sure", "even", "wrong"]
+    titles = [axes.get_title().split("\n") for axes in figure.axes]
+    assert [title[0] for title in titles] == ["$two$", "$one$", "$three$"]
+    assert not figure.axes[0].title.get_parse_math()  # "$" is no formula
+    assert [title[1].split(":")[0] for title in titles] == ["sure", "even", "wrong"]
     assert [bar.get_height() for bar in figure.axes[1].patches] == [0.5, 0.5, 0.5, 0.5]
+
+
+def test_one_figure_compares_several_runs(tmp_path):
+    """Means of KL by hand, the items on which judges differ most, bars of each; other items are refused."""
+    votes = {"sure": [4, 0], "even": [2, 2], "other": [3, 1], "some": [1, 3]}
+    said = {"a": [0.5, 0.5, 0.5, 0.9], "b": [0.5, 0.5, 0.6, 0.1]}  # of label x
+    for name, own in said.items():
+        rows = [
+            {"id": i, "counts": dict(zip("xy", n, strict=True)), "predicted": {"x": q, "y": 1 - q}}
+            for (i, n), q in zip(votes.items(), own, strict=True)
+        ]
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "predictions.jsonl", rows)
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"kl_noise_floor": 0.1}))
+        (tmp_path / name / "config.json").write_text(
+            json.dumps({"train": ["t.jsonl"], "test": ["m/u.jsonl"]})
+        )
+    runs = {name: figures.load_run(tmp_path / name) for name in said}
+    assert runs["a"].title == "a on 4 items of u.jsonl"
+    means, *items = figures.draw_compare(runs).axes
+    kl = lambda p, q: sum(a * math.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)) if a)  # noqa: E731
+    wanted = [sum(map(kl, (1, 0.5, 0.75, 0.25), own)) / 4 for own in said.values()]
+    assert means.collections[1].get_offsets()[:, 0].tolist() == pytest.approx(wanted)
+    assert [ax.get_title().split(":")[0] for ax in items] == ["sure", "even", "some", "other"]
+    assert [bar.get_height() for bar in items[2].patches] == pytest.approx([0.25, 0.75, 0.9, 0.1, 0.1, 0.9])
+    done = command("plots/figures.py", "a", "b", "--format", "pdf", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "plots" / "compare.pdf").exists(), done.stderr
+    assert figures.compare({"a": tmp_path / "a"}, tmp_path) == tmp_path / "compare.png"
+    for other in (rows[:3], [rows[0] | {"counts": {"x": 5, "y": 0}}, *rows[1:]]):
+        write_rows(tmp_path / "b" / "predictions.jsonl", other)
+        with pytest.raises(InputError, match="b: its items, labels or votes are not those of a"):
+            figures.compare({name: tmp_path / name for name in said}, tmp_path)
 
 
 @pytest.mark.slow
