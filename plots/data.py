@@ -25,7 +25,7 @@ import tyro
 
 import distjudge
 from distjudge import InputError, Item, short
-from plots.figures import HUMAN, MODEL, NEUTRAL, TRUTH, name_labels, plt
+from plots.figures import HUMAN, MODEL, NEUTRAL, TRUTH, name_labels, pieces, plt
 
 PACK_TOKENS = 8192  # beginnings are shared within packs of this size
 
@@ -48,6 +48,11 @@ class Look:
     unit: str
     shared: float
     packed: int
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """The share (C,) of all votes that each label got."""
+        return self.counts.sum(0) / self.counts.sum()
 
     def extremes(self, each: int) -> list[list[int]]:
         """Items most and least agreed on, one a group; of equals, those with more votes, then the earlier."""
@@ -111,12 +116,6 @@ def look(items: list[Item], model: str = "", most: int = 2000) -> Look:
     return Look(items, labels, counts, p, entropy, alpha, floor, lengths, unit, shared, len(sample))
 
 
-def tail(prompt: str, width: int) -> str:
-    """The end of a prompt in one line: instructions come first, the judged text last."""
-    text = " ".join(prompt.split())
-    return text if len(text) <= width else "..." + text[3 - width :]
-
-
 def describe(data: Look, each: int = 3) -> list[str]:
     """The lines of text."""
     votes, majority = data.counts.sum(1), distjudge.majority(data.p)
@@ -124,8 +123,9 @@ def describe(data: Look, each: int = 3) -> list[str]:
     groups, width = len({item.group for item in data.items} - {None}), max(map(len, ["label", *names])) + 2
     head = f"{len(votes):,} items, {votes.sum():,.0f} votes, {len(names)} labels"
     lines = [head + (f", {groups:,} groups" if groups else ""), ""]
+    texts = pieces([item.prompt for item in data.items], 100)
     lines.append(f"{'label':<{width}}{'votes':>10}{'share':>9}{'majority of':>14}")
-    for name, n, share, most in zip(names, data.counts.sum(0), data.p.mean(0), majority.mean(0), strict=True):
+    for name, n, share, most in zip(names, data.counts.sum(0), data.shares, majority.mean(0), strict=True):
         lines.append(f"{name:<{width}}{n:>10,.0f}{share:>9.1%}{most:>14.1%}")
     panels = ", ".join(f"{v:g}: {n:,}" for v, n in sorted(Counter(votes.tolist()).items()))
     if len(votes.unique()) > 12:
@@ -154,9 +154,11 @@ def describe(data: Look, each: int = 3) -> list[str]:
     ]
     for name, chosen in zip(("most", "least"), data.extremes(each), strict=True):
         lines += ["", f"{name} agreed on"]
-        for item in (data.items[i] for i in chosen):
-            given = ", ".join(f"{short(label, 20)} {n:g}" for label, n in item.counts.items() if n)
-            lines.append(f"  {short(item.id, 40)}: {given}: {tail(item.prompt, 100)}")
+        for i in chosen:
+            given = [f"label {short(label, 20)}: {n:g}" for label, n in data.items[i].counts.items() if n]
+            lines.append(
+                f"  {short(data.items[i].id, 40)}\n    votes  {', '.join(given)}\n    text   {texts[i]}"
+            )
     return lines
 
 
@@ -166,7 +168,7 @@ def draw(data: Look) -> plt.Figure:
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     labels, votes, entropy, lengths = top.subplots(1, 4)
     at, given = torch.arange(len(data.labels)), data.counts.sum(1)
-    shares, majorities = data.p.mean(0), distjudge.majority(data.p).mean(0)
+    shares, majorities = data.shares, distjudge.majority(data.p).mean(0)
     labels.bar(at - 0.2, shares, 0.4, color=HUMAN, label="votes")
     labels.bar(at + 0.2, majorities, 0.4, color=MODEL, label="majorities")
     name_labels(labels, data.labels)
@@ -185,15 +187,14 @@ def draw(data: Look) -> plt.Figure:
     lengths.hist(data.lengths, bins=30, color=HUMAN)
     lengths.set(title=f"prompts: {data.shared:.0%} in common beginnings", xlabel=data.unit, ylabel="items")
     lengths.set_xlim(left=0)
-    most, least = data.extremes(2)
+    texts, (most, least) = pieces([item.prompt for item in data.items], 120), data.extremes(2)
     shown = [(i, "most", HUMAN) for i in most] + [(i, "least", MODEL) for i in least]
     axes = bottom.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for ax, (i, kind, colour) in zip(axes, shown, strict=True):
         ax.bar(at, data.p[i], 0.7, color=colour)
         name_labels(ax, data.labels)
         ax.set_title(f"{kind} agreed on: {given[i]:g} votes\n{short(data.items[i].id, 34)}", fontsize=8)
-        words = textwrap.fill(tail(data.items[i].prompt, 120), 42).replace("$", r"\$")
-        ax.set_xlabel(words, fontsize=7, color=NEUTRAL)
+        ax.set_xlabel(textwrap.fill(texts[i], 42), fontsize=7, color=NEUTRAL)
         ax.set_ylim(0, 1.02)
     bottom.supylabel("share of votes", fontsize=9)
     return figure
@@ -216,7 +217,7 @@ def main(config: DataConfig) -> None:
         raise InputError("files: name a file of items")
     first = Path(config.files[0])
     data = look(distjudge.load_items(*config.files, labels=config.labels or None), config.model)
-    lines = [" ".join(config.files), *describe(data)]
+    lines = [" ".join(short(file, 200) for file in config.files), *describe(data)]
     print("\n".join(lines))
     out, name = Path(config.out or first.parent), first.name.split(".jsonl")[0]
     out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +225,7 @@ def main(config: DataConfig) -> None:
     figure = draw(data)
     figure.savefig(out / f"{name}.png")
     plt.close(figure)
-    print(f"\nwrote {out / f'{name}.png'} and {name}.txt")
+    print(f"\nwrote {short(out / f'{name}.png', 200)} and {short(name)}.txt")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import tyro
 
 import distjudge
 from distjudge import InputError, PromptEncoder
-from plots import data
+from plots import data, figures
 
 ROWS = [
     {"id": "sure", "prompt": "Rate it. Yes $5", "counts": {"1": 4, "2": 0, "3": 0}},
@@ -17,9 +17,9 @@ ROWS = [
 ]
 SAID = """3 items, 9 votes, 3 labels
 label       votes    share   majority of
-1               6    50.0%         50.0%
-2               1    33.3%         33.3%
-3               2    16.7%         16.7%
+1               6    66.7%         50.0%
+2               1    11.1%         33.3%
+3               2    22.2%         16.7%
 votes an item      1: 1, 4: 2"""
 
 
@@ -36,8 +36,36 @@ def test_text_and_picture(tmp_path, capsys):
     assert "prompt length      11 to 15 characters, median 14" in lines
     assert "common beginnings  45% of the characters" in lines  # 18 of 40
     most, least = lines.index("most agreed on"), lines.index("least agreed on")
-    assert lines[most + 1] == "  sure: 1 4: Rate it. Yes $5"
-    assert lines[least + 1] == "  even: 1 2, 3 2: Rate it. No"
+    assert lines[most + 1 : most + 4] == ["  sure", "    votes  label 1: 4", "    text   Yes $5"]
+    assert lines[least + 1 : least + 4] == ["  even", "    votes  label 1: 2, label 3: 2", "    text   No"]
+
+
+def test_nothing_of_a_file_commands_the_terminal(tmp_path, monkeypatch, capsys):
+    """Escape sequences and marks that turn the direction, in the file's name, ids, prompts and labels."""
+    bad = "\x1b]0;t\x07\u202eevil\x9b"
+    votes = {bad: 2, "fine": 1}
+    rows = [{"id": f"{i}{bad}", "prompt": f"{bad} {i} {bad}", "counts": votes} for i in range(3)]
+    name = bad.replace("/", "_") + ".jsonl"
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    data.main(data.DataConfig((name,)))
+    found = data.look(distjudge.load_items(rows))
+    for said in (capsys.readouterr().out, "\n".join(data.describe(found))):
+        assert "evil" in said and not set(said) & set(bad) - set("]0;tevil")
+
+
+def test_pieces_of_prompts_are_what_they_do_not_share():
+    """By hand: the words that all begin and end with are left out, never half a word."""
+    prompts = [
+        f"Rate it.\n\nText: {text}\n\nAnswer 1 or 2." for text in ("so  so\nplain", "some\x1b", "s" * 30)
+    ]
+    assert figures.pieces(prompts, 20) == ["so so plain", "some ", "s" * 17 + "..."]
+    assert figures.pieces(["Is it good? Yes.", "What is it? " + "no " * 9], 12) == [
+        "...ood? Yes.",
+        "... no no no",
+    ]
+    assert figures.pieces(["the same", "the same"], 12) == ["the same", "the same"]
+    assert figures.pieces(["", ""], 12) == ["", ""]
 
 
 @pytest.mark.parametrize(("ordered", "level"), [(False, "nominal"), (True, "ordinal")])
