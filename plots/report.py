@@ -25,7 +25,7 @@ import torch
 import tyro
 
 import distjudge
-from distjudge import InputError, Item
+from distjudge import InputError, Item, short
 from plots import figures
 
 COLOURS = ("#e08214", "#2f9e77", "#b5579d", "#8c6bb1", "#a6761d", "#d6604d")
@@ -68,18 +68,17 @@ class ReportConfig:
 
 @dataclasses.dataclass
 class Judged:
-    """A run with its items, its settings and the scores of its items, as distjudge.item_scores has them."""
+    """A run with its items and their scores, as distjudge.item_scores has them."""
 
     name: str
     run: figures.Run
     items: list[Item]
-    settings: dict[str, Any]
     scores: dict[str, torch.Tensor]
 
 
 def load_judged(folder: Path, name: str, texts: dict[str, Item], ordered: bool) -> Judged:
     """Reads a run folder. Prompts, and groups where it has none, come from `texts`, {id: item}."""
-    run, path, items = figures.load_run(folder), folder / "predictions.jsonl", []
+    run, path, items = figures.load_run(folder), short(folder / "predictions.jsonl", 200), []
     for i, row in enumerate(run.rows):
         text = texts.get(row["id"])
         prompt = text.prompt if text else row.get("prompt") or ""
@@ -87,14 +86,9 @@ def load_judged(folder: Path, name: str, texts: dict[str, Item], ordered: bool) 
         truth = None if run.truth is None else dict(zip(run.labels, run.truth[i].tolist(), strict=True))
         counts = {label: row["counts"][label] for label in run.labels}
         items.append(Item(row["id"], prompt, counts, group, truth=truth))
+        row["prompt"] = prompt  # for the figures
     if len(set(run.ids)) != len(run.ids):
         raise InputError(f"{path}: an id stands there twice")
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        settings = {}
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: broken JSON: {error}") from None
     try:
         scores = distjudge.item_scores(run.q, items, ordered or None)
     except InputError as error:
@@ -102,7 +96,7 @@ def load_judged(folder: Path, name: str, texts: dict[str, Item], ordered: bool) 
     masses = [row.get("label_mass") for row in run.rows]
     if None not in masses:
         scores["label_mass"] = torch.tensor(masses, dtype=torch.float64)
-    return Judged(name, run, items, settings, scores)
+    return Judged(name, run, items, scores)
 
 
 def load(config: ReportConfig) -> list[Judged]:
@@ -122,11 +116,13 @@ def load(config: ReportConfig) -> list[Judged]:
         first = (judged or [one])[0].run.labels
         if one.run.labels != first:
             ours, theirs = distjudge.listed(one.run.labels), distjudge.listed(first)
-            raise InputError(f"{folder}: labels {ours} are not those of {config.runs[0]}, {theirs}")
+            raise InputError(
+                f"{short(folder)}: labels {ours} are not those of {short(config.runs[0])}, {theirs}"
+            )
         for item in one.items:
             if votes.setdefault(item.id, item.counts) != item.counts:
-                shown = distjudge.short(item.id)
-                raise InputError(f"{folder}: item '{shown}': its votes are not those it has in another run")
+                why = "its votes are not those it has in another run"
+                raise InputError(f"{short(folder)}: item '{short(item.id)}': {why}")
         judged.append(one)
     return judged
 
@@ -149,12 +145,18 @@ def mean_and_interval(one: Judged, metric: str, draws: int, first: Judged | None
     return f"{found['mean']:{sign}.3f}{ends}"
 
 
-def metrics_rows(judged: list[Judged], draws: int) -> list[tuple[str, str, list[str]]]:
-    """(title, hint, a cell a run): the metrics, the floors right under the KL, and the number of items."""
+def metrics_rows(judged: list[Judged], draws: int, first: Judged | None = None) -> list[tuple]:
+    """(title, hint, a cell a run): the metrics, the floors right under the KL, and the number of items.
+
+    With `first`: what the metrics are above those of `first`, item by item, on the items both have.
+    """
     rows = []
     for metric, (title, hint) in METRICS.items():
-        if any(metric in one.scores for one in judged):
-            rows.append((title, hint, [mean_and_interval(one, metric, draws) for one in judged]))
+        if any(metric in one.scores for one in ([first] if first else judged)):
+            rows.append((title, hint, [mean_and_interval(one, metric, draws, first) for one in judged]))
+    if first:
+        common = [f"{len(set(first.run.ids) & set(one.run.ids)):,}" for one in judged]
+        return [*rows, ("items in common", "", common)]
     floors = {"kl_noise_floor": "noise floor of KL: what the true distributions would score"}
     floors |= {"kl_marginal": "KL of the training marginal"}
     for k, (name, title) in enumerate(floors.items(), 1):
@@ -165,27 +167,17 @@ def metrics_rows(judged: list[Judged], draws: int) -> list[tuple[str, str, list[
     return [*rows, ("items (groups)", "", sizes)]
 
 
-def differences_rows(judged: list[Judged], draws: int) -> list[tuple[str, str, list[str]]]:
-    """As metrics_rows: each later run minus the first, item by item, on the items both have."""
-    first, rest = judged[0], judged[1:]
-    rows = []
-    for metric, (title, hint) in METRICS.items():
-        if metric in first.scores:
-            rows.append((title, hint, [mean_and_interval(one, metric, draws, first) for one in rest]))
-    common = [f"{len(set(first.run.ids) & set(one.run.ids)):,}" for one in rest]
-    return [*rows, ("items in common", "", common)]
-
-
-def settings_rows(judged: list[Judged]) -> tuple[list[tuple], list[tuple]]:
-    """As metrics_rows: what was trained on what; the settings that matter most, and the others."""
+def settings_rows(judged: list[Judged]) -> list[tuple[str, str, list[str]]]:
+    """As metrics_rows: those that matter most first, with a hint at those in which the runs differ."""
 
     def text(one: Judged, name: str) -> str:
-        value = one.settings.get(name, "–")
+        value = one.run.settings.get(name, "–")
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
-    names = dict.fromkeys(name for one in judged for name in one.settings)
-    rows = {name: (name, "", [text(one, name) for one in judged]) for name in names}
-    return [rows.pop(name) for name in FIRST if name in rows], list(rows.values())
+    known = dict.fromkeys(name for one in judged for name in one.run.settings if name != "out")
+    names = sorted(known, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    rows = [(name, [text(one, name) for one in judged]) for name in names]
+    return [(name, "differs" if len(set(cells)) > 1 else "", cells) for name, cells in rows]
 
 
 def pictures_of(one: Judged) -> dict[str, str]:
@@ -209,14 +201,8 @@ def page_data(judged: list[Judged], max_chars: int) -> dict[str, Any]:
         kl, q = one.scores["kl"].tolist(), one.run.q.tolist()
         for i, (item, row) in enumerate(zip(one.items, one.run.rows, strict=True)):
             new = {field: [None] * len(judged) for field in ("q", "mass", "flipped", "kl")}
-            new |= {
-                "id": item.id,
-                "counts": list(item.counts.values()),
-                "text": "",
-                "group": None,
-                "truth": None,
-            }
-            entry = items.setdefault(item.id, new)
+            new |= {"id": item.id, "counts": list(item.counts.values())}
+            entry = items.setdefault(item.id, new | dict.fromkeys(("text", "group", "truth")))
             entry["text"], entry["group"] = entry["text"] or item.prompt, entry["group"] or item.group
             entry["truth"] = list(item.truth.values()) if item.truth else entry["truth"]
             entry["q"][k], entry["kl"][k] = [round(x, 5) for x in q[i]], round(kl[i], 5)
@@ -240,7 +226,7 @@ def make_page(judged: list[Judged], config: ReportConfig) -> str:
         names=[one.name for one in judged],
         draws=config.draws,
         metrics=metrics_rows(judged, config.draws),
-        differences=differences_rows(judged, config.draws) if len(judged) > 1 else [],
+        differences=metrics_rows(judged[1:], config.draws, judged[0]) if len(judged) > 1 else [],
         settings=settings_rows(judged),
         pictures=[pictures_of(one) for one in judged],
         data=page_data(judged, config.max_chars),
@@ -249,14 +235,13 @@ def make_page(judged: list[Judged], config: ReportConfig) -> str:
 
 def main(config: ReportConfig) -> None:
     if config.draws < 20 or config.max_chars < 0:
-        raise InputError(
-            f"draws must be 20 or more, not {config.draws}; max_chars 0 or more, not {config.max_chars}"
-        )
+        given = f"not {config.draws} and {config.max_chars}"
+        raise InputError(f"draws must be 20 or more, max_chars 0 or more, {given}")
     page = make_page(load(config), config)
     out = Path(config.out or Path(config.runs[0]) / "report.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8", errors="replace")
-    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    print(f"wrote {short(out, 1000)} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,10 @@ def test_what_people_wrote_is_text_and_nothing_comes_from_elsewhere(compared):
     assert data["items"][2]["q"][0] == pytest.approx(list(rows[2]["predicted"].values()), abs=1e-5)
     assert HOSTILE in cells and json.dumps([HOSTILE], ensure_ascii=False) in cells
     names = {name for attributes in elements for name in attributes}
-    assert not {"href", "action", "srcset", "onerror", "onload", "style"} & names
+    assert not {"action", "srcset", "onerror", "onload", "style"} & names
+    links = {attributes["href"] for attributes in elements if "href" in attributes}
+    places = {"#" + attributes["id"] for attributes in elements if "id" in attributes}
+    assert links == {"#metrics", "#differences", "#items", "#figures", "#settings"} and links <= places
     images = [attributes["src"].split(",") for attributes in elements if "src" in attributes]
     assert len(images) == 8 and {kind for kind, _ in images} == {"data:image/png;base64"}
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for _, image in images)
@@ -134,6 +137,17 @@ def test_what_people_wrote_is_text_and_nothing_comes_from_elsewhere(compared):
     hashed = base64.b64encode(hashlib.sha256(scripts[1].encode()).digest()).decode()
     assert f"script-src 'sha256-{hashed}'" in policy and policy.startswith("default-src 'none'")
     assert "http" not in policy
+
+
+def test_settings_in_which_runs_differ_are_marked(tmp_path, no_figures):
+    for name, alpha in (("a", 0.8), ("b", 1.0)):
+        write_run(tmp_path / name, 3)
+        settings = {"zeta": 1, "alpha": alpha, "out": name} | ({"more": 2} if name == "b" else {})
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+    page = write_page(tmp_path / "a", tmp_path / "b")
+    rows = re.findall("<tr( class=differs)?><th>(alpha|zeta|more|out)<", page)
+    assert rows == [(" class=differs", "alpha"), ("", "zeta"), (" class=differs", "more")]
+    assert "class=differs>" not in write_page(tmp_path / "a")
 
 
 def test_texts_from_item_files_and_their_cut(tmp_path, no_figures):
@@ -197,7 +211,7 @@ def test_the_page_in_a_browser(tmp_path, scheme, ground):
     kl = dict(zip((row["id"] for row in rows), scores_of(rows)["kl"].tolist(), strict=True))
     with sync_api.sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = chromium.new_context(color_scheme=scheme).new_page()
+        page = chromium.new_context(color_scheme=scheme, viewport={"width": 500, "height": 900}).new_page()
         asked, said = [], []
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: said.append(message.text))
@@ -230,5 +244,8 @@ def test_the_page_in_a_browser(tmp_path, scheme, ground):
         page.wait_for_timeout(1000)  # the page's policy lets no test evaluate a condition in it
         assert ids() == [HOSTILE] and page.title() == "Judges and votes: full, single" and not said
         assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+        page.click("text=settings")
+        assert page.evaluate("location.hash") == "#settings"
+        assert page.evaluate("document.documentElement.scrollWidth") == 500  # nothing sticks out
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
         chromium.close()
