@@ -1,12 +1,14 @@
 """Draw the figure of a study from its table.
 
     python plots/study.py runs/study/sweep.csv                    # writes sweep.png beside it
-    python plots/study.py runs/study/*.csv --out paper
+    python plots/study.py runs/study/*.csv --out paper --latex    # and sweep.tex: its tables for a paper
 
-recipes/study.py calls this. Error bars are the 95 % intervals of the table.
+recipes/study.py calls this. Error bars are the 95 % intervals of the table. The .tex file is made of the .md
+file beside the .csv file, and needs the LaTeX package booktabs.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,43 +21,29 @@ import pandas as pd
 import tyro
 
 import distjudge
-from distjudge import InputError
-from plots.figures import COLOURS, HUMAN, LINES, MARKERS, NEUTRAL, TRUTH
+from distjudge import InputError, short
+from plots.figures import COLOURS, HUMAN, LINES, MARKERS, NEUTRAL, TRUTH, save
 
-COLUMNS = [
-    *(
-        "study",
-        "data",
-        "votes",
-        "items",
-        "epochs",
-        "alpha",
-        "eps",
-        "delta",
-        "entropy",
-        "method",
-        "seed",
-        "metric",
-    ),
-    *("value", "std", "low", "high", "against", "difference", "difference_low", "difference_high", "p"),
-]
+COLUMNS = (
+    "study data votes items epochs alpha eps delta entropy method seed metric value std low high "
+    "against difference difference_low difference_high p"
+).split()
 WORDS = ("study", "data", "entropy", "method", "seed", "metric", "against")  # the other columns are numbers
 NAMES = {"kl": "KL(votes || judge), nats", "kl_truth": "KL(truth || judge), nats"}
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
     """The rows of a study's CSV file: COLUMNS, numbers as floats. Raises InputError naming the file."""
-    kinds = {name: str if name in WORDS else float for name in COLUMNS}
+    shown, kinds = short(path, 200), {name: str if name in WORDS else float for name in COLUMNS}
     try:
         rows = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""], encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a study's table: {error}") from None
+        raise InputError(f"{shown}: not a study's table: {short(error, 200)}") from None
     if missing := {"study", "method", "seed", "metric", "value"} - set(rows):
-        raise InputError(f"{path}: not a study's table: no column {', '.join(sorted(missing))}")
+        raise InputError(f"{shown}: not a study's table: no column {', '.join(sorted(missing))}")
     if rows.empty or rows["study"][0] not in DRAW:
-        raise InputError(
-            f"{path}: not a study's table: {'no rows' if rows.empty else 'its study is unknown'}"
-        )
+        why = "no rows" if rows.empty else "its study is unknown"
+        raise InputError(f"{shown}: not a study's table: {why}")
     return rows.reindex(columns=COLUMNS)
 
 
@@ -91,11 +79,12 @@ def draw_points(ax: plt.Axes, at: pd.Series, rows: pd.DataFrame, **look: Any) ->
 
 
 def draw_lines(ax: plt.Axes, rows: pd.DataFrame, x: str, by: str, look: dict, name: str = "{}") -> None:
-    """Values against the column x, a line for each value of the column `by`, a little apart."""
-    apart = 0.05 * (rows[x].max() - rows[x].min()) / len(look)
+    """Values against the column x, a line for each value of the column `by`, whiskers beside each other."""
+    step = (rows[x].max() - rows[x].min()) / max(rows[x].nunique() - 1, 1)
     for i, (kind, style) in enumerate(look.items()):
         own = rows[rows[by] == kind].sort_values(x)
-        draw_points(ax, own[x] + apart * (i - (len(look) - 1) / 2), own, label=name.format(kind), **style)
+        apart = 0.3 * (step or 1) * ((i + 0.5) / len(look) - 0.5)
+        draw_points(ax, own[x] + apart, own, label=name.format(kind), **style)
 
 
 def panels(number: int, width: float, height: float) -> tuple[plt.Figure, list[plt.Axes]]:
@@ -145,12 +134,15 @@ def draw_methods(rows: pd.DataFrame) -> plt.Figure:
         ax.set(xlabel=NAMES[metric], title=title)
     axes[0, 0].invert_yaxis()
     binned = by_votes(rows[rows["entropy"].notna()])
+    kinds = sorted(rows["entropy"].dropna().unique())
     for ax, title in zip(axes[1], votes, strict=True):
-        for name, style in look.items() if title in binned else ():
-            own = binned[title][binned[title]["method"] == name]
-            draw_points(ax, own["entropy"], own, label=name, **style)
-        ax.set(xlabel="human entropy, share of log C", ylim=(0, None))
-    axes[1, 0].set_ylabel(NAMES[metric])
+        if title in binned:
+            places = binned[title].assign(at=binned[title]["entropy"].map(kinds.index))
+            draw_lines(ax, places, "at", "method", look)
+        ax.set_xticks(range(len(kinds)), kinds)
+        ax.set_xlabel("entropy of people's answers / log C")
+        ax.set_title("where people agree (left) and disagree (right)", fontsize=8)
+    axes[1, 0].set(ylabel=NAMES[metric], ylim=(0, None))
     add_legend(figure, "lower center", 3)
     return figure
 
@@ -163,19 +155,14 @@ def draw_grid(rows: pd.DataFrame, x: str, by: str, label: str, name: str = "{}")
         here = overall(rows, metric)
         points = here[here[x].notna()]
         draw_lines(ax, points, x, by, looks(dict.fromkeys(points[by])), name)
-        for _, row in here[
-            here[x].isna() & (by != "method")
-        ].iterrows():  # else they are lines among the others
+        flat = here[here[x].isna() & (by != "method")]  # else they are lines among the others
+        for _, row in flat.iterrows():
             floor = row["method"] != "marginal"
             style = {"color": TRUTH, "linestyle": ":"} if floor else {"color": NEUTRAL, "linestyle": "--"}
             ax.axhline(row["value"], linewidth=1.1, label=row["method"], **style)
         ax.set(xlabel=label, ylabel=NAMES[metric])
     add_legend(figure)
     return figure
-
-
-def draw_sweep(rows: pd.DataFrame) -> plt.Figure:
-    return draw_grid(rows, "alpha", "eps", "alpha, weight of KL", "eps = {:g}")
 
 
 def draw_robustness(rows: pd.DataFrame) -> plt.Figure:
@@ -228,7 +215,7 @@ def draw_cost(rows: pd.DataFrame) -> plt.Figure:
 
 
 DRAW = dict.fromkeys(("main", "ablation", "ood", "methods"), draw_methods) | {
-    "sweep": draw_sweep,
+    "sweep": lambda rows: draw_grid(rows, "alpha", "eps", "alpha, weight of KL", "eps = {:g}"),
     "robustness": draw_robustness,
     "budget": draw_budget,
     "length": draw_length,
@@ -236,13 +223,32 @@ DRAW = dict.fromkeys(("main", "ablation", "ood", "methods"), draw_methods) | {
 }
 
 
+def title_of(rows: pd.DataFrame) -> str:
+    """Study, data and seeds, with a warning where intervals over seeds are rough."""
+    seeds = len(set(rows["seed"]) - {"all", "fixed"})
+    few = ": intervals leave out chance in training" if seeds == 1 else ": intervals are rough" * (seeds < 5)
+    return f"{rows['study'][0]} on {short(rows['data'][0], 40)}, {seeds} seed{'s' * (seeds > 1)}{few}"
+
+
 def draw(table: str | Path, out: str | Path | None = None) -> Path:
     """Draws a study's CSV file, as a PNG file beside it or in the folder `out`; returns its path."""
     rows, path = read_table(table), Path(out or Path(table).parent) / f"{Path(table).stem}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = DRAW[rows["study"][0]](rows)
-    figure.savefig(path)
-    plt.close(figure)
+    return save(DRAW[rows["study"][0]](rows), path, title_of(rows))[0]
+
+
+def write_latex(table: str | Path, out: str | Path | None = None) -> Path:
+    """Writes the tables of a study's .md file as STUDY.tex, with booktabs; returns its path."""
+    source = Path(table).with_suffix(".md")
+    lines = source.read_text(encoding="utf-8").splitlines()
+    blocks = [list(own) for is_row, own in itertools.groupby(lines, lambda x: x.startswith("|")) if is_row]
+    tables = []
+    for head, _, *body in blocks:
+        names, *cells = ([cell.strip() for cell in line.strip()[1:-1].split("|")] for line in (head, *body))
+        tables.append(pd.DataFrame(cells, columns=names).to_latex(index=False, escape=True))
+    path = Path(out or source.parent) / f"{source.stem}.tex"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    distjudge.write_lines(path, ["\n".join(tables).replace("–", "--")])
     return path
 
 
@@ -252,11 +258,15 @@ class PlotConfig:
     """CSV files that recipes/study.py wrote."""
     out: str | None = None
     """Where the figures go. Default: beside the table."""
+    latex: bool = False
+    """Write its tables for a paper, too, as a .tex file."""
 
 
 def main(config: PlotConfig) -> None:
     for table in config.tables:
-        print(draw(table, config.out))
+        print(short(draw(table, config.out), 1000))
+        if config.latex:
+            print(short(write_latex(table, config.out), 1000))
 
 
 if __name__ == "__main__":

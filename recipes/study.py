@@ -4,21 +4,24 @@
     python recipes/study.py methods --votes 1 3 5 20 --seeds 5    # by votes an item
     python recipes/study.py main --train a.jsonl --test b.jsonl --model Qwen/Qwen3-4B --lora_rank 16
 
-    main        untrained, single-point and distributional judge, label smoothing, temperature scaling
-    ablation    the full method without adversary, without KL, without cross-entropy
-    sweep       KL over alpha, one line an eps
-    robustness  KL when the test targets are moved by delta, at random inside the simplex
-    budget      one number of annotations spent as N x 1, N/3 x 3 and N/5 x 5
+    main        Table 1: untrained, single-point, distributional judge; label smoothing, temperature scaling
+    ablation    Table 2: the full method without adversary, without KL, without cross-entropy
+    robustness  Table 3: KL when the test targets are moved by delta, at random inside the simplex
+    budget      Table 4: one number of annotations spent as N x 1, N/3 x 3 and N/5 x 5
+    ood         Table 6: trained on --train, tested on --test, which are kept apart
+    cost        Table 7: seconds an epoch and items a second
+    sweep       Figure 3: KL over alpha, one line an eps
     length      several numbers of epochs, and the number that other items' votes favour
-    ood         trained on --train, tested on --test, which are kept apart
-    cost        seconds an epoch and items a second
     methods     a teacher and other losses against the paper's method
+
+Tables and the figure are the paper's (arXiv 2505.12301); Table 5 is main on other data. "Without KL" is plain
+cross-entropy; the paper ticks its adversary in that row. plots/study.py --latex makes the tables for a paper.
 
 Writes STUDY.csv (a row for each number), STUDY.md and STUDY.png into --out. Each trained judge has a folder
 in --out/cells, named by a hash of everything that decides its result. What is there is not trained again: a
 study can be stopped and started again, and studies share cells. Intervals are 95 % bootstrap intervals over
 groups of test items and, with several seeds, over seeds (see distjudge.bootstrap). A difference is starred
-where its interval leaves out 0.
+where its two-sided p is at most 0.05.
 """
 
 import dataclasses
@@ -423,7 +426,7 @@ class Table:
         distjudge.write_lines(Path(f"{name}.csv"), [text.rstrip("\n")])
         default = StudyConfig(train=config.train, test=config.test, study=config.study, out=config.out)
         changed = {k: v for k, v in vars(config).items() if v != getattr(default, k)}
-        foot = "Stars: the 95 % interval of the difference from the first method leaves out 0. "
+        foot = "Stars: the difference from the first method has a two-sided p of at most 0.05. "
         foot += f"{len(self.shop.train)} training and {len(self.test)} test items of {self.data}; "
         foot += f"{config.seeds} seeds from {config.seed}; not the defaults: {changed or 'none'}."
         cells = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(out.glob("cells/*/cell.json"))]
@@ -451,7 +454,7 @@ def shown_gap(row: dict[str, Any]) -> str:
 def markdown(rows: pd.DataFrame, keys: list[str], across: str = "metric", text: Any = shown) -> list[str]:
     """A Markdown table: a line for each value of `keys` (if they have any), a column for each of `across`."""
     keys = [key for key in keys if rows[key].notna().any()]
-    rows = rows.assign(star=rows["difference_low"] * rows["difference_high"] > 0)
+    rows = rows.assign(star=rows["p"].astype(float) <= 0.05)
     plain = lambda v: v if isinstance(v, str) else "" if pd.isna(v) else f"{v:g}"  # noqa: E731
     columns = list(dict.fromkeys(map(plain, rows[across])))
     head = [*keys, *(METRICS.get(column, column) for column in columns)]

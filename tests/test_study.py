@@ -292,6 +292,9 @@ def test_tables_by_hand():
     assert mean["difference"] == pytest.approx(mean["value"] - best["value"]) and mean["against"] == "right"
     found = {r["entropy"]: r["value"] for r in find(table.frame(), votes=None)}
     assert found == pytest.approx({"0-0.25": gap["sure"], "0.75-1": gap["even"]})
+    rows = table.whole("kl").assign(difference_low=0.001, difference_high=0.2)
+    starred = [study.markdown(rows.assign(p=p), ["method"])[-1].endswith("* |") for p in (0.0510, 0.0500)]
+    assert starred == [False, True]  # p alone decides, as it is printed
     lines = study.markdown(table.whole("kl"), ["votes", "method"])
     values = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in (best, mean)]
     assert lines[0] == "| votes | method | KL to votes |"
@@ -375,8 +378,9 @@ def test_simplex_and_training_curves(tmp_path):
     first = figures.draw_simplex(run).axes[1].collections[0].get_offsets()
     assert first[1].tolist() == pytest.approx([0, 0])
     assert first[0].tolist() == pytest.approx([0.2 * 1 + 0.2 * 0.5, 0.2 * 3**0.5 / 2])
-    lines = figures.draw_curves(run).axes[0].lines
-    assert lines[0].get_xydata().tolist() == [[1, 1], [2, 0.5], [3, pytest.approx(1 / 3)]] and len(lines) == 3
+    loss, kl = (axes.lines for axes in figures.draw_curves(run).axes)
+    assert loss[0].get_xydata().tolist() == [[1, 1], [2, 0.5], [3, pytest.approx(1 / 3)]]
+    assert len(loss) == 1 and [line.get_ydata()[0] for line in kl] == [0.4, 0.1]  # no floor under a loss
     with pytest.raises(InputError, match="takes three labels"):
         figures.draw_simplex(dataclasses.replace(run, labels=["a", "b"]))
     with pytest.raises(InputError, match="no log"):
@@ -387,7 +391,32 @@ def test_simplex_and_training_curves(tmp_path):
 
 def test_figures_show_the_numbers_of_the_table(folder):
     rows, _ = run(folder, "sweep", alphas=(0.0, 0.8), epsilons=(0.0, 0.25), seeds=1)
-    panel = draw.draw_sweep(rows).axes[0]
+    panel = draw.DRAW["sweep"](rows).axes[0]
     points = pd.DataFrame([line.get_xydata()[:, 1] for line in panel.containers for line in line.lines[:1]])
     wanted = [find(rows, eps=e, seed="all", metric="kl") for e in (0.0, 0.25)]
     assert points.values.tolist() == [pytest.approx([r["value"] for r in own]) for own in wanted]
+    assert draw.title_of(rows) == "sweep on few, 1 seed: intervals leave out chance in training"
+    for seeds, words in ((4, "4 seeds: intervals are rough"), (5, "5 seeds")):
+        more = [rows.assign(seed=str(n)) for n in range(seeds)]
+        assert draw.title_of(pd.concat([rows, *more], ignore_index=True)).split(", ")[1] == words
+
+
+def test_whiskers_stand_beside_each_other_and_a_table_for_a_paper(tmp_path):
+    row = {"study": "main", "data": "few", "seed": "all", "metric": "kl"}
+    row |= {"value": 0.5, "low": 0.4, "high": 0.6}
+    bins = (None, "0-0.25", "0.25-0.5")
+    rows = [row | {"method": m, "entropy": e} for m in ("first", "second", "marginal", "third") for e in bins]
+    pd.DataFrame(rows).to_csv(tmp_path / "main.csv", index=False)
+    lower = draw.draw_methods(draw.read_table(tmp_path / "main.csv")).axes[1]
+    at = [x for bars in lower.containers for x in bars.lines[0].get_xdata()]
+    assert sorted(at) == pytest.approx([e + x / 80 for e in (0, 1) for x in (-9, -3, 3, 9)])
+    assert "agree" in lower.get_title()
+    table = (
+        "| method | KL to votes |\n| --- | --- |\n| a_b | 0.500* [0.400, 0.600] |\n| c |  |\n| d | \u2013 |"
+    )
+    (tmp_path / "main.md").write_text(f"50 % of it\n\n{table}\n\nStars: none.\n", encoding="utf-8")
+    draw.main(draw.PlotConfig((str(tmp_path / "main.csv"),), str(tmp_path / "out"), latex=True))
+    text = (tmp_path / "out" / "main.tex").read_text(encoding="utf-8")
+    assert text.startswith("\\begin{tabular}{ll}\n\\toprule\nmethod & KL to votes")
+    assert "a\\_b & 0.500* [0.400, 0.600] \\\\\nc &  \\\\\nd & -- \\\\\n" in text and "Stars" not in text
+    assert (tmp_path / "out" / "main.png").exists()
