@@ -42,7 +42,7 @@ def test_text_and_picture(tmp_path, capsys):
 
 def test_nothing_of_a_file_commands_the_terminal(tmp_path, monkeypatch, capsys):
     """Escape sequences and marks that turn the direction, in the file's name, ids, prompts and labels."""
-    bad = "\x1b]0;t\x07\u202eevil\x9b"
+    bad = "\x1b]0;t\x07\u202e\u200fevil\x9b"
     votes = {bad: 2, "fine": 1}
     rows = [{"id": f"{i}{bad}", "prompt": f"{bad} {i} {bad}", "counts": votes} for i in range(3)]
     name = bad.replace("/", "_") + ".jsonl"
