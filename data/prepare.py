@@ -279,7 +279,7 @@ def summeval(config: PrepareConfig, out: Converted) -> None:
             values = {"quality": QUALITIES["summeval"][quality], "article": article}
             values["summary"] = field(where, row, "decoded")
             name = f"{row['id']}-{field(where, row, 'model_id')}-{quality}"
-            out.add(name, values, stars, group=text_key("article", article))
+            out.add(name, values, stars, group=text_key("article", article), system=row["model_id"])
     crowds = [field(where, row, "turker_annotations", kind=list) for where, row, _ in rows]
     identical = sum(len(crowd) > 1 and all(vote == crowd[0] for vote in crowd) for crowd in crowds)
     who = " and ".join({"expert": "3 experts", "turker": "5 crowd workers"}[name] for name in panels)

@@ -1,0 +1,416 @@
+"""Which system is better, and how sure is that? From people's votes on some items and a judge's word on all.
+
+    python recipes/systems.py --items items.jsonl --run runs/first --out systems
+    python recipes/systems.py --items items.jsonl --predictions judged.jsonl --out systems   # of judge.py
+
+A line of --items is an item with "system", the name of what wrote it, and votes if people rated it. "group"
+names what was asked (an article, a question): items of one group count as one draw. Writes table.txt,
+table.json and forest.png into --out. Three estimates of each system and each pair stand beside each other,
+with 95 % intervals:
+
+    votes   the rated items alone
+    judge   the judge's word on all items; its interval leaves the judge's own error out, so it is too narrow
+    ppi     both: the judge on all items, corrected by the rated ones (prediction-powered inference, PPI++)
+
+They are the mean rating, where labels are numbers, and the share of each label; for pairs their difference,
+and the win probability: the chance that a vote on an item of one is higher than a vote on an item of the
+other, ties counting half. Ranks follow from Holm's p-values over all pairs (ppi).
+
+Two things must be true: the rated items are a random draw, and the judge was trained on none of the items.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pandas
+
+import distjudge
+from distjudge import InputError, Item, short
+
+FILES = ("table.txt", "table.json", "forest.png")
+METHODS = {"votes": "votes alone", "judge": "judge alone (biased)", "ppi": "votes and judge (PPI++)"}
+LEVEL = 0.95
+
+
+@dataclasses.dataclass
+class SystemsConfig:
+    items: str
+    """Items of all systems, .jsonl or .jsonl.gz; votes on some."""
+    out: str
+    """The folder for the tables and the figure."""
+    run: str = ""
+    """The run folder of a judge, which then judges every item."""
+    predictions: str = ""
+    """Or a file with every item's prediction: judge.py's output, or predictions.jsonl of a run."""
+    field: str = "system"
+    """The field that names an item's system."""
+
+
+@dataclasses.dataclass
+class Panel:
+    """Items of S systems in G groups. counts (N, C): votes, zeros where unrated; q (N, C): the judge."""
+
+    labels: list[str]
+    systems: list[str]
+    system: np.ndarray
+    group: np.ndarray
+    counts: np.ndarray
+    q: np.ndarray
+
+    @property
+    def rated(self) -> np.ndarray:
+        return self.counts.sum(1) > 0
+
+    def sums(self, values: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """Sums of values (n, K) of the items `which` by group and system: (G, S, K)."""
+        out = np.zeros((self.group.max() + 1, len(self.systems), values.shape[1]))
+        np.add.at(out, (self.group[which], self.system[which]), values)
+        return out
+
+
+# --- estimates ---------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Estimate:
+    """value (S, K). parts (G, S, K): each group's part of the error; a variance is the sum of their squares.
+
+    strata (G, S): 2 is a group with rated items of the system, 0 one without any; n (S,): groups it rests on.
+    """
+
+    value: np.ndarray
+    parts: np.ndarray
+    strata: np.ndarray
+    n: np.ndarray
+
+
+def vote_noise(counts: np.ndarray, columns: np.ndarray) -> float:
+    """Variance of one vote about its item's mean, columns (C, K) added up; 0 if no item has two votes."""
+    counts = counts[counts.sum(1) > 1]
+    m = counts.sum(1)
+    mean = counts @ columns / m[:, None]
+    squares = (counts @ columns**2 - m[:, None] * mean**2).sum()
+    return float(squares / (m - 1).sum()) if len(m) else 0.0
+
+
+def between(residuals: np.ndarray, system: np.ndarray, m: np.ndarray, noise: float) -> float:
+    """Variance of residuals (n, K) within systems beyond the noise of their m votes, by moments, or 0."""
+    size, members = np.bincount(system), np.eye(system.max() + 1)[system]
+    means = members.T @ residuals / np.maximum(size, 1)[:, None]
+    squares = ((residuals - means[system]) ** 2).sum()
+    expected = noise * ((1 - 1 / size[system]) / m).sum()
+    free = len(m) - (size > 0).sum()
+    return max(0.0, float((squares - expected) / free)) if free else 0.0
+
+
+def tuned(w: np.ndarray, t: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """PPI++'s weight of the judge for all groups, then without each one: (1 + G,), between 0 and 1.
+
+    w (G, S, 1), t, x (G, S, K): sums of weights, weighted ratings and weighted predictions. It makes the
+    sum of the systems' variances least: cov(ratings, judge) / var(judge), both by groups.
+    """
+    (sw, st, sx, tx, wx, tw, ww, xx) = map(without_each, (w, t, x, t * x, w * x, t * w, w * w, x * x))
+    y, f = st / sw, sx / sw
+    cov = ((tx - y * wx - f * tw + y * f * ww) / sw**2).sum((1, 2))
+    var = ((xx - 2 * f * wx + f * f * ww) / sw**2).sum((1, 2))
+    return np.clip(np.divide(cov, var, out=np.zeros_like(cov), where=var > 1e-12), 0, 1)
+
+
+def without_each(a: np.ndarray) -> np.ndarray:
+    """The sum over groups of a (G, ...), then the sums without each group: (1 + G, ...)."""
+    total = a.sum(0, keepdims=True)
+    return np.concatenate([total, total - a])
+
+
+def estimate(panel: Panel, columns: np.ndarray) -> tuple[dict[str, Estimate], dict[str, float]]:
+    """The three estimates of the mean of columns (C, K) for each system, and what they rest on.
+
+    PPI++ (Angelopoulos, Duchi and Zrnic 2023, arXiv 2311.01453) of means: votes + weight (judge on all -
+    judge on rated items), one weight for all systems. An item counts 1 / (variance between items, or of the
+    judge's error, + noise of its votes). The parts are those of a jackknife over groups, in strata of rated
+    and unrated ones, with the weight tuned anew each time (Rust and Rao 1996, Stat. Methods Med. Res. 5).
+    """
+    rated, system = panel.rated, panel.system[panel.rated]
+    counts, m = panel.counts[rated], panel.counts[rated].sum(1)
+    y, f = counts @ columns / m[:, None], panel.q[rated] @ columns
+    noise, all_items = vote_noise(counts, columns), np.full(len(panel.q), True)
+    size, judged = panel.sums(np.ones((len(panel.q), 1)), all_items), panel.sums(panel.q @ columns, all_items)
+    strata = (size[..., 0] > 0).astype(int) + (panel.sums(np.ones((len(m), 1)), rated)[..., 0] > 0)
+    n, of = (strata == 2).sum(0), (strata > 0).sum(0)
+
+    def sums(spread: float) -> tuple[np.ndarray, ...]:
+        w = 1 / (spread + noise / m[:, None]) if noise else np.ones((len(m), 1))
+        return panel.sums(w, rated), panel.sums(w * y, rated), panel.sums(w * f, rated)
+
+    def means(total: np.ndarray, weight: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ratio of sums, and what each of so many groups adds to it."""
+        mean = without_each(total) / without_each(weight)
+        return mean, (mean[0] - mean[1:]) * ((groups - 1) / groups)[:, None]
+
+    spread = between(y, system, m, noise)
+    w, t, x = sums(spread)
+    first = tuned(w, t, x)[0]
+    error = between(y - first * f, system, m, noise)
+    votes, judge = means(t, w, n), means(judged, size, of)
+    w, t, x = sums(error)
+    weight, ours, theirs = tuned(w, t, x), means(t, w, n), means(x, w, n)
+    moves = judge[0] - theirs[0]  # (1 + G, S, K): where the judge moves the estimate
+    ppi = ours[0][0] + weight[0] * moves[0]
+    parts = ours[1] + weight[0] * (judge[1] - theirs[1])
+    parts += (weight[0] - weight[1:])[:, None, None] * moves[1:] * ((n - 1) / n)[:, None]
+    out = {
+        "votes": Estimate(votes[0][0], centred(votes[1], strata), strata, n),
+        "judge": Estimate(judge[0][0], centred(judge[1], strata > 0), strata > 0, of),
+        "ppi": Estimate(ppi, centred(parts, strata), strata, n),
+    }
+    v, p = ((out[name].parts ** 2).sum() for name in ("votes", "ppi"))
+    about = {"weight": float(weight[0]), "rated": len(m), "worth": float(len(m) * v / p) if p else None}
+    about |= {"vote_sd": noise**0.5, "item_sd": spread**0.5}
+    return out, about | {"judge_error_sd": between(y - f, system, m, noise) ** 0.5}
+
+
+def centred(parts: np.ndarray, strata: np.ndarray) -> np.ndarray:
+    """Parts (G, S, K) about the mean of their stratum, times sqrt(n / (n - 1)) of its n groups."""
+    out = np.zeros_like(parts)
+    for kind in np.unique(strata):
+        here = (strata == kind)[..., None]
+        size = here.sum(0)
+        mean = np.where(size > 1, (parts * here).sum(0) / np.maximum(size, 1), 0)  # of one group: 0
+        out += here * (parts - mean) * np.sqrt(size / np.maximum(size - 1, 1))
+    return out
+
+
+def interval(
+    e: Estimate, slope: np.ndarray, least: float, most: float, value: float | None = None
+) -> dict[str, float]:
+    """A t-interval of a quantity, cut to what is possible (from least to most).
+
+    slope (S, K): of the quantity, by e.value; the quantity is their product unless `value` is given. Degrees
+    of freedom: Satterthwaite's over strata of groups, but not under those of the system with fewest groups.
+    Where n groups are all alike, the share of others is under 1 - 0.025^(1/n) (the rule of three).
+    """
+    from scipy.special import stdtrit
+
+    used = slope.any(1)
+    parts, n = np.tensordot(e.parts[:, used], slope[used], 2), e.n[used].min()
+    place = np.unique(e.strata[:, used] @ 3 ** np.arange(used.sum()), return_inverse=True)[1]
+    size, by_stratum, se = np.bincount(place), np.bincount(place, parts**2), np.linalg.norm(parts)
+    value = (e.value * slope).sum() if value is None else value
+    if se > 1e-9 * (most - least):
+        df = max(se**4 / (by_stratum**2 / np.maximum(size - 1, 1)).sum(), n - 1)
+        half = stdtrit(df, (1 + LEVEL) / 2) * se
+    else:
+        se, df, half = 0, n - 1, (most - least) * (1 - ((1 - LEVEL) / 2) ** (1 / n))
+    low, high = max(least, value - half), min(most, value + half)
+    found = {"estimate": value, "low": low, "high": high, "se": se, "df": df}
+    return {name: float(number) for name, number in found.items()}
+
+
+def win(e: Estimate, a: int, b: int) -> dict[str, float]:
+    """The win probability from shares of ordered labels: sum over k, l of a_k b_l ([k > l] + [k = l] / 2)."""
+    above = np.tril(np.ones((e.value.shape[1],) * 2), -1) + np.eye(e.value.shape[1]) / 2
+    slope = np.zeros_like(e.value)
+    slope[a], slope[b] = above @ e.value[b], e.value[a] @ above
+    return interval(e, slope, 0, 1, e.value[a] @ slope[a])
+
+
+def holm(gaps: list[dict[str, float]]) -> list[float]:
+    """p-values of differences, corrected for being many (Holm 1979); 1 where an interval has no spread."""
+    from scipy.special import stdtr
+
+    single = [2 * stdtr(gap["df"], -abs(gap["estimate"]) / gap["se"]) if gap["se"] else 1.0 for gap in gaps]
+    p = pandas.Series(single, dtype=float).sort_values()
+    return (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1).sort_index().tolist()
+
+
+def compare(panel: Panel) -> dict[str, Any]:
+    """What table.json holds: systems, best first, and pairs by each of METHODS; ranks of numeric labels."""
+    names, numeric = panel.systems, distjudge.are_numeric(panel.labels)
+    units, columns = np.eye(len(names)), np.eye(len(panel.labels))
+    shares, about = estimate(panel, columns)
+    measures = {f"share of {label}": (shares, columns[k], 0, 1) for k, label in enumerate(panel.labels)}
+    tested = list(measures)
+    if numeric:
+        values = np.array(panel.labels, dtype=float)
+        means, about = estimate(panel, values[:, None])
+        tested, measures = ["mean"], {"mean": (means, np.ones(1), values.min(), values.max())} | measures
+
+    def found(measure: str, contrast: np.ndarray) -> dict[str, dict[str, float]]:
+        by_method, column, low, high = measures[measure]
+        low, high = (low, high) if contrast.sum() else (low - high, high - low)
+        return {how: interval(e, np.outer(contrast, column), low, high) for how, e in by_method.items()}
+
+    rows, pairs = {}, []
+    for s, name in enumerate(names):
+        size = {"items": panel.system == s, "rated": panel.rated & (panel.system == s)}
+        rows[name] = {key: int(which.sum()) for key, which in size.items()}
+        rows[name] |= {"rated_groups": int(shares["votes"].n[s])} | {m: found(m, units[s]) for m in measures}
+    for a, b in itertools.combinations(range(len(names)), 2):
+        pairs.append({"a": names[a], "b": names[b]} | {m: found(m, units[a] - units[b]) for m in tested})
+        pairs[-1] |= {"win": {how: win(e, a, b) for how, e in shares.items()}} if numeric else {}
+    gaps = [pair[measure]["ppi"] for pair in pairs for measure in tested]
+    for gap, p in zip(gaps, holm(gaps), strict=True):
+        gap["p_holm"] = p
+    if numeric:
+        sure = [(pair, pair["mean"]["ppi"]["estimate"] > 0) for pair in pairs]
+        sure = [(pair, up) for pair, up in sure if pair["mean"]["ppi"]["p_holm"] < 1 - LEVEL]
+        ahead, behind = [pair["ba"[up]] for pair, up in sure], [pair["ab"[up]] for pair, up in sure]
+        for name, row in rows.items():
+            row["rank"] = [1 + behind.count(name), len(names) - ahead.count(name)]
+    best_first = sorted(rows.items(), key=lambda named: -named[1][tested[0]]["ppi"]["estimate"])
+    return {"labels": panel.labels, "tested": tested, **about, "systems": dict(best_first), "pairs": pairs}
+
+
+# --- what is read -----------------------------------------------------------------------------------------
+def load(path: str, change: Callable[[dict], dict], labels: Sequence[str] | None = None) -> list[Item]:
+    """Items from the rows of a file as `change` makes them, which raises ValueError with what is wrong."""
+    places, rows = [], []
+    for where, row, problem in distjudge.read_rows(path):
+        places.append(where)
+        try:
+            rows.append(change(row))
+        except ValueError as error:
+            raise InputError(f"{where}: {problem or error}") from None
+    try:
+        items = distjudge.load_items(rows, labels=labels)
+    except InputError as error:
+        text = re.sub(r"^items\[(\d+)\]", lambda found: places[int(found[1])], str(error), flags=re.M)
+        text = text if labels else re.sub(": (counts|truth): ", ": predicted: ", text)
+        raise InputError(text.replace("load_items", short(path))) from None
+    return [dataclasses.replace(item, where=where) for item, where in zip(items, places, strict=True)]
+
+
+def as_prediction(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of predictions as an item, whose truth is what was predicted."""
+    if distjudge.is_missing(row.get("id")) or not isinstance(row.get("predicted"), dict):
+        raise ValueError("predicted: a prediction needs id and predicted, {label: probability}")
+    counts = dict.fromkeys(row["predicted"], 1)  # a stand-in
+    return {"id": row["id"], "prompt": row.get("prompt", "-"), "counts": counts, "truth": row["predicted"]}
+
+
+def read_panel(config: SystemsConfig) -> Panel:
+    """Items, votes and predictions. Raises InputError, also for a system rated in fewer than two groups."""
+    if bool(config.run) == bool(config.predictions):
+        raise InputError("name a judge with --run, or a file of predictions with --predictions")
+    judge = distjudge.load_judge(config.run) if config.run else None
+    predicted = {} if judge else {item.id: item for item in load(config.predictions, as_prediction)}
+    labels = judge.labels if judge else distjudge.labels_of([*predicted.values()])
+    named, rated = [], []
+
+    def with_votes(row: dict[str, Any]) -> dict[str, Any]:
+        if distjudge.is_missing(row.get(config.field)):
+            raise ValueError(f"{config.field}: missing; it names the system")
+        named.append(distjudge.as_label(row[config.field]))
+        rated.append(
+            not all(map(distjudge.is_missing, map(row.get, ("counts", "annotations", "distribution"))))
+        )
+        return row if rated[-1] else row | {"counts": {labels[0]: 1}}  # a stand-in
+
+    items = load(config.items, with_votes, labels)
+    system, systems = pandas.factorize(np.array(named, dtype=object))
+    groups = [f"item {item.id}" if item.group is None else f"group {item.group}" for item in items]
+    group, counts = pandas.factorize(np.array(groups, dtype=object))[0], distjudge.counts_of(items).numpy()
+    for s, name in enumerate(systems):
+        if (n := len(np.unique(group[(system == s) & rated]))) < 2:
+            few = f"has rated items in {n} groups, and an interval needs two"
+            raise InputError(f"{short(config.items)}: {config.field} '{short(name)}' {few}")
+    if judge:
+        distjudge.keep_short(judge, items, "error", "given")
+        q = distjudge.judge_items(judge, items, progress=True)[0]
+    else:
+        for item in items:
+            if (ready := predicted.get(item.id)) is None or ready.prompt not in ("-", item.prompt):
+                text = f"{short(config.predictions)} has no prediction of this id and prompt; judge all items"
+                raise InputError(f"{item.named}: {text}")
+        q = distjudge.truths_of([predicted[item.id] for item in items])
+    counts = np.where(np.array(rated)[:, None], counts, 0)
+    return Panel(labels, list(systems), system, group, counts, q.numpy().astype(float))
+
+
+# --- what is shown ----------------------------------------------------------------------------------------
+def tables(table: dict[str, Any]) -> list[str]:
+    """Aligned text: for each measure that is tested the systems and the pairs."""
+    show, lines = "{estimate:.3f} [{low:.3f}, {high:.3f}]".format_map, []
+    for measure in table["tested"]:
+        rows, gaps = [], []
+        for name, row in table["systems"].items():
+            rows.append({"system": short(name, 24), "items": row["items"], "rated": row["rated"]})
+            rows[-1] |= {title: show(row[measure][how]) for how, title in METHODS.items()}
+            rows[-1] |= {"rank": "{} to {}".format(*row["rank"])} if "rank" in row else {}
+        for pair in table["pairs"]:
+            gaps.append({"difference": f"{short(pair['a'], 24)} - {short(pair['b'], 24)}"})
+            gaps[-1] |= {title: show(pair[measure][how]) for how, title in METHODS.items()}
+            gaps[-1] |= {"p (Holm)": f"{pair[measure]['ppi']['p_holm']:.3f}"}
+            gaps[-1] |= {"first wins (PPI++)": show(pair["win"]["ppi"])} if "win" in pair else {}
+        for found in filter(None, (rows, gaps)):
+            lines += [short(measure, 40), pandas.DataFrame(found).to_string(index=False), ""]
+    return lines
+
+
+WORDS = """{rated} of {items} items are rated. {sure_as}The judge's weight is {weight:.2f}, from 0 (not heard)
+to 1. The judge alone is off by {least:+.3f} to {most:+.3f}, says the estimate that corrects it. Standard
+deviations: a vote about its item's mean {vote_sd:.2f}, the items of a system {item_sd:.2f}, the judge about an
+item's mean {judge_error_sd:.2f}. {sure} of {pairs} differences are sure (Holm, p under 0.05)."""
+
+
+def words(table: dict[str, Any]) -> str:
+    """What the tables say, in a paragraph."""
+    rows, measures, said = table["systems"].values(), table["tested"], {"sure_as": ""}
+    if table["worth"]:
+        said["sure_as"] = (
+            f"With them and the judge you are as sure as with {table['worth']:.0f} rated items alone. "
+        )
+    off = [row[m]["judge"]["estimate"] - row[m]["ppi"]["estimate"] for row in rows for m in measures]
+    sure = [pair[m]["ppi"]["p_holm"] < 1 - LEVEL for pair in table["pairs"] for m in measures]
+    said |= {"least": min(off), "most": max(off), "items": sum(row["items"] for row in rows)}
+    return WORDS.replace("\n", " ").format_map(table | said | {"sure": sum(sure), "pairs": len(sure)})
+
+
+def draw(table: dict[str, Any], path: Path) -> None:
+    """A forest plot: each system's three intervals, the best on top; a panel a measure that is tested."""
+    from plots.figures import HUMAN, MODEL, NEUTRAL, plt
+
+    measures, names = table["tested"], [short(name, 24).replace("$", r"\$") for name in table["systems"]]
+    size = (1.5 + 4 * len(measures), 1 + 0.45 * len(names))
+    figure, axes = plt.subplots(1, len(measures), figsize=size, sharey=True, squeeze=False)
+    looks = [*zip(METHODS.items(), (HUMAN, NEUTRAL, MODEL), "s^o", (-0.22, 0, 0.22), strict=True)]
+    for ax, measure in zip(axes[0], measures, strict=True):
+        for (how, title), colour, marker, shift in looks:
+            cells = [row[measure][how] for row in table["systems"].values()]
+            x, low, high = (np.array([cell[end] for cell in cells]) for end in ("estimate", "low", "high"))
+            at, ends = np.arange(len(x)) + shift, [x - low, high - x]
+            ax.errorbar(x, at, xerr=ends, fmt=marker, color=colour, markersize=4, label=title)
+        ax.set_xlabel(f"{short(measure, 40)}, 95 % intervals".replace("$", r"\$"))
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(config: SystemsConfig) -> None:
+    if not importlib.util.find_spec("scipy"):
+        raise InputError("recipes/systems.py needs SciPy: pip install scipy")
+    out = Path(config.out)
+    distjudge.check_out(out, *FILES)
+    table = compare(read_panel(config))
+    out.mkdir(parents=True, exist_ok=True)
+    with distjudge.locked(out):
+        lines = [*tables(table), words(table)]
+        about = {"settings": dataclasses.asdict(config), "versions": distjudge.versions()}
+        distjudge.write_json(out / "table.json", about | table | {"words": lines[-1]})
+        distjudge.write_lines(out / "table.txt", lines)
+        draw(table, out / "forest.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    distjudge.cli(main, SystemsConfig)
