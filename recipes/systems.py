@@ -20,7 +20,6 @@ Two things must be true: the rated items are a random draw, and the judge was tr
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import re
 import sys
@@ -28,11 +27,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas
+from scipy.special import stdtr, stdtrit
 
 import distjudge
 from distjudge import InputError, Item, short
@@ -40,6 +39,14 @@ from distjudge import InputError, Item, short
 FILES = ("table.txt", "table.json", "forest.png")
 METHODS = {"votes": "votes alone", "judge": "judge alone (biased)", "ppi": "votes and judge (PPI++)"}
 LEVEL = 0.95
+VOTES = ("counts", "annotations", "distribution")  # one of these fields holds them
+WORDS = (
+    "With {rated} of {items} items rated and the judge, you are as sure as with {worth:.0f} rated items "
+    "alone. The judge's weight is {weight:.2f}, from 0 (not heard) to 1. Alone it is off by {least:+.3f} to "
+    "{most:+.3f}, says the estimate that corrects it. {sure} of {differences} differences are sure (Holm). "
+    "Standard deviations: a vote about its item's mean {vote_sd:.2f}, the items of a system {item_sd:.2f}, "
+    "the judge about an item's mean {judge_error_sd:.2f}."
+)
 
 
 @dataclasses.dataclass
@@ -172,7 +179,7 @@ def estimate(panel: Panel, columns: np.ndarray) -> tuple[dict[str, Estimate], di
         "ppi": Estimate(ppi, centred(parts, strata), strata, n),
     }
     v, p = ((out[name].parts ** 2).sum() for name in ("votes", "ppi"))
-    about = {"weight": float(weight[0]), "rated": len(m), "worth": float(len(m) * v / p) if p else None}
+    about = {"weight": float(weight[0]), "rated": len(m), "worth": float(len(m) * v / p) if p else len(m)}
     about |= {"vote_sd": noise**0.5, "item_sd": spread**0.5}
     return out, about | {"judge_error_sd": between(y - f, system, m, noise) ** 0.5}
 
@@ -191,14 +198,11 @@ def centred(parts: np.ndarray, strata: np.ndarray) -> np.ndarray:
 def interval(
     e: Estimate, slope: np.ndarray, least: float, most: float, value: float | None = None
 ) -> dict[str, float]:
-    """A t-interval of a quantity, cut to what is possible (from least to most).
+    """A t-interval of e.value's product with slope (S, K), or of a `value` with that slope, cut to bounds.
 
-    slope (S, K): of the quantity, by e.value; the quantity is their product unless `value` is given. Degrees
-    of freedom: Satterthwaite's over strata of groups, but not under those of the system with fewest groups.
-    Where n groups are all alike, the share of others is under 1 - 0.025^(1/n) (the rule of three).
+    Degrees of freedom: Satterthwaite's over strata of groups, but not under those of the system with fewest
+    groups. Where n groups are all alike, the share of others is under 1 - 0.025^(1/n) (the rule of three).
     """
-    from scipy.special import stdtrit
-
     used = slope.any(1)
     parts, n = np.tensordot(e.parts[:, used], slope[used], 2), e.n[used].min()
     place = np.unique(e.strata[:, used] @ 3 ** np.arange(used.sum()), return_inverse=True)[1]
@@ -224,8 +228,6 @@ def win(e: Estimate, a: int, b: int) -> dict[str, float]:
 
 def holm(gaps: list[dict[str, float]]) -> list[float]:
     """p-values of differences, corrected for being many (Holm 1979); 1 where an interval has no spread."""
-    from scipy.special import stdtr
-
     single = [2 * stdtr(gap["df"], -abs(gap["estimate"]) / gap["se"]) if gap["se"] else 1.0 for gap in gaps]
     p = pandas.Series(single, dtype=float).sort_values()
     return (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1).sort_index().tolist()
@@ -250,21 +252,20 @@ def compare(panel: Panel) -> dict[str, Any]:
 
     rows, pairs = {}, []
     for s, name in enumerate(names):
-        size = {"items": panel.system == s, "rated": panel.rated & (panel.system == s)}
-        rows[name] = {key: int(which.sum()) for key, which in size.items()}
-        rows[name] |= {"rated_groups": int(shares["votes"].n[s])} | {m: found(m, units[s]) for m in measures}
+        items, rated = int((panel.system == s).sum()), int((panel.rated & (panel.system == s)).sum())
+        rows[name] = {"items": items, "rated": rated, "groups": int(shares["votes"].n[s])}
+        rows[name] |= {"rank": [1, len(names)]} if numeric else {}
+        rows[name] |= {measure: found(measure, units[s]) for measure in measures}
     for a, b in itertools.combinations(range(len(names)), 2):
         pairs.append({"a": names[a], "b": names[b]} | {m: found(m, units[a] - units[b]) for m in tested})
         pairs[-1] |= {"win": {how: win(e, a, b) for how, e in shares.items()}} if numeric else {}
-    gaps = [pair[measure]["ppi"] for pair in pairs for measure in tested]
-    for gap, p in zip(gaps, holm(gaps), strict=True):
+    gaps = [(pair, pair[measure]["ppi"]) for pair in pairs for measure in tested]
+    for (pair, gap), p in zip(gaps, holm([gap for _, gap in gaps]), strict=True):
         gap["p_holm"] = p
-    if numeric:
-        sure = [(pair, pair["mean"]["ppi"]["estimate"] > 0) for pair in pairs]
-        sure = [(pair, up) for pair, up in sure if pair["mean"]["ppi"]["p_holm"] < 1 - LEVEL]
-        ahead, behind = [pair["ba"[up]] for pair, up in sure], [pair["ab"[up]] for pair, up in sure]
-        for name, row in rows.items():
-            row["rank"] = [1 + behind.count(name), len(names) - ahead.count(name)]
+        if numeric and p < 1 - LEVEL:
+            better, worse = (pair["a"], pair["b"]) if gap["estimate"] > 0 else (pair["b"], pair["a"])
+            rows[better]["rank"][1] -= 1
+            rows[worse]["rank"][0] += 1
     best_first = sorted(rows.items(), key=lambda named: -named[1][tested[0]]["ppi"]["estimate"])
     return {"labels": panel.labels, "tested": tested, **about, "systems": dict(best_first), "pairs": pairs}
 
@@ -282,9 +283,10 @@ def load(path: str, change: Callable[[dict], dict], labels: Sequence[str] | None
     try:
         items = distjudge.load_items(rows, labels=labels)
     except InputError as error:
-        text = re.sub(r"^items\[(\d+)\]", lambda found: places[int(found[1])], str(error), flags=re.M)
+        at = {f"items[{i}]": where for i, where in enumerate(places)}
+        text = re.sub(r"items\[\d+\]", lambda found: at.get(found[0], found[0]), str(error))
         text = text if labels else re.sub(": (counts|truth): ", ": predicted: ", text)
-        raise InputError(text.replace("load_items", short(path))) from None
+        raise InputError(text.replace("load_items", short(path, 1000))) from None
     return [dataclasses.replace(item, where=where) for item, where in zip(items, places, strict=True)]
 
 
@@ -306,12 +308,11 @@ def read_panel(config: SystemsConfig) -> Panel:
     named, rated = [], []
 
     def with_votes(row: dict[str, Any]) -> dict[str, Any]:
-        if distjudge.is_missing(row.get(config.field)):
-            raise ValueError(f"{config.field}: missing; it names the system")
-        named.append(distjudge.as_label(row[config.field]))
-        rated.append(
-            not all(map(distjudge.is_missing, map(row.get, ("counts", "annotations", "distribution"))))
-        )
+        try:
+            named.append(distjudge.as_label(row.get(config.field)))
+        except ValueError as error:
+            raise ValueError(f"{config.field}: the name of a system {error}") from None
+        rated.append(not all(distjudge.is_missing(row.get(kind)) for kind in VOTES))
         return row if rated[-1] else row | {"counts": {labels[0]: 1}}  # a stand-in
 
     items = load(config.items, with_votes, labels)
@@ -321,15 +322,15 @@ def read_panel(config: SystemsConfig) -> Panel:
     for s, name in enumerate(systems):
         if (n := len(np.unique(group[(system == s) & rated]))) < 2:
             few = f"has rated items in {n} groups, and an interval needs two"
-            raise InputError(f"{short(config.items)}: {config.field} '{short(name)}' {few}")
+            raise InputError(f"{short(config.items, 1000)}: {config.field} '{short(name)}' {few}")
     if judge:
         distjudge.keep_short(judge, items, "error", "given")
         q = distjudge.judge_items(judge, items, progress=True)[0]
     else:
         for item in items:
             if (ready := predicted.get(item.id)) is None or ready.prompt not in ("-", item.prompt):
-                text = f"{short(config.predictions)} has no prediction of this id and prompt; judge all items"
-                raise InputError(f"{item.named}: {text}")
+                text = "has no prediction of this id and prompt; judge all items"
+                raise InputError(f"{item.named}: {short(config.predictions, 1000)} {text}")
         q = distjudge.truths_of([predicted[item.id] for item in items])
     counts = np.where(np.array(rated)[:, None], counts, 0)
     return Panel(labels, list(systems), system, group, counts, q.numpy().astype(float))
@@ -342,7 +343,7 @@ def tables(table: dict[str, Any]) -> list[str]:
     for measure in table["tested"]:
         rows, gaps = [], []
         for name, row in table["systems"].items():
-            rows.append({"system": short(name, 24), "items": row["items"], "rated": row["rated"]})
+            rows.append({"system": short(name, 24)} | {key: row[key] for key in ("items", "rated", "groups")})
             rows[-1] |= {title: show(row[measure][how]) for how, title in METHODS.items()}
             rows[-1] |= {"rank": "{} to {}".format(*row["rank"])} if "rank" in row else {}
         for pair in table["pairs"]:
@@ -350,28 +351,18 @@ def tables(table: dict[str, Any]) -> list[str]:
             gaps[-1] |= {title: show(pair[measure][how]) for how, title in METHODS.items()}
             gaps[-1] |= {"p (Holm)": f"{pair[measure]['ppi']['p_holm']:.3f}"}
             gaps[-1] |= {"first wins (PPI++)": show(pair["win"]["ppi"])} if "win" in pair else {}
-        for found in filter(None, (rows, gaps)):
-            lines += [short(measure, 40), pandas.DataFrame(found).to_string(index=False), ""]
+        for title, found in ((measure, rows), (f"{measure}, pairs", gaps)):
+            lines += [short(title), pandas.DataFrame(found).to_string(index=False), ""] if found else []
     return lines
-
-
-WORDS = """{rated} of {items} items are rated. {sure_as}The judge's weight is {weight:.2f}, from 0 (not heard)
-to 1. The judge alone is off by {least:+.3f} to {most:+.3f}, says the estimate that corrects it. Standard
-deviations: a vote about its item's mean {vote_sd:.2f}, the items of a system {item_sd:.2f}, the judge about an
-item's mean {judge_error_sd:.2f}. {sure} of {pairs} differences are sure (Holm, p under 0.05)."""
 
 
 def words(table: dict[str, Any]) -> str:
     """What the tables say, in a paragraph."""
-    rows, measures, said = table["systems"].values(), table["tested"], {"sure_as": ""}
-    if table["worth"]:
-        said["sure_as"] = (
-            f"With them and the judge you are as sure as with {table['worth']:.0f} rated items alone. "
-        )
+    rows, measures = table["systems"].values(), table["tested"]
     off = [row[m]["judge"]["estimate"] - row[m]["ppi"]["estimate"] for row in rows for m in measures]
     sure = [pair[m]["ppi"]["p_holm"] < 1 - LEVEL for pair in table["pairs"] for m in measures]
-    said |= {"least": min(off), "most": max(off), "items": sum(row["items"] for row in rows)}
-    return WORDS.replace("\n", " ").format_map(table | said | {"sure": sum(sure), "pairs": len(sure)})
+    said = table | {"items": sum(row["items"] for row in rows), "sure": sum(sure), "differences": len(sure)}
+    return WORDS.format(**said, least=min(off), most=max(off))
 
 
 def draw(table: dict[str, Any], path: Path) -> None:
@@ -381,13 +372,13 @@ def draw(table: dict[str, Any], path: Path) -> None:
     measures, names = table["tested"], [short(name, 24).replace("$", r"\$") for name in table["systems"]]
     size = (1.5 + 4 * len(measures), 1 + 0.45 * len(names))
     figure, axes = plt.subplots(1, len(measures), figsize=size, sharey=True, squeeze=False)
-    looks = [*zip(METHODS.items(), (HUMAN, NEUTRAL, MODEL), "s^o", (-0.22, 0, 0.22), strict=True)]
+    looks = {"votes": ("s", HUMAN, -0.22), "judge": ("^", NEUTRAL, 0), "ppi": ("o", MODEL, 0.22)}
     for ax, measure in zip(axes[0], measures, strict=True):
-        for (how, title), colour, marker, shift in looks:
-            cells = [row[measure][how] for row in table["systems"].values()]
-            x, low, high = (np.array([cell[end] for cell in cells]) for end in ("estimate", "low", "high"))
-            at, ends = np.arange(len(x)) + shift, [x - low, high - x]
-            ax.errorbar(x, at, xerr=ends, fmt=marker, color=colour, markersize=4, label=title)
+        for how, (marker, colour, shift) in looks.items():
+            cells = pandas.DataFrame([row[measure][how] for row in table["systems"].values()])
+            ends, x = [cells.estimate - cells.low, cells.high - cells.estimate], cells.estimate
+            at = np.arange(len(x)) + shift
+            ax.errorbar(x, at, xerr=ends, fmt=marker, color=colour, ms=4, label=METHODS[how])
         ax.set_xlabel(f"{short(measure, 40)}, 95 % intervals".replace("$", r"\$"))
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
@@ -397,8 +388,6 @@ def draw(table: dict[str, Any], path: Path) -> None:
 
 
 def main(config: SystemsConfig) -> None:
-    if not importlib.util.find_spec("scipy"):
-        raise InputError("recipes/systems.py needs SciPy: pip install scipy")
     out = Path(config.out)
     distjudge.check_out(out, *FILES)
     table = compare(read_panel(config))

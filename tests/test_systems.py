@@ -1,5 +1,7 @@
-"""recipes/systems.py: estimates by hand and against a peer, coverage on simulated panels, the command line."""
+"""recipes/systems.py: estimates by hand and against a peer, coverage on simulated panels, the command."""
 
+import collections
+import itertools
 import json
 import os
 import subprocess
@@ -32,18 +34,20 @@ def simulated(rng, groups=100, rated=10, each=1, judge="good", apart=False, vote
     """
     group = np.repeat(np.arange(groups), 2 * each)
     system = np.tile(np.repeat([0, 1], each), groups)
-    normal = lambda spread, size=len(group): spread * rng.standard_normal(size)  # noqa: E731
+    normal = lambda spread, size=2 * each * groups: spread * rng.standard_normal(size)  # noqa: E731
     latent = np.array(SHIFTS)[system] + normal(0.5, groups)[group] + normal(0.4)
     latent += normal(0.3, (groups, 2))[group, system]
     error = normal(0.3, groups)[group] + normal(0.3)
-    seen = {"good": latent + error, "biased": 0.6 * latent + error + 1 - 0.8 * system, "bad": 3 * error}[judge]
+    seen = {"good": latent + error, "biased": 0.6 * latent + error + 1 - 0.8 * system, "bad": 3 * error}
     counts = rng.multinomial(rng.integers(1, votes + 1, len(group)), opinions(latent))
     hidden = group >= rated
     if apart:
         hidden = np.ones(len(group), dtype=bool)
         for s in (0, 1):
             hidden[rng.choice(np.flatnonzero(system == s), rated, replace=False)] = False
-    return Panel([*"12345"], ["a", "b"], system, group, np.where(hidden[:, None], 0, counts), opinions(seen))
+    return Panel(
+        [*"12345"], ["a", "b"], system, group, np.where(hidden[:, None], 0, counts), opinions(seen[judge])
+    )
 
 
 def truth():
@@ -107,3 +111,231 @@ def test_intervals_hold(case):
 @pytest.mark.parametrize("case", CASES)
 def test_intervals_hold_in_1000_draws(case):
     check_intervals(case, 1000, 0.93, 0.97)
+
+
+def plain(seed=0, n=300, more=900):
+    """One system, one vote an item, no groups; the first n of n + more items are rated."""
+    rng = np.random.default_rng(seed)
+    latent = rng.standard_normal(n + more)
+    counts = rng.multinomial(1, opinions(latent))
+    counts[n:] = 0
+    at = np.arange(n + more)
+    return Panel([*"12345"], ["a"], 0 * at, at, counts, opinions(latent + 0.5 * rng.standard_normal(len(at))))
+
+
+def test_the_formula_of_ppi():
+    """Angelopoulos, Duchi and Zrnic 2023, section 4: the estimate and its variance, with the weight there."""
+    panel, n, more = plain(), 300, 900
+    e, about = estimate(panel, SCALE)
+    y, f = panel.counts[:n] @ SCALE[:, 0], panel.q @ SCALE[:, 0]
+    slope = np.cov(y, f[:n])[0, 1] / f[:n].var(ddof=1)
+    weight = slope * more / (n + more)  # ours leans on all items, theirs on the unrated ones
+    theirs = y.mean() + weight * (f[n:].mean() - f[:n].mean())
+    variance = (y - weight * f[:n]).var(ddof=1) / n + weight**2 * f[n:].var(ddof=1) / more
+    assert about["weight"] == pytest.approx(slope)
+    found = interval(e["ppi"], np.ones((1, 1)), 1, 5)
+    assert found["estimate"] == pytest.approx(theirs)
+    assert found["se"] == pytest.approx(variance**0.5, rel=0.01)  # ours knows that the weight was tuned
+    for how, values in {"votes": y, "judge": f}.items():
+        cell = interval(e[how], np.ones((1, 1)), 1, 5)
+        assert cell["estimate"] == pytest.approx(values.mean())
+        assert cell["se"] == pytest.approx(values.std(ddof=1) / len(values) ** 0.5)
+    assert about["worth"] == pytest.approx(n * y.var(ddof=1) / n / variance, rel=0.02)
+
+
+def test_the_peer():
+    peer = pytest.importorskip("ppi_py")
+    panel, n, more = plain(1), 300, 900
+    e, about = estimate(panel, SCALE)
+    y, f = panel.counts[:n] @ SCALE[:, 0], panel.q @ SCALE[:, 0]
+    same = about["weight"] * more / (n + more)
+    assert e["ppi"].value[0, 0] == pytest.approx(peer.ppi_mean_pointestimate(y, f[:n], f[n:], lam=same)[0])
+    low, high = peer.ppi_mean_ci(y, f[:n], f[n:], alpha=0.05)  # tuned by itself, with normal quantiles
+    ours = interval(e["ppi"], np.ones((1, 1)), 1, 5)
+    assert (ours["low"], ours["high"]) == pytest.approx((low[0], high[0]), abs=0.1 * (high[0] - low[0]) / 2)
+
+
+def test_groups_count_once():
+    """With groups of equal size the error is that of the groups' means."""
+    panel = simulated(np.random.default_rng(3), groups=30, rated=12, each=4, votes=1)
+    found = interval(estimate(panel, SCALE)[0]["votes"], np.array([[1.0], [0]]), 1, 5)
+    mine = panel.rated & (panel.system == 0)
+    means = (panel.counts @ SCALE[:, 0])[mine].reshape(12, 4).mean(1)
+    assert found["se"] == pytest.approx(means.std(ddof=1) / 12**0.5) and found["df"] == 11
+    single = (panel.counts @ SCALE[:, 0])[mine].std(ddof=1) / 48**0.5
+    assert found["se"] > 1.3 * single
+
+
+def test_items_with_more_votes_weigh_more():
+    """Panels of 1 and of 30 votes: noise and spread are found, and the error is the least possible."""
+    rng, n, pick = np.random.default_rng(0), 4000, np.arange(4000) % 2
+    high = rng.random(n) < 0.5  # votes are 2 or 4, 4 in an item with probability 0.75 or 0.25
+    counts = np.zeros((n, 5))
+    votes = np.where(pick, 30, 1)
+    up = rng.binomial(votes, np.where(high, 0.75, 0.25))
+    counts[:, 1], counts[:, 3] = votes - up, up
+    panel = Panel([*"12345"], ["a"], 0 * pick, np.arange(n), counts, np.full((n, 5), 0.2))
+    e, about = estimate(panel, SCALE)
+    spread, noise = 0.25, 0.75
+    assert about["item_sd"] ** 2 == pytest.approx(spread, rel=0.05)
+    assert about["vote_sd"] ** 2 == pytest.approx(noise, rel=0.02)
+    best = (1 / (spread + noise / votes)).sum() ** -0.5
+    equal = (spread + noise / votes).sum() ** 0.5 / n
+    assert best < 0.9 * equal and about["weight"] == 0 and about["worth"] == n  # such a judge says nothing
+    for how in ("votes", "ppi"):
+        assert interval(e[how], np.ones((1, 1)), 1, 5)["se"] == pytest.approx(best, rel=0.03)
+
+
+def test_a_hand_made_panel():
+    """Two systems rated in three groups, one vote each: 1 2 3 and 3 4 5; the judge alike of all."""
+    counts = np.eye(5)[[0, 1, 2, 2, 3, 4]]
+    panel = Panel(
+        [*"12345"], ["a", "b"], np.repeat([0, 1], 3), np.tile(np.arange(3), 2), counts, counts * 0 + 0.2
+    )
+    table = compare(panel)
+    cell = table["systems"]["a"]["mean"]["ppi"]
+    half = 4.302653 / 3**0.5  # t of 2 degrees of freedom
+    assert [cell[key] for key in ("estimate", "low", "high")] == pytest.approx([2, 1, 2 + half], rel=1e-5)
+    pair = table["pairs"][0]
+    gap = pair["mean"]["votes"]  # -2 in each group: no spread, so 1 - 0.025^(1/3) of the scale's 8
+    assert gap["high"] == pytest.approx(-2 + 8 * (1 - 0.025 ** (1 / 3))) and gap["low"] == -4
+    assert pair["mean"]["ppi"]["p_holm"] == 1 and table["systems"]["a"]["rank"] == [1, 2]
+    assert pair["win"]["votes"]["estimate"] == pytest.approx((0 + 0 + 0.5) / 9)  # 3 against 3 is the only tie
+    assert pair["win"]["judge"]["estimate"] == pytest.approx(0.5)
+    assert list(table["systems"]) == ["b", "a"]
+
+
+def test_holm_by_hand():
+    from scipy.stats import norm
+
+    gaps = [{"df": 1e12, "se": 1.0, "estimate": norm.isf(p / 2)} for p in (0.01, 0.04, 0.03)]
+    assert holm([*gaps, {"df": 3, "se": 0.0, "estimate": 2.0}]) == pytest.approx([0.04, 0.09, 0.09, 1])
+
+
+def rows_of(panel, labels="12345"):
+    """A panel as lines of items and of predictions."""
+    items, judged = [], []
+    for i, (s, g) in enumerate(zip(panel.system, panel.group, strict=True)):
+        votes = (
+            {"counts": dict(zip(labels, map(int, panel.counts[i]), strict=True))} if panel.rated[i] else {}
+        )
+        items.append({"id": f"i{i}", "prompt": f"Rate {i}.", "system": "ab"[s], "group": f"g{g}"} | votes)
+        judged.append(
+            {"id": f"i{i}", "predicted": dict(zip(labels, panel.q[i], strict=True)), "label_mass": 1}
+        )
+    return items, judged
+
+
+def write(folder, **files):
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(folder, *options):
+    given = ["--items", "items.jsonl", "--predictions", "judged.jsonl", "--out", "out", *options]
+    return subprocess.run([sys.executable, SCRIPT, *given], capture_output=True, text=True, cwd=folder)
+
+
+def test_the_command(tmp_path):
+    panel = simulated(np.random.default_rng(0), groups=40, rated=12)
+    items, judged = rows_of(panel)
+    write(tmp_path, items=items, judged=judged[::-1])  # matched by id, whatever the order
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    expected = compare(panel)
+    assert table["pairs"][0]["win"]["ppi"] == pytest.approx(expected["pairs"][0]["win"]["ppi"])
+    assert table["systems"]["b"]["mean"]["ppi"] == pytest.approx(expected["systems"]["b"]["mean"]["ppi"])
+    assert table["systems"]["a"]["rated"] == 12 and table["systems"]["a"]["items"] == 40
+    assert f"as sure as with {table['worth']:.0f} rated items alone" in done.stdout
+    assert (tmp_path / "out" / "table.txt").read_text() == done.stdout
+    assert (tmp_path / "out" / "forest.png").stat().st_size > 10_000
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    done = run(tmp_path, "--out", "mine")
+    assert done.returncode == 2 and "thesis.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_labels_that_are_no_numbers_and_a_judge_that_is_run(tmp_path, saved_run):
+    items = [{"prompt": f"soup {i}", "writer": "ab"[i % 2], "group": i // 2} for i in range(16)]
+    for i, row in enumerate(items[:10]):
+        row["annotations"] = ["yes", "no", "yes"][: 1 + i % 3]
+    write(tmp_path, items=items)
+    where = {"items": str(tmp_path / "items.jsonl"), "run": str(saved_run), "out": str(tmp_path / "out")}
+    systems.main(SystemsConfig(**where, field="writer"))
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert table["tested"] == ["share of yes", "share of no"] and "win" not in table["pairs"][0]
+    for row in table["systems"].values():
+        assert "rank" not in row and "mean" not in row
+        for how in METHODS:
+            assert sum(row[share][how]["estimate"] for share in table["tested"]) == pytest.approx(1)
+    yes = distjudge.load_judge(saved_run).predict([row["prompt"] for row in items[::2]])[:, 0].mean()
+    assert table["systems"]["a"]["share of yes"]["judge"]["estimate"] == pytest.approx(yes, abs=1e-6)
+
+
+HIGH = dict.fromkeys("12345", 0.3)
+BAD = [
+    ("items", 2, {"system": None}, "items.jsonl:3: system: the name of a system must be text"),
+    ("items", 0, {"counts": {"9": 1}}, r"items.jsonl:1: item 'i0': counts: unknown label \{9\}"),
+    ("items", 0, {"counts": {"1": 0}}, "items.jsonl:1: item 'i0': counts: no votes"),
+    ("items", 1, {"id": "i0"}, "items.jsonl:2: item 'i0': id: duplicate, first at .*items.jsonl:1"),
+    ("items", 9, {"system": "new"}, "items.jsonl: system 'new' has rated items in 0 groups"),
+    ("judged", 4, {"id": "x"}, "items.jsonl:5: item 'i4': .*judged.jsonl has no prediction of this id"),
+    ("judged", 4, {"prompt": "Rate 5."}, "items.jsonl:5: item 'i4': .*no prediction of this id and prompt"),
+    ("judged", 1, {"predicted": {"1": 1}}, "judged.jsonl:2: item 'i1': predicted: labels"),
+    ("judged", 1, {"predicted": None}, "judged.jsonl:2: predicted: a prediction needs id"),
+    ("judged", 0, {"predicted": HIGH}, "judged.jsonl:1: item 'i0': predicted: shares .* not to 1.5"),
+]
+
+
+@pytest.mark.parametrize(("file", "row", "fields", "message"), BAD)
+def test_bad_input(tmp_path, file, row, fields, message):
+    items, judged = rows_of(simulated(np.random.default_rng(0), groups=5, rated=3))
+    {"items": items, "judged": judged}[file][row] |= fields
+    write(tmp_path, items=items, judged=judged)
+    where = {"items": str(tmp_path / "items.jsonl"), "predictions": str(tmp_path / "judged.jsonl")}
+    with pytest.raises(distjudge.InputError, match=message):
+        systems.main(SystemsConfig(**where, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(distjudge.InputError, match=r"--run, or .*--predictions"):
+        systems.main(SystemsConfig(**where, run="r", out=str(tmp_path / "out")))
+
+
+def redrawn(panel, share, rng):
+    """As many groups, drawn with replacement, of which a share is rated."""
+    groups = rng.integers(panel.group.max() + 1, size=panel.group.max() + 1)
+    where = [np.flatnonzero(panel.group == group) for group in groups]
+    group = np.repeat(np.arange(len(groups)), [*map(len, where)])
+    at, hidden = np.concatenate(where), (group >= round(share * len(groups)))[:, None]
+    counts = np.where(hidden, 0, panel.counts[at])
+    return Panel(panel.labels, panel.systems, panel.system[at], group, counts, panel.q[at])
+
+
+@pytest.mark.slow
+def test_on_real_votes():
+    """Prints how often the intervals hold the means of all votes, and their differences, in 1,000 draws.
+
+    DISTJUDGE_ITEMS names items that all have votes, system and group, DISTJUDGE_JUDGED a judge's predictions.
+    """
+    files = [os.environ.get(f"DISTJUDGE_{name}", "") for name in ("ITEMS", "JUDGED")]
+    if not all(files):
+        pytest.skip("needs DISTJUDGE_ITEMS and DISTJUDGE_JUDGED")
+    whole = systems.read_panel(SystemsConfig(files[0], "", predictions=files[1]))
+    true, units = estimate(whole, SCALE)[0]["votes"].value, np.eye(len(whole.systems))
+    apart, ends = [a - b for a, b in itertools.combinations(units, 2)], {"means": (1, 5), "gaps": (-4, 4)}
+    print("\n| rated | estimate | means held | width | differences held | width | weight | worth |")
+    for share in (0.05, 0.1, 0.2):
+        rng, cells, about = np.random.default_rng(0), collections.defaultdict(list), []
+        for _ in range(1000):
+            e, more = estimate(redrawn(whole, share, rng), SCALE)
+            about.append((more["weight"], more["rated"], more["worth"]))
+            for how, (kind, slopes) in itertools.product(METHODS, {"means": units, "gaps": apart}.items()):
+                for slope in slopes:
+                    cell, value = interval(e[how], slope[:, None], *ends[kind]), slope @ true[:, 0]
+                    held = cell["low"] <= value <= cell["high"]
+                    cells[how, kind].append((held, cell["high"] - cell["low"]))
+        for how in METHODS:
+            found = [np.mean(cells[how, kind], axis=0) for kind in ("means", "gaps")]
+            said = " | ".join(f"{held:.1%} | {width:.3f}" for held, width in found)
+            print(f"| {share:.0%} | {METHODS[how]} | {said} |", np.mean(about, axis=0))
+            assert how == "judge" or min(held for held, _ in found) > 0.92
