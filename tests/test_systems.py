@@ -28,10 +28,7 @@ def opinions(latent):
 
 
 def simulated(rng, groups=100, rated=10, each=1, judge="good", apart=False, votes=5):
-    """Items of two systems with effects of group, of group and system, and of item; 1 to `votes` votes.
-
-    The first `rated` groups have votes; apart: so many items of each system, anywhere.
-    """
+    """Items of two systems; `rated` groups, or so many items of each (apart), have 1 to `votes` votes."""
     group = np.repeat(np.arange(groups), 2 * each)
     system = np.tile(np.repeat([0, 1], each), groups)
     normal = lambda spread, size=2 * each * groups: spread * rng.standard_normal(size)  # noqa: E731
@@ -45,34 +42,37 @@ def simulated(rng, groups=100, rated=10, each=1, judge="good", apart=False, vote
         hidden = np.ones(len(group), dtype=bool)
         for s in (0, 1):
             hidden[rng.choice(np.flatnonzero(system == s), rated, replace=False)] = False
-    return Panel(
-        [*"12345"], ["a", "b"], system, group, np.where(hidden[:, None], 0, counts), opinions(seen[judge])
-    )
+    counts[hidden] = 0
+    return Panel([*"12345"], ["a", "b"], system, group, counts, opinions(seen[judge]))
 
 
-def truth():
-    """Mean ratings, their difference and the win probability of the two simulated systems, by quadrature."""
+def true_shares():
+    """The shares of votes (2, 5) of the two simulated systems, by quadrature."""
     x, w = np.polynomial.hermite_e.hermegauss(60)
-    shares = [w @ opinions(shift + x * 0.5**0.5) / w.sum() for shift in SHIFTS]
-    means = [float(p @ SCALE[:, 0]) for p in shares]
-    return {"mean": means, "difference": [means[0] - means[1]], "win": [float(shares[0] @ ABOVE @ shares[1])]}
+    return np.stack([w @ opinions(shift + x * 0.5**0.5) / w.sum() for shift in SHIFTS])
 
 
-def checked(draws, **settings):
-    """{(method, quantity): (coverage, mean width)} over simulated panels."""
-    known, rng, found = truth(), np.random.default_rng(0), {}
-    for _ in range(draws):
-        panel = simulated(rng, **settings)
-        means, shares = estimate(panel, SCALE)[0], estimate(panel, np.eye(5))[0]
+def checked(panels, shares, title):
+    """{(method, quantity): (coverage, mean width)} of panels with known shares (S, 5), also printed."""
+    found, about, units = collections.defaultdict(list), [], np.eye(len(shares))
+    for panel in panels:
+        (by_mean, more), (by_share, _) = estimate(panel, SCALE), estimate(panel, np.eye(5))
+        about.append((more["weight"], more["worth"]))
         for how in METHODS:
-            slopes = {"mean": [[1, 0], [0, 1]], "difference": [[1, -1]]}
-            got = {name: [interval(means[how], np.c_[s], -9, 9) for s in of] for name, of in slopes.items()}
-            got["win"] = [win(shares[how], 0, 1)]
-            for name, cells in got.items():
-                for cell, true in zip(cells, known[name], strict=True):
-                    hit = cell["low"] <= true <= cell["high"]
-                    found.setdefault((how, name), []).append((hit, cell["high"] - cell["low"]))
-    return {key: tuple(np.mean(values, axis=0)) for key, values in found.items()}
+            cells = [("mean", interval(by_mean[how], unit[:, None], 1, 5), unit) for unit in units]
+            for a, b in itertools.combinations(range(len(units)), 2):
+                apart = units[a] - units[b]
+                cells.append(("difference", interval(by_mean[how], apart[:, None], -4, 4), apart))
+                cells.append(("win", win(by_share[how], a, b), shares[a] @ ABOVE @ shares[b]))
+            for name, cell, true in cells:
+                true = true if name == "win" else true @ shares @ SCALE[:, 0]
+                found[how, name].append((cell["low"] <= true <= cell["high"], cell["high"] - cell["low"]))
+    found = {key: np.mean(values, axis=0) for key, values in found.items()}
+    for how in METHODS:
+        cells = [f"{held:.1%} | {width:.3f}" for (at, _), (held, width) in found.items() if at == how]
+        print(f"\n| {title} | {METHODS[how]} | {' | '.join(cells)} |", end="")
+    print(" weight {:.2f}, worth {:.0f}".format(*np.mean(about, axis=0)))
+    return found
 
 
 CASES = {
@@ -90,14 +90,12 @@ CASES = {
 
 
 def check_intervals(case, draws, low, high):
-    found = checked(draws, **CASES[case])
-    for how, name in found:
-        coverage, width = found[how, name]
-        if how != "judge":
-            assert low <= coverage <= high, (case, how, name, coverage)
-        if how == "ppi":  # the judge helps, or at least costs little
-            most = 1.05 if "bad" in case else 0.95
-            assert width <= most * found["votes", name][1], (case, name)
+    rng = np.random.default_rng(0)
+    found = checked((simulated(rng, **CASES[case]) for _ in range(draws)), true_shares(), case)
+    for (how, name), (coverage, width) in found.items():
+        assert how == "judge" or low <= coverage <= high, (case, how, name, coverage)
+        most = 1.05 if "bad" in case else 0.95  # the judge helps, or at least costs little
+        assert how != "ppi" or width <= most * found["votes", name][1], (case, name)
     if case == "a biased judge":
         assert found["judge", "mean"][0] < 0.5 and found["judge", "difference"][0] < 0.1
 
@@ -312,8 +310,9 @@ def redrawn(panel, share, rng):
 
 
 @pytest.mark.slow
-def test_on_real_votes():
-    """Prints how often the intervals hold the means of all votes, and their differences, in 1,000 draws.
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
+def test_on_real_votes(share):
+    """Prints how often the intervals hold what all votes say, in 1,000 draws of groups.
 
     DISTJUDGE_ITEMS names items that all have votes, system and group, DISTJUDGE_JUDGED a judge's predictions.
     """
@@ -321,21 +320,6 @@ def test_on_real_votes():
     if not all(files):
         pytest.skip("needs DISTJUDGE_ITEMS and DISTJUDGE_JUDGED")
     whole = systems.read_panel(SystemsConfig(files[0], "", predictions=files[1]))
-    true, units = estimate(whole, SCALE)[0]["votes"].value, np.eye(len(whole.systems))
-    apart, ends = [a - b for a, b in itertools.combinations(units, 2)], {"means": (1, 5), "gaps": (-4, 4)}
-    print("\n| rated | estimate | means held | width | differences held | width | weight | worth |")
-    for share in (0.05, 0.1, 0.2):
-        rng, cells, about = np.random.default_rng(0), collections.defaultdict(list), []
-        for _ in range(1000):
-            e, more = estimate(redrawn(whole, share, rng), SCALE)
-            about.append((more["weight"], more["rated"], more["worth"]))
-            for how, (kind, slopes) in itertools.product(METHODS, {"means": units, "gaps": apart}.items()):
-                for slope in slopes:
-                    cell, value = interval(e[how], slope[:, None], *ends[kind]), slope @ true[:, 0]
-                    held = cell["low"] <= value <= cell["high"]
-                    cells[how, kind].append((held, cell["high"] - cell["low"]))
-        for how in METHODS:
-            found = [np.mean(cells[how, kind], axis=0) for kind in ("means", "gaps")]
-            said = " | ".join(f"{held:.1%} | {width:.3f}" for held, width in found)
-            print(f"| {share:.0%} | {METHODS[how]} | {said} |", np.mean(about, axis=0))
-            assert how == "judge" or min(held for held, _ in found) > 0.92
+    rng, shares = np.random.default_rng(0), estimate(whole, np.eye(5))[0]["votes"].value
+    found = checked((redrawn(whole, share, rng) for _ in range(1000)), shares, f"{share:.0%} rated")
+    assert min(held for (how, _), (held, _) in found.items() if how != "judge") > 0.9
