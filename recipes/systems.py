@@ -44,8 +44,8 @@ WORDS = (
     "With {rated} of {items} items rated and the judge, you are as sure as with {worth:.0f} rated items "
     "alone. The judge's weight is {weight:.2f}, from 0 (not heard) to 1. Alone it is off by {least:+.3f} to "
     "{most:+.3f}, says the estimate that corrects it. {sure} of {differences} differences are sure (Holm). "
-    "Standard deviations: a vote about its item's mean {vote_sd:.2f}, the items of a system {item_sd:.2f}, "
-    "the judge about an item's mean {judge_error_sd:.2f}."
+    "Standard deviations: the items of a system {item_sd:.2f}, the judge about an item's mean "
+    "{judge_error_sd:.2f}, a vote about it {noise}."
 )
 
 
@@ -180,7 +180,7 @@ def estimate(panel: Panel, columns: np.ndarray) -> tuple[dict[str, Estimate], di
     }
     v, p = ((out[name].parts ** 2).sum() for name in ("votes", "ppi"))
     about = {"weight": float(weight[0]), "rated": len(m), "worth": float(len(m) * v / p) if p else len(m)}
-    about |= {"vote_sd": noise**0.5, "item_sd": spread**0.5}
+    about |= {"vote_sd": noise**0.5 if (m > 1).any() else None, "item_sd": spread**0.5}
     return out, about | {"judge_error_sd": between(y - f, system, m, noise) ** 0.5}
 
 
@@ -195,9 +195,7 @@ def centred(parts: np.ndarray, strata: np.ndarray) -> np.ndarray:
     return out
 
 
-def interval(
-    e: Estimate, slope: np.ndarray, least: float, most: float, value: float | None = None
-) -> dict[str, float]:
+def interval(e: Estimate, slope: np.ndarray, least: float, most: float, value: float | None = None) -> dict:
     """A t-interval of e.value's product with slope (S, K), or of a `value` with that slope, cut to bounds.
 
     Degrees of freedom: Satterthwaite's over strata of groups, but not under those of the system with fewest
@@ -239,7 +237,7 @@ def compare(panel: Panel) -> dict[str, Any]:
     units, columns = np.eye(len(names)), np.eye(len(panel.labels))
     shares, about = estimate(panel, columns)
     measures = {f"share of {label}": (shares, columns[k], 0, 1) for k, label in enumerate(panel.labels)}
-    tested = list(measures)
+    tested = list(measures)[: 1 if len(columns) == 2 else None]  # the other share is the rest
     if numeric:
         values = np.array(panel.labels, dtype=float)
         means, about = estimate(panel, values[:, None])
@@ -361,8 +359,10 @@ def words(table: dict[str, Any]) -> str:
     rows, measures = table["systems"].values(), table["tested"]
     off = [row[m]["judge"]["estimate"] - row[m]["ppi"]["estimate"] for row in rows for m in measures]
     sure = [pair[m]["ppi"]["p_holm"] < 1 - LEVEL for pair in table["pairs"] for m in measures]
-    said = table | {"items": sum(row["items"] for row in rows), "sure": sum(sure), "differences": len(sure)}
-    return WORDS.format(**said, least=min(off), most=max(off))
+    noise = "unknown (no item has two votes) and part of both" if table["vote_sd"] is None else ""
+    said = {"noise": noise or f"{table['vote_sd']:.2f}", "items": sum(row["items"] for row in rows)}
+    said |= {"least": min(off), "most": max(off), "sure": sum(sure), "differences": len(sure)}
+    return WORDS.format(**table, **said)
 
 
 def draw(table: dict[str, Any], path: Path) -> None:
