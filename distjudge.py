@@ -357,17 +357,17 @@ def json_rows(file: Any, shown: str) -> Iterator[tuple[str, dict, str]]:
 
     lines = full(read_lines(file, shown))
     first = number, raw = next(lines, (0, b""))
-    value, problem = _load_json(raw)
+    value, problem = load_json(raw)
     if raw[:1] in (b"[", b"{") and shown != "stdin" and (problem or _objects_in(value)):
         rest = file.read(LONGEST + 1)
         if len(rest) > LONGEST:
             raise InputError(
                 f"{shown}: is one JSON document of more than {LONGEST >> 20} MiB; use JSON lines"
             )
-        if objects := _objects_in(_load_json(raw + b"\n" + rest)[0]):
+        if objects := _objects_in(load_json(raw + b"\n" + rest)[0]):
             yield from ((f"{shown}[{i}]", *_as_row(value)) for i, value in enumerate(objects))
             return
-        if raw[-1:] == b"," and not _load_json(raw[:-1])[1]:
+        if raw[-1:] == b"," and not load_json(raw[:-1])[1]:
             remedy = "take the commas away, or put [ before the first row and ] behind the last"
             raise InputError(f"{shown}: its lines end in commas, so they are not JSON lines: {remedy}")
         lines = full(read_lines(io.BytesIO(rest), shown, number + 1))
@@ -384,7 +384,7 @@ def _objects_in(document: Any) -> list:
     return document if isinstance(document, list) and isinstance((document or [0])[0], dict) else []
 
 
-def _load_json(text: str | bytes) -> tuple[Any, str]:
+def load_json(text: str | bytes) -> tuple[Any, str]:
     """(what a JSON text says, ""), or ({}, what is wrong)."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
@@ -409,7 +409,7 @@ def _as_row(value: Any) -> tuple[dict, str]:
 
 def parse_json(line: str | bytes) -> tuple[dict, str]:
     """(JSON object, ""), or ({}, what is wrong). A key that stands twice in one object is refused."""
-    value, problem = _load_json(line)
+    value, problem = load_json(line)
     return ({}, problem) if problem else _as_row(value)
 
 
