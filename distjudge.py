@@ -462,7 +462,7 @@ def prompt_text(value: Any) -> str:
             )
             if set(given) != {"role", "content"} or not all(isinstance(text, str) for text in given.values()):
                 form = '{"role": text, "content": text}'
-                raise ValueError(f"a list of messages {form} is needed, not of {short(repr(turn))}")
+                raise ValueError(f"not text but list, not of messages {form}: {short(repr(turn))}")
             turns.append({"role": given["role"], "content": prompt_text(given["content"])})
         if not turns or turns[-1]["role"] != "user":
             raise ValueError("the last message must be the user's, whom the judge answers")

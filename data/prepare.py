@@ -230,8 +230,8 @@ def nli(config: PrepareConfig, out: Converted) -> None:
         hypothesis = field(where, row, "sentence2", "hypothesis")
         votes = field(where, row, "annotator_labels", kind=list)
         without_gold = row.get("gold_label", row.get("label")) in ("-", None)
-        out.read.update({"rows": 1, "votes": len(votes), "rows without a gold label": without_gold})
         votes = [vote for vote in votes[config.drop_first_label :] if vote]
+        out.read.update({"rows": 1, "votes": len(votes), "rows without a gold label": without_gold})
         if wrong := [str(vote) for vote in votes if vote not in NLI]:
             problem = f"unknown label {listed(wrong[:5])}; the labels are {listed(NLI)}"
             raise InputError(f"{where}: annotator_labels: {problem}")
@@ -485,7 +485,7 @@ def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
     ):
         names = ", ".join(Path(raw).name for raw in strange)
         out.notes.append(
-            f"{names}: MNLI's format, by the name not MultiNLI: source and licence are yours to tell"
+            f"{names}: in MNLI's format, by the name not MultiNLI: its source and licence are not known"
         )
         licence, addresses = "not known: that of the files", []
     card |= {"licence": licence, "dimension": out.dimension, "notes": out.notes, "source": addresses}

@@ -211,7 +211,7 @@ def _from_grid(path: str, grid: Iterable[Iterable[Any]], how: How, reading: str 
     found = [len(how.wanted.intersection(map(tidy, line))) for _, line in top]
     start = found.index(max(found)) if found else 0
     if start:
-        log.warning("%s: the header is row %d; %d above it left out", path, top[start][0], start)
+        log.warning("%s: the header is row %d; lines above it left out: %d", path, top[start][0], start)
     header = top[start][1] if top else []
     columns = ["" if is_empty(name) else tidy(name) for name in header]
     named = max((k for k, name in enumerate(columns, 1) if name), default=0)
@@ -237,7 +237,7 @@ def _from_grid(path: str, grid: Iterable[Iterable[Any]], how: How, reading: str 
         line += [None] * (len(columns) - len(line))
         yield f"{path}: row {number}", dict(zip(columns, line, strict=False))
     if repeated:
-        log.warning("%s: %d header rows more left out", path, repeated)
+        log.warning("%s: further header rows left out: %d", path, repeated)
 
 
 def is_empty(cell: Any) -> bool:

@@ -470,8 +470,8 @@ def say_doubts(config: Any, out: Any, panels: dict[str, Panel]) -> None:
     twins = [(same.setdefault(panel.prompts[0], key), key) for key, panel in panels.items()]
     if twins := [pair for pair in twins if pair[0] != pair[1]]:
         remedy = "" if config.item else "; --item COLUMN tells items apart, and adds rows of counts up"
-        text = "%d items have the prompt of another item, such as '%s' and '%s'%s"
-        log.warning(text, len(twins), *map(short, twins[0]), remedy)
+        text = "%d of %d items have the prompt of another item, such as '%s' and '%s'%s"
+        log.warning(text, len(twins), len(panels), *map(short, twins[0]), remedy)
     if out.rows and all(sum(row["counts"].values()) < 2 for row in out.rows):
         log.warning("every item has one vote only: nothing shows how far people disagree on one item")
 
@@ -531,11 +531,13 @@ def understand(
         parts = [] if doubtless else parts_of(label)
         seen = [look(part) for part in parts]
         decimal = known.get(look(plain(label.replace(",", ".")))) if "," in label else None
-        if order:
+        if len(parts) == 1:  # "red;", as Microsoft Forms writes it
+            joined = True
+        elif order:
             joined = bool(parts) and all(part in known for part in seen)
         else:
             joined = bool(parts) and (all(map(is_number, parts)) or any(part in alone for part in seen))
-            joined = joined or (len(parts) > 1 and all(times[part] > 1 for part in seen))
+            joined = joined or (bool(parts) and all(times[part] > 1 for part in seen))
         if joined and len(parts) > 1 and config.multi != "split":
             problem = "holds several labels: --multi split counts each as a vote"
             if re.fullmatch(r"[+-]?\d+,\d+", label):
@@ -562,9 +564,8 @@ def understand(
         some = ", ".join(
             f"'{short(text, 20)}' as {short(' '.join(meaning[text]), 20)}" for text in changed[:5]
         )
-        notes.append(
-            f"{sum(texts[text] for text in changed):,} cells do not say their label to the letter: {some}"
-        )
+        number = sum(texts[text] for text in changed)
+        notes.append(f"cells that do not say their label to the letter: {number:,}, such as {some}")
     if doubtful := [
         label for label in order if look(label) in NO_VOTE and not (config.labels or config.counts)
     ]:
@@ -682,7 +683,9 @@ def found_labels(votes: Counter, first: dict[str, str]) -> list[str]:
     elif twins:
         odd, other = twins
         problem = "differ only in capitals" if odd.casefold() == other.casefold() else "look alike"
-        kept = {look(word): word for word in sorted(words, key=votes.get)}  # the commonest way to write it
+        kept = {
+            look(word): word for word in sorted(words, key=lambda w: (votes[w], -len(w)))
+        }  # the commonest
         kept |= {look(word): word.casefold() for word in twins if odd.casefold() == other.casefold()}
         problem = (
             f"{shown[odd]} and {shown[other]} {problem}; with --labels {quoted(sorted(kept.values()))} both"
