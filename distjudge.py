@@ -510,7 +510,7 @@ def _parse(field: str, value: Any) -> Any:
     if field == "annotations":
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError("must be a list of one label or more")
+            raise ValueError(f"must be a list of one label or more, not {short(repr(value))}")
         return dict(collections.Counter(map(as_label, value)))
     if field != "swap":
         return _votes(value, shares=field != "counts")

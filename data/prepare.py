@@ -7,7 +7,8 @@
 
 snli, mnli, chaosnli, summeval, mtbench, helpsteer2, helpsteer2_pref and emobank are public data sets, own is
 your table. Writes train.jsonl and test.jsonl (emobank: and valid.jsonl; --split none: items.jsonl) and
-card.json into --out: what was read, kept and left out, and the licence. data/README.md tells of each.
+card.json into --out: what was read, kept and left out, the licence, and how prompts were made. data/README.md
+tells of each, and of every form that your table may have.
 """
 
 import dataclasses

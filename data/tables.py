@@ -264,6 +264,8 @@ def people_in(where: str, column: str, value: Any) -> list[tuple[str, ...]]:
         value = parsed(value) if isinstance(value, str) and value[-1:] in ("]", "}", ")") else value
     except ValueError as error:
         raise InputError(f"{where}: {short(column)}: {short(repr(value))} {error}") from None
+    if isinstance(value, str):
+        return [(cell(where, column, value),)]
     value = value.tolist() if hasattr(value, "tolist") else value
     people = value if isinstance(value, (list, tuple)) else [value]
     return [tuple(choices_in(where, column, one)) for one in people]
@@ -409,13 +411,16 @@ def read_panels(config: Any, out: Any, rows: Iterable, columns: list[str], panel
             panel.rows += 1
             votes_of.update((key, c, str(row[c])) for c in persons)
             for column, person, chosen, number in votes_in(config, where, row, vote_columns, panel):
-                said = tuple(text for text in chosen if text and look(text) not in no_vote)
-                out.dropped["cell named by --no_vote"] += sum(map(bool, chosen)) - len(said)
-                out.dropped["empty cell"] += not any(chosen)
+                said = chosen
+                if no_vote or "" in chosen or not chosen:
+                    said = tuple(text for text in chosen if text and look(text) not in no_vote)
+                    out.dropped["cell named by --no_vote"] += sum(map(bool, chosen)) - len(said)
+                    out.dropped["empty cell"] += not any(chosen)
                 if len(said) > 1:
                     panel.list_at, panel.rows = panel.list_at or f"{where}: {short(column)}", 2
                 for text in said:
-                    first.setdefault(text, f"{where}: {short(column)}")
+                    if text not in first:
+                        first[text] = f"{where}: {short(column)}"
                 if said and person and person in panel.named:
                     kind = "" if panel.named[person] == said else ", with another label: the first counts"
                     out.dropped[f"second vote of a person on an item{kind}"] += 1
