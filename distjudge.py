@@ -1466,7 +1466,7 @@ class Judge:
     def predict(self, prompts: Sequence[str], progress: bool = False) -> Any:
         """Probabilities of the labels, a float32 numpy array (N, C), columns in the order of `labels`.
 
-        prompts: user messages, as text, or lists of {"role", "content"}. Raises InputError for an empty prompt
+        prompts: user messages as text, or lists of {"role", "content"}. Raises InputError for an empty prompt
         or one longer than max_length tokens.
         """
         return self.score(prompts, progress)[0].exp().numpy()
