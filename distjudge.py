@@ -769,7 +769,7 @@ class PromptEncoder:
         roles = tuple(turn["role"] for turn in turns)
         if (parts := self._forms.get(roles)) is None:
             marked = [turn | {"content": f"{_MARK}{i}{_MARK}"} for i, turn in enumerate(turns)]
-            parts = re.split(rf"{_MARK}(\d+){_MARK}", self._apply(marked))
+            parts = re.split(rf"{_MARK}(\d+){_MARK}", self._in_time(lambda: self._apply(marked)))
             if sorted(parts[1::2], key=int) != list(map(str, range(len(turns)))):
                 raise InputError(f"{head} does not show each message of {', '.join(map(short, roles))} once")
             self._forms[roles] = parts

@@ -352,6 +352,7 @@ def own(config: Any, out: Any) -> None:
         texts.update({text: number * chosen.count(text) for text in chosen})
     out.labels, meaning = understand(given, texts, first, out.notes)
     traded = traded_labels(given.swap, out.labels) if given.swap and first else {}
+    out.own["swap_labels"] = traded or None
     for number, (key, panel) in enumerate(panels.items(), 1):
         labels = {chosen: [label for text in chosen for label in meaning[text]] for chosen in panel.people}
         if panel.list_at and panel.rows > 1 and config.multi != "split":

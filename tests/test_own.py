@@ -8,6 +8,7 @@ import datasets
 import pandas
 import prepare
 import pytest
+import sheets
 import tables
 import tyro
 
@@ -271,7 +272,7 @@ DOUBTS = [  # cells of one item, words of the refusal, the remedy in it, and the
         "do:1 don’t:2",
     ),
     (["❤", "❤\ufe0f", "no"], "look alike", "--labels no ❤", "no:1 ❤:2"),
-    (["Yes", "yes.", "no"], "row 3: v: 'yes.' and 'Yes' look alike", "--labels no Yes", "no:1 Yes:2"),
+    (["Yes", "yes.", "no"], "row 3: v: 'yes.' and 'Yes' look alike", "--labels Yes no", "Yes:2 no:1"),
 ]
 
 
@@ -467,7 +468,11 @@ def test_optional_columns_and_pairs(own, tmp_path, caplog):
     assert first["swap"]["labels"] == {"A": "B", "B": "A"} and second["counts"] == {"A": 0, "B": 1, "tie": 0}
     form = {"template": "{q} {more}|{answer_a}|{answer_b}", "text": None, "item": None, "optional": ["more"]}
     card = json.loads((tmp_path / "o" / "card.json").read_text())
-    assert card["own"] == form | {"swap": ["answer_a", "answer_b"]}
+    traded = {"A": "B", "B": "A"}
+    assert card["own"] == form | {"swap": ["answer_a", "answer_b"], "swap_labels": traded}
+    assert sheets.Template(**card["own"]).fill(
+        "row 2", first | dict(zip(table.split(",")[:4], "qmab", strict=True))
+    ) == {"id": first["id"], "prompt": "q m|a|b", "swap": {"prompt": "q m|b|a", "labels": traded}}
     make = tables.prompts_of(card["own"], table.splitlines()[0].split(","))
     row = {"q": "s", "more": None, "answer_a": "{q}", "answer_b": 2}
     assert make("row 2", row) == ["s |{q}|2", "s |2|{q}"]
