@@ -6,6 +6,7 @@ import http.server
 import io
 import re
 import threading
+import types
 import zipfile
 
 import prepare
@@ -195,6 +196,11 @@ def test_a_line_has_a_limit(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
     with pytest.raises(InputError, match=rf"{name}:\d: is longer than 0 MiB, too long for a line"):
         list(sources.read_table(str(tmp_path / name))[1])
+    asked = []
+    endless = types.SimpleNamespace(readline=lambda size=-1: asked.append(size) or b"x" * size)
+    with pytest.raises(InputError, match="x:1: is longer"):
+        list(distjudge.read_lines(endless, "x"))
+    assert asked == [1001]
     if "csv" not in name:
         with pytest.raises(InputError, match="too long for a line"):
             distjudge.load_items(tmp_path / name)
