@@ -27,6 +27,7 @@ import functools
 import gzip
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -69,6 +70,28 @@ class Stopped(Exception):
 # ----------------------------------------------------------------------------------------------------------
 # 1. Items: what was judged, and how people voted
 # ----------------------------------------------------------------------------------------------------------
+class Messages(str):
+    """A prompt of several messages: as text, the JSON of [{"role": ..., "content": ...}, ...]."""
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        return json.loads(self)
+
+    def __eq__(self, other: Any) -> bool:  # not the same prompt as one message with this text
+        return isinstance(other, Messages) and str.__eq__(self, other)
+
+    def __ne__(self, other: Any) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((Messages, str(self)))
+
+
+def messages_of(prompt: str) -> list[dict[str, str]]:
+    """The messages of a prompt, for a chat template or an API: one of the user's, or those it holds."""
+    return prompt.turns if isinstance(prompt, Messages) else [{"role": "user", "content": prompt}]
+
+
 @dataclasses.dataclass(frozen=True)
 class Swap:
     """A pair in the other order. labels: for each label the index of the one that means the same there."""
@@ -81,8 +104,9 @@ class Swap:
 class Item:
     """One judged thing. counts: the votes of every label of the data set, 0 included, in label order.
 
-    Votes are whole numbers, except those of a weighted panel, which are share times number of people.
-    truth: the distribution the votes were drawn from, known of simulated panels. where: file and line.
+    prompt: the user's message, or Messages. Votes are whole numbers, except those of a weighted panel, which
+    are share times number of people. truth: the distribution the votes were drawn from, known of simulated
+    panels. where: file and line.
     """
 
     id: str
@@ -143,13 +167,14 @@ def truths_of(items: Sequence[Item]) -> torch.Tensor | None:
 
 
 def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: bool = False) -> list[Item]:
-    """Reads items from .jsonl or .jsonl.gz files, lists of dicts, `datasets.Dataset`s or pandas DataFrames.
+    """Reads items from .jsonl, .json or .gz files, lists of dicts, `datasets.Dataset`s or pandas DataFrames.
 
-    A row holds "prompt" and the votes, as "counts": {label: votes} with every label, as "annotations":
-    [label, ...], one a person, or as "distribution": {label: share} with "votes", the number of people. It
-    may hold "id" (by default a hash of the prompt), "group" (items that stay on one side of a split), "split"
-    ("train" or "test"), "truth" ({label: probability}) and, for a pair, "swap": {"prompt": the pair in the
-    other order, "labels": {label: the one that means the same there}}. Other fields are ignored.
+    A row holds "prompt", a text or a list of messages {"role": ..., "content": ...}, and the votes, as
+    "counts": {label: votes} with every label, as "annotations": [label, ...], one a person, or as
+    "distribution": {label: share} with "votes", the number of people. It may hold "id" (by default a hash of
+    the prompt), "group" (items that stay on one side of a split), "split" ("train" or "test"), "truth"
+    ({label: probability}) and, for a pair, "swap": {"prompt": the pair in the other order, "labels": {label:
+    the one that means the same there}}. Other fields are ignored.
 
     Label order: `labels` where given (an item may then leave out labels without votes, unless `complete`);
     else numeric labels by value; else that of the first item with the commonest label set; else, with
@@ -175,6 +200,8 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
         wrong += [f"{head}: {field}: {text}" for field, text in bad]
         parsed += [] if bad else [fields | {"where": where, "head": head}]
     order, example = _label_order(parsed, labels)
+    if labels is None and parsed and all(fields["kind"] == "annotations" for fields in parsed):
+        say_unchosen(order)
     items = []
     for fields in parsed:
         for field in (fields["kind"], "truth"):
@@ -230,6 +257,21 @@ def are_numeric(labels: Iterable[str]) -> bool:
     return all(re.fullmatch(r"[+-]?\d{1,15}(\.\d+)?", label) for label in labels)
 
 
+def say_unchosen(labels: Sequence[str]) -> None:
+    """Warns of whole numbers between the labels that are no labels, for nobody chose them."""
+    found = {int(label) for label in labels if re.fullmatch(r"-?\d{1,15}", label)}
+    between = range(min(found, default=0), max(found, default=0))
+    if (
+        len(found) == len(labels)
+        and len(between) <= 100
+        and (missing := [n for n in between if n not in found])
+    ):
+        text = (
+            "the labels are %s, as found in the votes: nobody chose %s. If the scale has it, name all labels"
+        )
+        log.warning(text, listed(labels), listed(map(str, missing)))
+
+
 def look_alike(labels: Sequence[str]) -> tuple[str, str] | None:
     """Two labels that are one number, or that differ only in capitals or in how an accent is coded (NFC)."""
     numeric = are_numeric(labels)
@@ -271,23 +313,20 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
     """Yields (where, row, ""), or (where, {}, what is wrong) for what is no row. "-" is standard input."""
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame
         source = source.to_dict("records")
+    names = class_names(getattr(source, "features", None))
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, (dict, bytes)) or not isinstance(source, Iterable):
             kind = type(source).__name__
             raise InputError(f"load_items: expected paths, dicts, a Dataset or a DataFrame, got {kind}")
         for i, row in enumerate(source):
             wrong = "" if isinstance(row, dict) else f"not a dict but {type(row).__name__}"
-            yield f"items[{i}]", {} if wrong else row, wrong
+            yield f"items[{i}]", {} if wrong else with_names(row, names), wrong
         return
     shown = "stdin" if source == "-" else short(source, 1000)
     reader = gzip.open if Path(source).suffix == ".gz" else open
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if source == "-" else reader(source, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                if number == 1 and (raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]):
-                    raise InputError(f"{shown}: is UTF-16 or no text at all; save it as UTF-8")
-                if raw := raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
-                    yield f"{shown}:{number}", *parse_json(raw)
+            yield from json_rows(file, shown)
     except InputError:
         raise
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name
@@ -295,8 +334,58 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
         raise InputError(f"{shown}: {why}") from None
 
 
-def parse_json(line: str | bytes) -> tuple[dict, str]:
-    """(JSON object, ""), or ({}, what is wrong). A key that stands twice in one object is refused."""
+LONGEST = 1 << 28  # bytes of a line, or of one JSON document
+
+
+def read_lines(file: Any, shown: str, start: int = 1) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of a file opened as bytes. Raises InputError for a line of more than 256 MiB."""
+    for number, raw in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start):
+        if len(raw) > LONGEST:
+            raise InputError(f"{shown}:{number}: is longer than {LONGEST >> 20} MiB, too long for a line")
+        yield number, raw
+
+
+def json_rows(file: Any, shown: str) -> Iterator[tuple[str, dict, str]]:
+    """What read_rows() yields, of a file opened as bytes: an object a line, or one document of objects."""
+
+    def full(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        for number, raw in lines:
+            if number == 1 and (raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]):
+                raise InputError(f"{shown}: is UTF-16 or no text at all; save it as UTF-8")
+            if raw := raw.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
+                yield number, raw
+
+    lines = full(read_lines(file, shown))
+    first = number, raw = next(lines, (0, b""))
+    value, problem = load_json(raw)
+    if raw[:1] in (b"[", b"{") and shown != "stdin" and (problem or _objects_in(value)):
+        rest = file.read(LONGEST + 1)
+        if len(rest) > LONGEST:
+            raise InputError(
+                f"{shown}: is one JSON document of more than {LONGEST >> 20} MiB; use JSON lines"
+            )
+        if objects := _objects_in(load_json(raw + b"\n" + rest)[0]):
+            yield from ((f"{shown}[{i}]", *_as_row(value)) for i, value in enumerate(objects))
+            return
+        if raw[-1:] == b"," and not load_json(raw[:-1])[1]:
+            remedy = "take the commas away, or put [ before the first row and ] behind the last"
+            raise InputError(f"{shown}: its lines end in commas, so they are not JSON lines: {remedy}")
+        lines = full(read_lines(io.BytesIO(rest), shown, number + 1))
+    for at, line in itertools.chain([first] if raw else [], lines):
+        yield f"{shown}:{at}", *parse_json(line)
+
+
+def _objects_in(document: Any) -> list:
+    """The rows of a JSON document: an array of objects, one alone in an object, or objects by their ids."""
+    if isinstance(document, dict) and document:
+        if all(isinstance(value, dict) for value in document.values()):
+            return [{"id": key} | value for key, value in document.items()]
+        return _objects_in(next((document[key] for key in ("data", "rows", "items") if key in document), 0))
+    return document if isinstance(document, list) and isinstance((document or [0])[0], dict) else []
+
+
+def load_json(text: str | bytes) -> tuple[Any, str]:
+    """(what a JSON text says, ""), or ({}, what is wrong)."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
         found: dict = {}
@@ -307,12 +396,38 @@ def parse_json(line: str | bytes) -> tuple[dict, str]:
         return found
 
     try:
-        row = json.loads(line, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique), ""
     except UnicodeDecodeError as error:
         return {}, f"not UTF-8 (byte {error.start + 1} of the line)"
     except (ValueError, RecursionError) as error:
         return {}, f"broken JSON: {short(error, 100)}"
-    return (row, "") if isinstance(row, dict) else ({}, f"not a JSON object but {type(row).__name__}")
+
+
+def _as_row(value: Any) -> tuple[dict, str]:
+    return (value, "") if isinstance(value, dict) else ({}, f"not a JSON object but {type(value).__name__}")
+
+
+def parse_json(line: str | bytes) -> tuple[dict, str]:
+    """(JSON object, ""), or ({}, what is wrong). A key that stands twice in one object is refused."""
+    value, problem = load_json(line)
+    return ({}, problem) if problem else _as_row(value)
+
+
+def class_names(features: Any) -> dict[str, Callable[[int], str]]:
+    """{column: name of a class by its number} of the features of a `datasets.Dataset`."""
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in dict(features or {}).items()}
+    return {name: kind.int2str for name, kind in kinds.items() if hasattr(kind, "int2str")}
+
+
+def with_names(row: dict[str, Any], names: dict[str, Callable[[int], str]]) -> dict[str, Any]:
+    """The row with names in place of the numbers of classes; -1 says that there is none."""
+
+    def named(value: Any, name: Callable[[int], str]) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [named(one, name) for one in value]
+        return None if value in (None, -1) else name(value)
+
+    return row | {column: named(row[column], name) for column, name in names.items() if column in row}
 
 
 def is_missing(value: Any) -> bool:
@@ -335,7 +450,23 @@ def as_label(value: Any) -> str:
 
 
 def prompt_text(value: Any) -> str:
-    """The prompt as it is."""
+    """The prompt as it is; a list of messages as Messages."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
+        turns = []
+        for turn in value:
+            given = (
+                {key: text for key, text in turn.items() if text is not None}
+                if isinstance(turn, dict)
+                else {}
+            )
+            if set(given) != {"role", "content"} or not all(isinstance(text, str) for text in given.values()):
+                form = '{"role": text, "content": text}'
+                raise ValueError(f"not text but list, not of messages {form}: {short(repr(turn))}")
+            turns.append({"role": given["role"], "content": prompt_text(given["content"])})
+        if not turns or turns[-1]["role"] != "user":
+            raise ValueError("the last message must be the user's, whom the judge answers")
+        return Messages(json.dumps(turns, ensure_ascii=False))
     if not isinstance(value, str):
         raise ValueError("missing" if is_missing(value) else f"not text but {type(value).__name__}")
     if not value.strip() or not is_text(value):
@@ -379,7 +510,7 @@ def _parse(field: str, value: Any) -> Any:
     if field == "annotations":
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError("must be a list of one label or more")
+            raise ValueError(f"must be a list of one label or more, not {short(repr(value))}")
         return dict(collections.Counter(map(as_label, value)))
     if field != "swap":
         return _votes(value, shares=field != "counts")
@@ -539,14 +670,10 @@ class PromptEncoder:
         control = {i for i, token in added if token.special or re.search(r"[^\w\s]", token.content)}
         self.control_ids = control - {tokenizer.unk_token_id}
 
-        def control_spans(text: str) -> list[tuple[int, int]]:
-            code = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            spans = zip(code["input_ids"], code["offset_mapping"], strict=True)
-            return [span for token, span in spans if token in self.control_ids]
-
         # they alone never merge with a message: what stands between them and it is encoded with it
-        cut = max((stop for _, stop in control_spans(before)), default=0)
-        first = min((start for start, _ in control_spans(after)), default=len(after))
+        cut = max((stop for _, stop in self._control_spans(before)), default=0)
+        first = min((start for start, _ in self._control_spans(after)), default=len(after))
+        self._forms: dict[tuple[str, ...], list[str]] = {}  # what the template puts around several messages
         self._head, self._lead = before[:cut], before[cut:]
         self._trail, self._tail = after[:first], after[first:]
         self._head_ids, self._tail_ids = self._ids(self._head), self._ids(self._tail)
@@ -594,15 +721,9 @@ class PromptEncoder:
 
         def render(content: str, answer: str = "") -> str:
             turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-            fixed = datetime.date(2024, 7, 26).strftime  # a prompt does not change with the day
-            options = {"tokenize": False, "add_generation_prompt": not answer, "enable_thinking": False}
-            turns = turns if answer else turns[:1]
-            return self.tokenizer.apply_chat_template(turns, strftime_now=fixed, **options)
+            return self._apply(turns if answer else turns[:1])
 
-        try:
-            plain, answered = render(_MARK), render(_MARK, _MARK)
-        except Exception as error:  # a template raises whatever its author chose to raise
-            raise InputError(f"{head} {short(error, 200)}") from None
+        plain, answered = render(_MARK), render(_MARK, _MARK)
         before, *rest = plain.split(_MARK)
         if len(rest) != 1:
             raise InputError(f"{head} shows the message {len(rest)} times, not once")
@@ -621,6 +742,64 @@ class PromptEncoder:
             log.warning(text, head, short(plain[common:]))
         return {"before": before, "after": after, "end": end, "trim": trim}
 
+    def _apply(self, turns: list[dict[str, str]]) -> str:
+        """What the chat template makes of messages, up to where the judge answers the last of the user's."""
+        fixed = datetime.date(2024, 7, 26).strftime  # a prompt does not change with the day
+        asked = turns[-1]["role"] != "assistant"
+        options = {"tokenize": False, "add_generation_prompt": asked, "enable_thinking": False}
+        try:
+            return self.tokenizer.apply_chat_template(turns, strftime_now=fixed, **options)
+        except Exception as error:  # a template raises whatever its author chose to raise
+            raise InputError(f"{self.name}: chat template: {short(error, 200)}") from None
+
+    def _control_spans(self, text: str) -> list[tuple[int, int]]:
+        code = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = zip(code["input_ids"], code["offset_mapping"], strict=True)
+        return [span for token, span in spans if token in self.control_ids]
+
+    def _pieces(self, prompt: Messages) -> list[tuple[str, bool]]:
+        """Several messages as the chat template shows them: (text, whether it is a message).
+
+        Raises InputError if the template does not show each message once and as it is, but for the spaces
+        around it, or does not end as it does behind one message.
+        """
+        head, turns = f"{self.name}: chat template:", prompt.turns
+        if not self.tokenizer.chat_template:
+            raise InputError(f"{self.name}: has no chat template for a prompt of several messages")
+        roles = tuple(turn["role"] for turn in turns)
+        if (parts := self._forms.get(roles)) is None:
+            marked = [turn | {"content": f"{_MARK}{i}{_MARK}"} for i, turn in enumerate(turns)]
+            parts = re.split(rf"{_MARK}(\d+){_MARK}", self._in_time(lambda: self._apply(marked)))
+            if sorted(parts[1::2], key=int) != list(map(str, range(len(turns)))):
+                raise InputError(f"{head} does not show each message of {', '.join(map(short, roles))} once")
+            self._forms[roles] = parts
+            probe = [(_PROBE if k % 2 else part, k % 2 == 1) for k, part in enumerate(parts)]
+            exact = self._encode(probe) == self._ids("".join(text for text, _ in probe))
+            if not (exact and parts[-1].endswith(self._tail)):
+                raise InputError(
+                    f"{head} messages of {', '.join(map(short, roles))} cannot be encoded as text only"
+                )
+        text, at, pieces = self._apply(turns), 0, []
+        for part, number, after in zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True):
+            at += len(part)
+            content = turns[int(number)]["content"]
+            found = next((c for c in (content, content.strip()) if text.startswith(c + after, at)), None)
+            if found is None:
+                raise InputError(f"{head} changes a message of the prompt '{short(prompt)}'")
+            at, pieces = at + len(found), [*pieces, (part, False), (found, True)]
+        return [*pieces, (parts[-1], False)]
+
+    def _encode(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of pieces: only in the template's own do control tokens mean what they say."""
+        ids, run = [], ""
+        for text, is_message in pieces:
+            at = 0
+            for start, stop in [] if is_message else self._control_spans(text):
+                ids += self._plain.encode(run + text[at:start], add_special_tokens=False).ids
+                ids, run, at = ids + self._ids(text[start:stop]), "", stop
+            run += text[at:]
+        return ids + self._plain.encode(run, add_special_tokens=False).ids
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
@@ -629,6 +808,8 @@ class PromptEncoder:
         ids = self.many([message])[0]
         if answer and self._tail:
             return ids[: -len(self._tail_ids)] + self._ids(self._tail + answer)
+        if answer and isinstance(message, Messages):
+            return self._encode([*self._pieces(message), (answer, True)])
         if answer:
             text = self.render_parts(message) + answer
             return self._head_ids + self._plain.encode(text, add_special_tokens=False).ids
@@ -642,6 +823,9 @@ class PromptEncoder:
             chunk = new[start : start + 2048]
             if wrong := [message for message in chunk if not is_text(message)]:
                 raise InputError(f"prompt '{short(wrong[0])!r}' is not text that can be encoded")
+            several = [message for message in chunk if isinstance(message, Messages)]
+            memo.update((message, self._encode(self._pieces(message))) for message in several)
+            chunk = [message for message in chunk if not isinstance(message, Messages)]
             texts = [self.render_parts(message) for message in chunk]
             found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
             for message, code in zip(chunk, found, strict=True):
@@ -657,6 +841,8 @@ class PromptEncoder:
 
     def render(self, message: str) -> str:
         """The prompt as text. Only token ids tell its control tokens from those that people wrote."""
+        if isinstance(message, Messages):
+            return "".join(text for text, _ in self._pieces(message))
         return self._head + self.render_parts(message) + self._tail
 
 
@@ -1159,10 +1345,10 @@ class Judge:
 
         start: the number of the first prompt, for messages.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for i, prompt in enumerate(prompts, start):
             try:
-                prompt_text(prompt)
+                prompts[i - start] = prompt_text(prompt)
             except ValueError as error:
                 raise InputError(f"prompts[{i}]: prompt: {error}") from None
         encoded = self.encoder.many(prompts)
@@ -1280,8 +1466,8 @@ class Judge:
     def predict(self, prompts: Sequence[str], progress: bool = False) -> Any:
         """Probabilities of the labels, a float32 numpy array (N, C), columns in the order of `labels`.
 
-        prompts: user messages, as text. Raises InputError for an empty prompt or one longer than max_length
-        tokens.
+        prompts: user messages as text, or lists of {"role", "content"}. Raises InputError for an empty prompt
+        or one longer than max_length tokens.
         """
         return self.score(prompts, progress)[0].exp().numpy()
 

@@ -7,17 +7,18 @@
 
 snli, mnli, chaosnli, summeval, mtbench, helpsteer2, helpsteer2_pref and emobank are public data sets, own is
 your table. Writes train.jsonl and test.jsonl (emobank: and valid.jsonl; --split none: items.jsonl) and
-card.json into --out: what was read, kept and left out, and the licence. data/README.md tells of each.
+card.json into --out: what was read, kept and left out, the licence, and how prompts were made. data/README.md
+tells of each, and of every form that your table may have.
 """
 
 import dataclasses
-import difflib
 import json
 import logging
 import re
+import shlex
 import sys
-from collections import Counter, defaultdict, namedtuple
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import sources
 import tyro
+from tables import fill, own, placeholders, read_template
 
 import distjudge
 from distjudge import InputError, listed, short
@@ -89,17 +91,40 @@ class PrepareConfig:
     """snli, mnli: leave out the first label of an item, which is that of the writer of the hypothesis."""
 
     text: str | None = None
-    """own: the column with the judged text: {text} in the template; without a template the whole prompt."""
+    """own: the column with the judged text, or with messages: {text} of a template, or the prompt."""
     label: tuple[str, ...] = ()
-    """own: the column with the votes; or several, each one person's votes."""
+    """own: the column with the votes; or several, each one person's votes; 'Q*' is all that begin with Q."""
     counts: tuple[str, ...] = ()
-    """own, instead of label: one column of {label: votes} as JSON, or several, one a label, of numbers."""
+    """own, instead of label: one column of {label: votes}, or several, one a label, of numbers or marks. Rows
+    of the same --item add up."""
+    by_column: bool = False
+    """own: a row is a person, and each column of --label an item, whose text is the column's name."""
     item: str | None = None
     """own: the column that tells items apart. Default: the prompt; with columns of votes, the row."""
     group: str | None = None
     """own: the column of the group, whose items never end up on both sides of the split."""
+    rater: str | None = None
+    """own: the column with who voted: kept in the item; a person's second vote on it does not count."""
+    where: tuple[str, ...] = ()
+    """own: only rows with COLUMN=VALUE, or COLUMN!=VALUE; of several values of a column any does."""
     labels: tuple[str, ...] = ()
-    """own: all labels, in order, or a range such as 1-5 or -3..3; capitals do not count. Default: found."""
+    """own: all labels, in order, or a range such as 1-5 or -3..3; capitals, quotes and the like do not count.
+    Default: found."""
+    no_vote: tuple[str, ...] = ()
+    """own: words that are no vote, such as N/A or skip."""
+    multi: Literal["refuse", "split"] = "refuse"
+    """own: a cell with several labels, such as 'a;b' or 0,1,1: refuse, or split into a vote each."""
+    decimal: Literal["point", "comma"] = "point"
+    """own: how votes such as 2,5 are written."""
+    bins: tuple[str, ...] = ()
+    """own: edges, as in 0 20 40 60 80 100: votes are numbers, labels the bins they fall in, 1, 2, ..."""
+    optional: tuple[str, ...] = ()
+    """own: columns of the template that may be empty."""
+    swap: tuple[str, ...] = ()
+    """own: two columns of the template that trade places in the other order of a pair; and, where their names
+    do not tell, the two labels that do."""
+    sheet: str | None = None
+    """own: the sheet of an Excel file. Default: the first."""
     hub_split: str = "train"
     """own: which split of a Hugging Face data set."""
 
@@ -114,54 +139,37 @@ class Converted:
     dimension: list[str] = dataclasses.field(default_factory=list)
     rows: list[dict] = dataclasses.field(default_factory=list)
     read: Counter = dataclasses.field(default_factory=Counter)
-    dropped: Counter = dataclasses.field(default_factory=lambda: Counter({"no text": 0, "no votes": 0}))
+    dropped: Counter = dataclasses.field(default_factory=Counter)
     notes: list[str] = dataclasses.field(default_factory=list)
     ids: Counter = dataclasses.field(default_factory=Counter)
+    own: dict = dataclasses.field(default_factory=dict)
+    doubts: Counter = dataclasses.field(default_factory=Counter)
 
     def add(self, name: str, values: dict[str, str], votes: Any, **more: str | None) -> None:
         """Adds an item, or counts it as dropped: the template's values, and labels or {label: number}.
 
-        An id that comes again gets -2, -3, ... A pair is written in both orders. more: "group", "published".
+        A pair is written in both orders. more: "group", "published".
         """
         if not all(text.strip() for text in values.values()):
-            self.dropped["no text"] += 1
+            self.dropped["item without text"] += 1
             return
         votes = votes if isinstance(votes, dict) else Counter(votes)
-        counts = {label: votes.get(label, 0) for label in self.labels}
+        counts, swap = {label: votes.get(label, 0) for label in self.labels}, None
+        if "answer_b" in values:
+            turned = values | {"answer_a": values["answer_b"], "answer_b": values["answer_a"]}
+            swap = {"prompt": fill(self.template, turned), "labels": {"a": "b", "b": "a"}}
+        self.add_item(name, fill(self.template, values), counts, swap=swap, **more)
+
+    def add_item(self, name: str, prompt: str, counts: dict[str, int], **more: Any) -> None:
+        """Adds an item with votes, or counts it as dropped. An id that comes again gets -2, -3, ..."""
         if not any(counts.values()):
-            self.dropped["no votes"] += 1
+            self.dropped["item without votes"] += 1
             return
         self.ids[name] += 1
         name = f"{name}-{self.ids[name]}" if self.ids[name] > 1 else name
-        row = {"id": name, "prompt": fill(self.template, values), "counts": counts}
-        if "answer_b" in values:
-            turned = values | {"answer_a": values["answer_b"], "answer_b": values["answer_a"]}
-            row["swap"] = {"prompt": fill(self.template, turned), "labels": {"a": "b", "b": "a"}}
+        shown = prompt.turns if isinstance(prompt, distjudge.Messages) else prompt
+        row = {"id": name, "prompt": shown, "counts": counts}
         self.rows.append(row | {key: value for key, value in more.items() if value})
-
-
-def placeholders(template: str) -> list[str]:
-    return re.findall(r"\{([^{}\n]+)\}", template)
-
-
-def fill(template: str, values: dict[str, Any]) -> str:
-    """The template with its placeholders replaced, once: braces in a value stay as they are."""
-    return re.sub(r"\{([^{}\n]+)\}", lambda m: str(values[m[1]]) if m[1] in values else m[0], template)
-
-
-def read_template(path: str | Path, needed: list[str], optional: Iterable[str]) -> str:
-    """A prompt template. The `needed` placeholders must stand in it once, the `optional` ones may."""
-    try:
-        template = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the template cannot be read: {error}") from None
-    known, found = [*needed, *optional], placeholders(template)
-    if unknown := [name for name in found if name not in known and re.fullmatch(r"\w+", name)]:
-        there = ", ".join(f"{{{name}}}" for name in known)
-        raise InputError(f"{path}: unknown placeholder {{{unknown[0]}}}; there are {there}")
-    if missing := [name for name in needed if found.count(name) != 1]:
-        raise InputError(f"{path}: the placeholder {{{missing[0]}}} must stand in it once")
-    return template
 
 
 def task_template(task: str, own_file: str | None) -> tuple[Path, str]:
@@ -223,8 +231,8 @@ def nli(config: PrepareConfig, out: Converted) -> None:
         hypothesis = field(where, row, "sentence2", "hypothesis")
         votes = field(where, row, "annotator_labels", kind=list)
         without_gold = row.get("gold_label", row.get("label")) in ("-", None)
-        out.read.update({"rows": 1, "votes": len(votes), "gold label '-', votes kept": without_gold})
         votes = [vote for vote in votes[config.drop_first_label :] if vote]
+        out.read.update({"rows": 1, "votes": len(votes), "rows without a gold label": without_gold})
         if wrong := [str(vote) for vote in votes if vote not in NLI]:
             problem = f"unknown label {listed(wrong[:5])}; the labels are {listed(NLI)}"
             raise InputError(f"{where}: annotator_labels: {problem}")
@@ -236,12 +244,12 @@ def nli(config: PrepareConfig, out: Converted) -> None:
 
 def chaosnli(config: PrepareConfig, out: Converted) -> None:
     letters = {"e": "entailment", "n": "neutral", "c": "contradiction"}
-    out.dropped["abductive (alphaNLI)"] = 0
+    out.dropped["abductive item of alphaNLI"] = 0
     for where, row in sources.read_rows(config.raw):
         texts, votes = (field(where, row, name, kind=dict) for name in ("example", "label_counter"))
         out.read["rows"] += 1
         if "obs1" in texts:  # another task: which of two hypotheses explains what happened
-            out.dropped["abductive (alphaNLI)"] += 1
+            out.dropped["abductive item of alphaNLI"] += 1
             continue
         values = {name: field(where, texts, name) for name in ("premise", "hypothesis")}
         check_known(where, "label_counter", votes, letters, f"one of {listed(letters)}")
@@ -292,7 +300,7 @@ def mtbench(config: PrepareConfig, out: Converted) -> None:
 
     Answer a is that of the model first in the alphabet; votes on either order of a pair count for one item.
     """
-    out.dropped["judged by a model"] = 0
+    out.dropped["vote of a model"] = 0
     panels: dict[tuple[int, int, str, str], list[tuple[str, str, str]]] = defaultdict(list)
     questions, answers, talks = {}, {}, {}
     for where, row in sources.read_rows(config.raw):
@@ -325,7 +333,7 @@ def mtbench(config: PrepareConfig, out: Converted) -> None:
             raise InputError(f"{where}: question {question}: {problem}")
         asked, both = told[0][0][:turn], [texts[1][:turn] for texts in told]
         if not all(text.strip() for text in asked) or {turn} != {len(texts) for texts in (asked, *both)}:
-            out.dropped["no text"] += 1
+            out.dropped["item without text"] += 1
             continue
         both = [[text.strip() or "(no answer)" for text in texts] for texts in both]
         empty += "(no answer)" in [*both[0], *both[1]]
@@ -348,7 +356,7 @@ def read_vote(where: str, row: dict, out: Converted, panels: dict, talks: dict) 
     shown, winner = [field(where, row, f"model_{side}") for side in "ab"], field(where, row, "winner")
     judge = str(row.get("judge", ""))
     if judge.startswith(("gpt4", "gpt-4", "['gpt-4")):
-        out.dropped["judged by a model"] += 1
+        out.dropped["vote of a model"] += 1
         return
     winner = "tie" if winner.startswith("tie") else winner
     check_known(where, "turn", [turn], (1, 2), "1 or 2")
@@ -400,7 +408,7 @@ def helpsteer2_pref(config: PrepareConfig, out: Converted) -> None:
         check_known(where, "strength", strengths, (None, -100, *folded), "-3 to 3")
         out.read.update({"pairs": 1, "votes": len(strengths)})
         labels = [folded[strength] for strength in strengths if strength in folded]
-        out.dropped["votes without a verdict"] += len(strengths) - len(labels)
+        out.dropped["vote without a verdict"] += len(strengths) - len(labels)
         side = {"train": "train", "val": "test"}.get(str(row.get("split")))
         values = {"conversation": conversation(prompt), "answer_a": one, "answer_b": other}
         group = text_key("question", prompt)
@@ -429,189 +437,13 @@ def emobank(config: PrepareConfig, out: Converted) -> None:
         check_known(where, letter, [field(where, row, letter)], RATING, "1 to 5")
         votes[field(where, row, "id")].append(row[letter])
     without_text = set(votes) - {field(where, row, "id") for where, row in tables["emobank.csv"]}
-    out.dropped["rated, without text"] = len(without_text)
+    out.dropped["rated item without text"] = len(without_text)
     sides = {"train": "train", "dev": "valid", "test": "test"}
     for where, row in tables["emobank.csv"]:
         side = field(where, row, "split")
         check_known(where, "split", [side], sides, f"one of {', '.join(sides)}")
         values = {"text": field(where, row, "text").strip(), "dimension": dimension, "low": low, "high": high}
         out.add(row["id"], values, votes.get(row["id"], []), published=sides[side])
-
-
-# --- a table of one's own: read_table() -> rows -> panels of votes -> items -------------------------------
-Panel = namedtuple("Panel", "prompt group where votes")  # of one item, and where it stands first
-
-
-def own(config: PrepareConfig, out: Converted) -> None:
-    """A row a vote (--label; --item or equal prompts), or a row an item (several columns, or --counts)."""
-    if not config.raw:
-        raise InputError("raw: name your table: CSV, Excel, Parquet, .jsonl or a Hugging Face data set")
-    what, by_vote = " ".join(config.label or config.counts), len(config.label) == 1
-    order = named_labels(config.labels)
-    if len(config.counts) > 1 and not order:
-        order = [as_digits(column.strip()) for column in config.counts]
-    spelled = {label.casefold(): label for label in order}
-    panels: dict[str, Panel] = {}
-    first: dict[str, str] = {}  # label: where it stands first
-    for path in config.raw:
-        columns, rows = sources.read_table(path, config.hub_split)
-        template = check_columns(config, path, columns)
-        shown = placeholders(template)
-        taken = [name for name in {*shown, config.text, config.item, config.group} if name in columns]
-        for where, row in rows:
-            out.read["rows"] += 1
-            values = {name: cell(where, name, row.get(name)) for name in taken}
-            values |= {"text": values[config.text]} if config.text else {}
-            if any(values.get(name) == "" for name in shown):
-                out.dropped["rows with empty text"] += 1
-                continue
-            prompt, group = fill(template, values), values.get(config.group, "")
-            key = values[config.item] if config.item else prompt if by_vote else where
-            if not key:
-                raise InputError(f"{where}: {config.item}: empty, so the vote belongs to no item")
-            panel = panels.get(key) or panels.setdefault(key, Panel(prompt, group, where, Counter()))
-            differs = "text" if panel.prompt != prompt else "group" if panel.group != group else ""
-            if differs:
-                problem = f"its {differs} differs from that at {panel.where}"
-                raise InputError(f"{where}: item '{short(key)}': {problem}")
-            if panel.where != where and not by_vote:
-                problem = f"stands twice, first at {panel.where}; with columns of votes a row is an item"
-                raise InputError(f"{where}: item '{short(key)}': {problem}")
-            for label, number in row_votes(config, where, row):
-                out.read["votes"] += number
-                if not label:
-                    out.dropped["votes without a label"] += number
-                    continue
-                label = spelled.get(label.casefold(), label)
-                if order and label not in order:
-                    problem = f"'{short(label, 30)}' is not one of {listed(order)}"
-                    raise InputError(f"{where}: {what}: {problem}")
-                first.setdefault(label, where)
-                panel.votes[label] += number
-    out.labels = order or found_labels(first, what)
-    if first and len(out.labels) < 2:
-        raise InputError(f"{what}: only the label {listed(out.labels)} occurs; name them all with --labels")
-    for number, (key, panel) in enumerate(panels.items(), 1):
-        name = key if config.item else str(number)
-        out.add(name, {"prompt": panel.prompt}, panel.votes, group=panel.group)
-    if out.rows and all(panel.votes.total() < 2 for panel in panels.values()):
-        log.warning("every item has one vote only: nothing shows how far people disagree on one item")
-
-
-def check_columns(config: PrepareConfig, path: str, columns: list[str]) -> str:
-    """The template of a table's prompts. Raises InputError if an option names no column or is missing."""
-    there = f"The columns are {', '.join(short(column, 30) for column in columns)}"
-    for option in ("text", "label", "counts", "item", "group"):
-        named = getattr(config, option) or ()
-        for name in [named] if isinstance(named, str) else named:
-            if name not in columns:
-                close = difflib.get_close_matches(name, columns, 1)
-                meant = f", did you mean '{short(close[0])}'?" if close else "."
-                raise InputError(f"{path}: {option}: no column '{short(name)}'{meant} {there}")
-    if bool(config.label) == bool(config.counts):
-        problem = "name the column with the votes with --label, or columns of counts with --counts, not both"
-        raise InputError(f"{path}: label: {problem}. {there}")
-    if not config.prompts and not config.text:
-        problem = "name the column with the judged text (--text), or a template of columns (--template)"
-        raise InputError(f"{path}: text: {problem}. {there}")
-    if not config.prompts:
-        return "{text}"
-    return read_template(config.prompts, ["text"] if config.text else [], columns)
-
-
-def cell(where: str, name: str, value: Any) -> str:
-    """A cell as text, "" if it is empty. Raises InputError for bytes, lists, objects and broken text."""
-    is_text = not isinstance(value, str) or distjudge.is_text(value)
-    if not is_text or isinstance(value, (bytes, bytearray, list, tuple, dict)):
-        kind = "text or a number" if is_text else "text without lone surrogates"
-        raise InputError(f"{where}: {short(name)}: must be {kind}, not {short(repr(value))}")
-    return "" if distjudge.is_missing(value) else str(value).strip()
-
-
-def as_digits(text: str) -> str:
-    """A label as written, but whole numbers in digits: "4.0" and "+4" are 4."""
-    number = re.fullmatch(r"([+-]?\d{1,300})(\.0+)?", text)
-    return str(int(number[1])) if number else text
-
-
-def row_votes(config: PrepareConfig, where: str, row: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """(label, number of votes) of a row; ("", 1) for an empty cell of a label column."""
-    for column in config.label:
-        yield as_digits(cell(where, column, row.get(column))), 1
-    given = {column: row.get(column) for column in config.counts}
-    if len(config.counts) == 1:
-        given = json_counts(f"{where}: {config.counts[0]}", row.get(config.counts[0]))
-    for label, number in given.items():
-        text = "0" if distjudge.is_missing(number) else as_digits(str(number).strip()) or "0"
-        if not re.fullmatch(r"[0-9]{1,300}", text):
-            problem = f"a number of votes is needed, not '{short(text, 30)}'"
-            raise InputError(f"{where}: {short(label)}: {problem}")
-        if int(text) > 10**9:
-            problem = f"more than a billion votes for '{short(label, 30)}'"
-            raise InputError(f"{where}: {' '.join(config.counts)}: {problem}")
-        yield as_digits(cell(where, "label", label)), int(text)
-
-
-def json_counts(where: str, value: Any) -> dict[str, Any]:
-    """{label: votes} of a cell, written as JSON or read as an object already."""
-    try:
-        given = sources.read_json(value) if isinstance(value, str) else value
-    except KeyError as error:
-        raise InputError(f"{where}: '{short(error.args[0], 30)}' stands twice in it") from None
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise InputError(f'{where}: must be an object such as {{"1": 0, "2": 3}}, not {short(repr(value))}')
-    return given
-
-
-def named_labels(labels: Iterable[str]) -> list[str]:
-    """("1-5",) or ("-3..3",) -> every whole number of the range; other names as they are."""
-    out: list[str] = []
-    for label in labels:
-        ends = re.fullmatch(r"([+-]?\d{1,300})(?:\.\.|-)([+-]?\d{1,300})", label.strip())
-        if ends and not int(ends[1]) < int(ends[2]) <= int(ends[1]) + 100:
-            raise InputError(f"labels: '{label}' is not a range from low to high")
-        out += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [as_digits(label.strip())]
-    folded = [label.casefold() for label in out]
-    if "" in folded:
-        raise InputError(f"labels: {listed(out)} names an empty label")
-    if len(set(folded)) < len(folded):
-        raise InputError(f"labels: {listed(out)} names a label twice (capitals are ignored)")
-    return out
-
-
-def found_labels(first: dict[str, str], what: str) -> list[str]:
-    """The labels that occur (label: where it stands first), in order; InputError if they are no one scale."""
-    words = [label for label in first if not distjudge.are_numeric([label])]
-    whole = [label for label in first if re.fullmatch(r"-?\d{1,300}", label)]
-    parts = [label for label in first if label not in whole and label not in words]
-    low, high = min(map(int, whole), default=0), max(map(int, whole), default=0)
-    quoted = {label: f"'{short(label, 20)}'" for label in first}
-    problem = ""
-    if parts:
-        odd, problem = parts[0], f"{quoted[parts[0]]} is not a whole number; a vote is one label"
-        problem += " (is this column a mean?)"
-    elif whole and words:
-        odd, problem = words[0], f"mixed scales: {quoted[words[0]]} among numbers such as {quoted[whole[0]]}"
-        problem += f" ({first[whole[0]]}); name the labels that count with --labels, or clean the column"
-    elif len(words) > 20:
-        odd, problem = words[20], f"{len(words)} different labels, such as {listed(words[:4])}"
-        problem += ": is it the right column?"
-    elif twins := distjudge.look_alike(words):
-        other, odd = twins
-        problem = f"{quoted[odd]} and {quoted[other]} differ only in capitals; with --labels "
-        problem += " ".join(short(word, 20) for word in sorted({word.casefold() for word in words}))
-        problem += " both count as one"
-        if odd.casefold() != other.casefold():
-            problem = f"{quoted[odd]} is written in two ways (composed and combining characters)"
-    elif high - low > 20:
-        odd = max(whole, key=lambda label: abs(int(label)))
-        problem = f"mixed scales? The votes reach from {short(low)} to {short(high)}; "
-        problem += "name the scale with --labels, as in --labels 1-10"
-    if problem:
-        raise InputError(f"{first[odd]}: {what}: {problem}")
-    return [str(number) for number in range(low, high + 1)] if whole else sorted(words)
 
 
 # --- from items to files ----------------------------------------------------------------------------------
@@ -644,12 +476,21 @@ def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
     converter(config, out)
     if not out.rows:
         number = next(iter(out.read.values()), 0)
-        raise InputError(f"{config.raw[0]}: no item is left of {number} rows: {dict(out.dropped)}")
+        raise InputError(f"{config.raw[0]}: no item is left of {number} rows: {told(out.dropped)}")
     card = {"task": config.task, "labels": out.labels, "ordered": distjudge.are_numeric(out.labels)}
     if labels in (NLI, PAIR):
         card["spellings"] = spellings_of(labels)
-    card |= {"licence": licence, "dimension": out.dimension, "notes": out.notes}
-    card["source"] = list(sources.SOURCES.get(config.task, {}).values())
+    addresses = list(sources.SOURCES.get(config.task, {}).values())
+    if config.task == "mnli" and (
+        strange := [raw for raw in config.raw if "multinli" not in Path(raw).name.lower()]
+    ):
+        names = ", ".join(Path(raw).name for raw in strange)
+        out.notes.append(
+            f"{names}: in MNLI's format, by the name not MultiNLI: its source and licence are not known"
+        )
+        licence, addresses = "not known: that of the files", []
+    card |= {"licence": licence, "dimension": out.dimension, "notes": out.notes, "source": addresses}
+    card |= {"own": out.own} if out.own else {}
     card["prompt"] = {"file": path and path.name, "sha256": path and sources.sha256_of(path)}
     card["sha256"] = {Path(raw).name: sources.sha256_of(raw) for raw in config.raw if Path(raw).is_file()}
     return out.rows, card | {"read": dict(out.read), "dropped": dict(out.dropped)}
@@ -669,7 +510,7 @@ def split_rows(
             here = [row for row in rows if row["published"] == name]
             sides[name] = [row for row in here if row["prompt"] not in taken]
             taken |= {row["prompt"] for row in here}
-        dropped["also in test or valid"] = len(rows) - sum(map(len, sides.values()))
+        dropped["item that is also in test or valid"] = len(rows) - sum(map(len, sides.values()))
         return {name: part for name, part in sides.items() if part or name != "valid"}
     if how == "random":
         items = [dataclasses.replace(item, group=None) for item in items]
@@ -695,17 +536,17 @@ def main(config: PrepareConfig) -> None:
     dropped = card["dropped"]
     rows = {row["id"]: row for row in found if sum(row["counts"].values()) >= least}
     if least > 1:
-        dropped[f"fewer than {least} votes"] = len(found) - len(rows)
+        dropped[f"item with fewer than {least} votes"] = len(found) - len(rows)
     if not rows:
         raise InputError(f"{config.raw[0]}: no item has {least} votes or more (--min_votes)")
     items = distjudge.load_items(list(rows.values()), labels=card["labels"])
     for path in config.without:
         items, shared = distjudge.keep_apart(items, distjudge.load_items(path), overlap="remove")
         for field_name, number in shared.items():
-            reason = f"in {Path(path).name} by {field_name}"
+            reason = f"item that shares its {field_name} with {Path(path).name}"
             dropped[reason] = dropped.get(reason, 0) + number
     if not items:
-        raise InputError(f"{config.raw[0]}: no items are left: dropped {dropped}")
+        raise InputError(f"{config.raw[0]}: no items are left: {told(dropped)}")
     kept = [rows[item.id] for item in items]
     splits = split_rows(kept, items, how, config.seed, dropped)
     out = Path(config.out)
@@ -720,13 +561,38 @@ def main(config: PrepareConfig) -> None:
     card["votes_an_item"] = {str(number): votes[number] for number in sorted(votes)}
     card["groups"] = len({row["group"] for row in kept if "group" in row})
     distjudge.write_json(out / "card.json", card)
-    print(f"read {card['read']}\ndropped {dropped}")
-    print(f"kept {card['items']}, votes an item {card['votes_an_item']}")
+    print_summary(card, out)
+
+
+def counted(number: int, thing: str) -> str:
+    """ "1 row without text", "1,207 rows without text": `thing` begins with a noun that takes an s."""
+    plural = re.sub(r"\b(row|item|cell|vote|person)\b", r"\1s", thing, count=1) if number != 1 else thing
+    return f"{number:,} {plural}"
+
+
+def told(counts: dict[str, int]) -> str:
+    return "; ".join(counted(number, thing) for thing, number in counts.items() if number) or "nothing"
+
+
+def print_summary(card: dict, out: Path) -> None:
+    """What was read, kept and left out, in words, and the command to go on with."""
+    votes = {int(number): items for number, items in card["votes_an_item"].items()}
+    total = sum(number * items for number, items in votes.items())
+    sides = ", ".join(f"{number:,} {name}" for name, number in card["items"].items() if name != "items")
+    each = f"{min(votes)}" if len(votes) == 1 else f"{min(votes)} to {max(votes)}"
+    print(f"read: {', '.join(f'{number:,} {thing}' for thing, number in card['read'].items())}")
+    print(f"left out: {told(card['dropped'])}")
+    kept = f"kept: {counted(total, 'vote')} on {counted(sum(votes.values()), 'item')}, {each} an item"
+    print(f"{kept}; {sides}".rstrip("; "))
     for note in card["notes"]:
         print(f"note: {note}")
-    if "spellings" in card:
-        print(f"judges may spell the labels more ways: --spellings {' '.join(card['spellings'])}")
-    print(f"labels {' '.join(card['labels'])}\nwrote {out}")
+    print(f"labels: {listed(card['labels'])}\nwrote {out}\nnext:")
+    first = "train" if "train" in card["items"] else next(iter(card["items"]))
+    print(f"  python plots/data.py {shlex.quote(str(out / first))}.jsonl")
+    if "test" in card["items"]:
+        files = " ".join(f"--{name} {shlex.quote(f'{out / name}.jsonl')}" for name in ("train", "test"))
+        spellings = f" --spellings {' '.join(card['spellings'])}" if "spellings" in card else ""
+        print(f"  python recipes/smollm.py {files} --out runs/{shlex.quote(out.name)}{spellings}")
 
 
 if __name__ == "__main__":

@@ -4,20 +4,21 @@ A fetched file goes into a cache folder, DISTJUDGE_CACHE or ~/.cache/distjudge, 
 download is taken up where it stopped, now or on the next run. read_table() is the one reader of tables.
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import http.client
 import io
 import itertools
-import json
+import logging
 import os
 import re
 import sys
 import urllib.error
 import urllib.request
 import zipfile
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ import pandas
 import pyarrow.parquet
 from tqdm import tqdm
 
-from distjudge import InputError, short
+import distjudge
+from distjudge import InputError, listed, short
+
+log = logging.getLogger("distjudge")
 
 HUB = "https://huggingface.co/datasets"
 SUMMEVAL = "https://storage.googleapis.com/sfr-summarization-repo-research"
@@ -128,127 +132,220 @@ def _download(url: str, part: Path) -> str:
 
 
 # --- reading -----------------------------------------------------------------------------------------------
-def read_table(path: str, split: str = "train") -> tuple[list[str], Iterable[Row]]:
-    """Columns and rows of a table.
+How = namedtuple("How", "split sheet wanted", defaults=("train", None, ()))
+
+
+def read_table(
+    path: str, split: str = "train", sheet: str | None = None, wanted: Iterable[str] = ()
+) -> tuple[list[str], Iterable[Row]]:
+    """Columns and rows of a table; every row has every column.
 
     path: a file of a kind in READERS (.gz too), or a folder or hub id of Hugging Face datasets (its `split`).
-    Raises InputError, one line that names the file, and the row where there is one, for what cannot be read.
+    sheet: of an Excel file, by default the first. wanted: columns that are looked for, which tell the header
+    from lines above it, and the delimiter. What is left out is said in a warning. Raises InputError, one line
+    that names the file, and the row where there is one, for what cannot be read.
     """
-    rows = _read(path, split)
+    rows = _read(path, How(split, sheet, frozenset(map(tidy, wanted))))
     columns = next(rows)
     if columns is None:
         rows = list(rows)
         columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    if twice := [column for column in columns if columns.count(column) > 1]:
+        rows = [(where, dict.fromkeys(columns) | row) for where, row in rows]
+    if twice := [column for column, number in Counter(columns).items() if number > 1]:
         raise InputError(f"{path}: column '{short(twice[0])}' stands there twice")
     return columns, rows
 
 
 def read_rows(paths: Iterable[str]) -> Iterator[Row]:
     """The rows of tables, as they are read: published files are large. Raises InputError as read_table()."""
-    return (row for path in paths for row in itertools.islice(_read(path, "train"), 1, None))
+    return (row for path in paths for row in itertools.islice(_read(path, How()), 1, None))
 
 
-def _read(path: str, split: str) -> Iterator[Any]:
+def tidy(name: Any) -> str:
+    """A column's name as it is looked for: without line breaks, doubled and invisible spaces."""
+    return " ".join(re.sub("[\ufeff\u200b\u2060]", "", str(name)).split())
+
+
+def _read(path: str, how: How) -> Iterator[Any]:
     """Yields what the reader does: first the columns, or None if only the rows tell them, then the rows."""
     kind = Path(path.lower().removesuffix(".gz")).suffix
     if kind not in READERS:
         kind = "datasets"
         if Path(path).is_file():
-            raise InputError(f"{path}: is not a table that can be read: CSV, Excel, Parquet and .jsonl can")
-        if not Path(path).is_dir() and not re.fullmatch(
-            r"[\w-][\w.-]*/[\w.-]+", path
-        ):  # a hub id is OWNER/NAME
+            raise InputError(
+                f"{path}: is not a table that can be read: CSV, Excel, Parquet, .json and .jsonl can"
+            )
+        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)  # OWNER/NAME
+        if not Path(path).is_dir() and not hub_id:
             raise InputError(f"{path}: no such file")
     name, reader = READERS[kind]
+    if how.sheet and name != "Excel":
+        raise InputError(f"{path}: sheet: only an Excel file has sheets")
     try:
-        yield from tqdm(reader(path, split), desc=Path(path).name, unit=" rows", disable=None, leave=False)
+        yield from tqdm(reader(path, how), desc=Path(path).name, unit=" rows", disable=None, leave=False)
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # damaged files fail in many ways, each library with its own errors
-        raise InputError(f"{path}: cannot be read as {name}: {short(error, 150)}") from None
+        problem = short(str(error) or type(error).__name__, 150)
+        raise InputError(f"{path}: cannot be read as {name}: {problem}") from None
 
 
 def _numbered(path: str, rows: Iterable[dict], first: int) -> Iterator[Row]:
     return ((f"{path}: row {number}", row) for number, row in enumerate(rows, first))
 
 
-def _read_csv(path: str, split: str) -> Iterator[Any]:
-    """The delimiter is the comma, semicolon or tab that the first line holds most of."""
-    csv.field_size_limit(1 << 30)  # Python's own limit, 131,072 characters, is less than a long text
-    try:
-        text = "".join(file.read().decode("utf-8-sig") for _, file in _files(path))
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.start + 1} is not UTF-8; save the sheet as 'CSV UTF-8'"
-        raise InputError(f"{path}: cannot be read as CSV: {problem}") from None
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    yield list(reader.fieldnames or ())
-    for where, row in _numbered(path, reader, 2):
-        if None in row or None in row.values():
-            raise InputError(f"{where}: {'more' if None in row else 'fewer'} fields than columns")
-        yield where, row
+SECOND_HEADERS = re.compile(r'\{"ImportId":.*|(Open-Ended )?Response')  # of Qualtrics, of SurveyMonkey
 
 
-def _read_excel(path: str, split: str) -> Iterator[Any]:
-    table = pandas.read_excel(path, keep_default_na=False, dtype=object)
-    table.columns = [str(column) for column in table.columns]
-    yield list(table.columns)
-    yield from _numbered(path, table.to_dict("records"), 2)
+def _from_grid(path: str, grid: Iterable[Iterable[Any]], how: How, reading: str = "") -> Iterator[Any]:
+    """Columns and rows of a grid of cells. Left out are lines above the header and headers that come again.
+
+    The header is, of the first 30 lines, the one with most of the wanted columns; by default the first.
+    """
+    lines = ((number, list(line)) for number, line in enumerate(grid, 1))
+    top = [
+        (number, line) for number, line in itertools.islice(lines, 30) if any(not is_empty(c) for c in line)
+    ]
+    found = [len(how.wanted.intersection(map(tidy, line))) for _, line in top]
+    start = found.index(max(found)) if found else 0
+    if start:
+        log.warning("%s: the header is row %d; lines above it left out: %d", path, top[start][0], start)
+    header = top[start][1] if top else []
+    columns = ["" if is_empty(name) else tidy(name) for name in header]
+    named = max((k for k, name in enumerate(columns, 1) if name), default=0)
+    columns = [name or f"(column {k})" for k, name in enumerate(columns, 1)]
+    yield columns
+    again = start
+    for k, (_, line) in enumerate(top[start + 1 : start + 3], start + 1):
+        names = [str(cell) for cell in line if not is_empty(cell)]
+        if names and all(SECOND_HEADERS.fullmatch(name) for name in names):
+            again = k
+    repeated = again - start
+    for number, line in itertools.chain(top[again + 1 :], lines):
+        if all(map(is_empty, line)) and len(line) <= 1:
+            continue
+        if line == header:
+            repeated += 1
+            continue
+        more = any(not is_empty(cell) for cell in line[len(columns) :])
+        if more or len(line) < named:
+            shown = ", ".join(short(column, 30) for column in columns[:12])
+            problem = f"{'more' if more else 'fewer'} fields than columns{reading}: {shown}"
+            raise InputError(f"{path}: row {number}: {problem}")
+        line += [None] * (len(columns) - len(line))
+        yield f"{path}: row {number}", dict(zip(columns, line, strict=False))
+    if repeated:
+        log.warning("%s: further header rows left out: %d", path, repeated)
 
 
-def _read_parquet(path: str, split: str) -> Iterator[Any]:
+def is_empty(cell: Any) -> bool:
+    return distjudge.is_missing(cell) or (isinstance(cell, str) and not cell.strip())
+
+
+def _read_csv(path: str, how: How) -> Iterator[Any]:
+    csv.field_size_limit(
+        distjudge.LONGEST
+    )  # Python's own limit, 131,072 characters, is less than a long text
+    for _, file in _files(path):
+        lines = _text_lines(path, file)
+        first = list(itertools.islice(lines, 200))
+        mark = _delimiter(first, how.wanted)
+        grid = csv.reader(itertools.chain(first, lines), strict=True, delimiter=mark)
+        if first and first[0].strip().strip('"').lower() == f"sep={mark}".strip():
+            grid = itertools.chain([[]], itertools.islice(grid, 1, None))
+        yield from _from_grid(path, grid, how, f" (fields end at {mark!r})")
+
+
+def _text_lines(path: str, file: Any) -> Iterator[str]:
+    at = 0
+    for number, raw in distjudge.read_lines(file, path):
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            problem = f"byte {at + error.start + 1} is not UTF-8; save the sheet as 'CSV UTF-8'"
+            raise InputError(f"{path}: cannot be read as CSV: {problem}") from None
+        at += len(raw)
+        yield from io.StringIO(text, newline="")  # a carriage return alone ends a line too
+
+
+def _delimiter(lines: list[str], wanted: frozenset[str]) -> str:
+    """The one of , ; tab | that gives the first lines the wanted columns, and rows of one length."""
+    if lines and (named := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):
+        return named[1]
+
+    def merit(mark: str) -> tuple[int, float, int]:
+        rows = []
+        with contextlib.suppress(csv.Error):  # what was read before still counts
+            rows.extend(row for row in csv.reader(lines, strict=True, delimiter=mark) if row)
+        found = max((len(wanted.intersection(map(tidy, row))) for row in rows[:30]), default=0)
+        size, times = max(Counter(map(len, rows)).items(), key=lambda pair: pair[1], default=(1, 0))
+        return found, times / len(rows) if size > 1 else 0.0, size
+
+    return max(",;\t|", key=merit)
+
+
+def _read_excel(path: str, how: How) -> Iterator[Any]:
+    with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+        with pandas.ExcelFile(file) as book:
+            names = [str(name) for name in book.sheet_names]
+            if how.sheet and how.sheet not in names:
+                raise InputError(
+                    f"{path}: sheet: there is no '{short(how.sheet)}'; there are {listed(names)}"
+                )
+            name = how.sheet or names[0]
+            table = book.parse(name, header=None, keep_default_na=False, dtype=object)
+    if not how.sheet and len(names) > 1:
+        there = {tidy(cell) for line in table.head(30).itertuples(index=False) for cell in line}
+        if missing := sorted(how.wanted - there):
+            remedy = f"the sheets are {listed(names)}, --sheet names another"
+            raise InputError(f"{path}: sheet '{short(name)}': no column '{short(missing[0])}'; {remedy}")
+        log.warning(
+            "%s: reading the sheet '%s' of %s; --sheet names another", path, short(name), listed(names)
+        )
+    yield from _from_grid(path, table.itertuples(index=False, name=None), how, f" of sheet '{short(name)}'")
+
+
+def _read_parquet(path: str, how: How) -> Iterator[Any]:
     with pyarrow.parquet.ParquetFile(path) as file:
         yield file.schema_arrow.names
         yield from _numbered(path, (row for batch in file.iter_batches() for row in batch.to_pylist()), 1)
 
 
-def _read_datasets(path: str, split: str) -> Iterator[Any]:
+def _read_datasets(path: str, how: How) -> Iterator[Any]:
     import datasets  # slow to import
 
     saved = any(Path(path, name).exists() for name in ("state.json", "dataset_dict.json"))
     table = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise InputError(f"{path}: hub_split: there is no '{split}'; there are {', '.join(table)}")
-        table = table[split]
+        if how.split not in table:
+            raise InputError(f"{path}: hub_split: there is no '{how.split}'; there are {', '.join(table)}")
+        table = table[how.split]
     yield table.column_names
-    named = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
-    for where, row in _numbered(path, table, 1):
-        for name, kind in named.items():  # -1 says that there is no label
-            row[name] = None if row[name] in (None, -1) else kind.int2str(row[name])
-        yield where, row
+    names = distjudge.class_names(table.features)
+    yield from _numbered(path, (distjudge.with_names(row, names) for row in table), 1)
 
 
-def _read_jsonl(path: str, split: str) -> Iterator[Any]:
+def _read_json(path: str, how: How) -> Iterator[Any]:
     yield None
     for name, file in _files(path):
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{name}:{number}"
-            try:
-                row = read_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except KeyError as error:
-                raise InputError(f"{where}: {short(error.args[0])}: stands twice in the row") from None
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: broken JSON: {short(error, 100)}") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: not a JSON object but {type(row).__name__}")
-            yield where, row
+        for where, row, problem in distjudge.json_rows(file, name):
+            if problem:
+                raise InputError(f"{where}: {problem}")
+            yield from ((where, part) for part in _annotations(row))
 
 
-def read_json(text: str) -> Any:
-    """What a JSON text says. Raises KeyError for a key that stands twice, ValueError or RecursionError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise KeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
-        return found
-
-    return json.loads(text, object_pairs_hook=unique)
+def _annotations(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A task of Label Studio's JSON as a row for each of its annotations; any other row as it is."""
+    done, data = row.get("annotations") or row.get("completions"), row.get("data")
+    if not isinstance(data, dict) or not isinstance(done, list) or not all("result" in one for one in done):
+        return [row]
+    rows = []
+    for one in done:
+        votes = {} if one.get("was_cancelled") else {r["from_name"]: r["value"] for r in one["result"]}
+        rows.append({"id": row.get("id")} | data | {"completed_by": str(one.get("completed_by"))} | votes)
+    return rows
 
 
 def _files(path: str) -> Iterator[tuple[str, Any]]:
@@ -268,5 +365,5 @@ def _files(path: str) -> Iterator[tuple[str, Any]]:
 
 READERS = dict.fromkeys((".csv", ".tsv", ".txt"), ("CSV", _read_csv))
 READERS |= dict.fromkeys((".xlsx", ".xls", ".ods"), ("Excel", _read_excel))
-READERS |= dict.fromkeys((".jsonl", ".zip"), ("JSON lines", _read_jsonl))
+READERS |= dict.fromkeys((".jsonl", ".json", ".zip"), ("JSON", _read_json))
 READERS |= {".parquet": ("Parquet", _read_parquet), "datasets": ("a Hugging Face data set", _read_datasets)}

@@ -55,6 +55,7 @@ class Template:
     item: str | None = None  # the column of the id
     optional: Sequence[str] = ()  # columns whose cells may be empty
     swap: Sequence[str] | None = None  # two columns; exchanged, they give a pair's other order
+    swap_labels: dict[str, str] | None = None  # the labels that trade places then; else a and b
     named: bool = False  # on the command line: then a column "prompt" is not the whole prompt
 
     def columns(self, there: Iterable[str]) -> list[str]:
@@ -73,6 +74,8 @@ class Template:
         """id, prompt and swap of a row. Raises InputError for an empty cell, and for one that is no text."""
         from data import prepare
 
+        if self.template == "{prompt}" and isinstance(row.get("prompt"), list):  # of messages
+            return {name: row.get(name) for name in ("id", "prompt", "swap")}
         needed = self.columns(row)
         cells = {name: text_of(where, name, row.get(name)) for name in needed}
         if empty := [name for name in needed if not cells[name] and name not in self.optional]:
@@ -85,7 +88,7 @@ class Template:
         if self.swap:
             one, other = self.swap
             turned = cells | {one: cells[other], other: cells[one]}
-            swap = {"prompt": filled(turned), "labels": {"a": "b", "b": "a"}}
+            swap = {"prompt": filled(turned), "labels": self.swap_labels or {"a": "b", "b": "a"}}
         name = text_of(where, self.item or "id", row.get(self.item or "id"))
         return {"id": name or None, "prompt": filled(cells), "swap": swap if isinstance(swap, dict) else None}
 

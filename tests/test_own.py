@@ -1,5 +1,6 @@
 """A user's own table: every form it may have, and what is said of every mistake."""
 
+import copy
 import gzip
 import json
 
@@ -7,6 +8,8 @@ import datasets
 import pandas
 import prepare
 import pytest
+import sheets
+import tables
 import tyro
 
 import distjudge
@@ -26,7 +29,8 @@ def own(tmp_path, monkeypatch):
             (tmp_path / "votes.csv").write_text(table, encoding="utf-8")
         raw = "votes.csv" if "\n" in table else table
         fixed = ["own", "--raw", raw, "--out", "o", "--split", "none"]
-        prepare.main(tyro.cli(prepare.PrepareConfig, args=[*fixed, *arguments.split()]))
+        words = [word for word in arguments.split(" ") if word]
+        prepare.main(tyro.cli(prepare.PrepareConfig, args=[*fixed, *words]))
         lines = (tmp_path / "o" / "items.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
@@ -198,3 +202,355 @@ def test_what_a_new_user_gets_wrong(own, tmp_path, table, arguments, words):
     with pytest.raises(InputError) as error:
         own(table, arguments)
     assert words in str(error.value) and not (tmp_path / "o").exists()
+
+
+# --- votes as they come -----------------------------------------------------------------------------------
+def votes_of(rows):
+    """ "1:2 3:1" of the first item: label and votes, of those that have any."""
+    return " ".join(f"{label}:{number}" for label, number in rows[0]["counts"].items() if number)
+
+
+def column(*cells):
+    """A table of one item, a row a vote."""
+    return "text,v\n" + "".join(f'x,"{cell.replace(chr(34), chr(34) * 2)}"\n' for cell in cells)
+
+
+SAYS = [  # cells of one item, flags, its votes
+    (["[1, 0, 1]"], "", "0:1 1:2"),
+    (['["yes", null, "no", ""]'], "", "no:1 yes:1"),
+    (["['yes', 'no', nan]"], "", "no:1 yes:1"),
+    (["(1, 2)"], "", "1:1 2:1"),
+    (["[1 0 1]"], "", "0:1 1:2"),
+    (["array([1, 2])"], "", "1:1 2:1"),
+    (['[{"rating": 4}]', '[{"rating": 5}]'], "", "4:1 5:1"),
+    (['{"choices": ["warm"]}', "cold"], "", "cold:1 warm:1"),
+    (['{"choices": ["warm", "cold"]}', "cold"], "--multi split", "cold:2 warm:1"),
+    (["0,0,1"], "--multi split", "0:2 1:1"),
+    (["red;green", "red", "green;blue", "blue"], "--multi split", "blue:2 green:2 red:2"),
+    (["red;", "green;"], "", "green:1 red:1"),
+    (["a|b", "b"], "--multi split --labels a b", "a:1 b:2"),
+    (["A", "A+", "B-"], "", "A:1 A+:1 B-:1"),
+    (["Yes, very", "No, not at all"], "", "No, not at all:1 Yes, very:1"),
+    (["1", "2", "N/A", "–", "--", "k.A."], "--no_vote n/a - K.A.", "1:1 2:1"),
+    (["1", "2.50", "4.0", "+3", "02"], "--labels 1 2 2.5 3 4", "1:1 2:1 2.5:1 3:1 4:1"),
+    (["2,5", "3", "4,0"], "--decimal comma --labels 2.5 3 4", "2.5:1 3:1 4:1"),
+    (["2,5", "3"], "--labels 2.5 3", "2.5:1 3:1"),  # 2 and 5 are no labels, so it is one number
+    (["\u22121", "0", "1"], "", "-1:1 0:1 1:1"),
+    (["80%", "20 %", "100%"], "--bins 0 50 100", "1:1 2:2"),
+    (["0", "50", "51", "100"], "--bins 0 50 100 --labels low high", "low:1 high:3"),
+    (["yes", "yes\u200b", "very\u00a0good", "very good"], "", "very good:2 yes:2"),
+    (["do", "do.", "DO", "don’t", "don't", "❤", "❤\ufe0f"], "--labels do don't ❤", "do:3 don't:2 ❤:2"),
+    (["caf\u00e9", "cafe\u0301", "tea"], "", "café:2 tea:1"),
+]
+
+
+@pytest.mark.parametrize(("cells", "flags", "said"), SAYS)
+def test_what_cells_say(own, cells, flags, said):
+    assert votes_of(own(column(*cells), f"--text text --label v {flags}")) == said
+
+
+DOUBTS = [  # cells of one item, words of the refusal, the remedy in it, and the votes when it is followed
+    (["0,0,1"], "row 2: v: '0,0,1' holds several labels", "--multi split", "0:2 1:1"),
+    (
+        ["red", "red, green", "green"],
+        "row 3: v: 'red, green' holds several",
+        "--multi split",
+        "green:2 red:2",
+    ),
+    (['{"choices": ["a", "b"]}', "a"], "row 2: v: a person's cell holds several", "--multi split", "a:2 b:1"),
+    (['["a", "b"]', "a"], "row 2: v: a person's cell holds several", "--multi split", "a:2 b:1"),
+    (["2,5", "3"], "row 2: v: '2,5' may be several votes", "--multi split", "2:1 3:1 5:1"),
+    (["1", "nan", "2", "N/A", "—"], "row 3: v: mixed scales: 'nan'", "--no_vote nan N/A -", "1:1 2:1"),
+    (["1", "2.50", "3"], "row 3: v: '2.5' is not a whole", "--labels 1 1.5 2 2.5 3", "1:1 2.5:1 3:1"),
+    (["0.1", "0.73"], "bins make labels, as in", "--bins 0.1 0.226 0.352 0.478 0.604 0.73", "1:1 5:1"),
+    (["80%", "20%"], "row 2: v: '80%' is a share", "--bins 0 20 40 60 80 100", "2:1 5:1"),
+    (["0", "90"], "row 3: v: mixed scales? The votes reach from 0 to 90", "--no_vote 90", "0:1 1:1"),
+    (
+        ["don't", "don’t", "do"],
+        "row 3: v: 'don’t' and 'don't' look alike",
+        "--labels do don’t",
+        "do:1 don’t:2",
+    ),
+    (["❤", "❤\ufe0f", "no"], "look alike", "--labels no ❤", "no:1 ❤:2"),
+    (["Yes", "yes.", "no"], "row 3: v: 'yes.' and 'Yes' look alike", "--labels Yes no", "Yes:2 no:1"),
+]
+
+
+@pytest.mark.parametrize(("cells", "words", "remedy", "said"), DOUBTS)
+def test_a_remedy_works_when_followed(own, cells, words, remedy, said):
+    extra = ["1"] if remedy == "--no_vote 90" else []
+    with pytest.raises(InputError) as error:
+        own(column(*cells, *extra), "--text text --label v")
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert remedy in str(error.value).replace("'don’t' both", "don’t both").replace("'❤' both", "❤ both")
+    assert votes_of(own(column(*cells, *extra), f"--text text --label v {remedy}")) == said
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (["3-4", "4-Mar"], "row 3: v: '4-Mar' is a date"),
+        (["2024-03-04 00:00:00", "1"], "row 2: v: '2024-03-04 00:00:00' is a date"),
+        (["['yes' 'no']"], "row 2: v: \"['yes' 'no']\" is neither JSON nor a list"),
+        (["{1, 2}"], "row 2: v: must be text or a number, not {1, 2}"),
+        (["[1, 2"], "row 2: v: mixed scales"),
+        (['{"ann": "yes"}'], "is an object, not a vote; --counts reads"),
+    ],
+)
+def test_cells_that_mean_nothing_are_refused(own, cells, words):
+    with pytest.raises(InputError) as error:
+        own(column(*cells, "5"), "--text text --label v")
+    assert words in str(error.value)
+
+
+def test_words_for_no_vote_are_told_of(own, caplog, tmp_path, capsys):
+    rows = own(column("good", "bad", "NULL", "none of these", "n/a"), "--text text --label v")
+    assert (
+        "'NULL' (1), 'n/a' (1), 'none of these' (1); --no_vote NULL n/a 'none of these' leaves" in caplog.text
+    )
+    assert sum(rows[0]["counts"].values()) == 5
+    with pytest.raises(InputError, match=r"'NULL' is not one of {good, bad}; --no_vote NULL leaves"):
+        own(column("good", "bad", "NULL"), "--text text --label v --labels good bad")
+    capsys.readouterr()
+    own("text,v,w\nx,1,N/A\ny,,2\n,1,1\n", "--text text --label v w --no_vote n/a")
+    said = capsys.readouterr().out
+    assert (
+        "read: 3 rows, 2 votes\nleft out: 1 cell named by --no_vote; 1 empty cell; 1 row without text\n"
+        in said
+    )
+    assert "kept: 2 votes on 2 items, 1 an item\n" in said
+
+
+def test_a_scale_point_nobody_chose_is_said(own, caplog, tmp_path):
+    own(column("1", "2", "4"), "--text text --label v")
+    notes = json.loads((tmp_path / "o" / "card.json").read_text())["notes"]
+    assert notes == [
+        "labels that nobody chose, within the scale: 3",
+        "the scale was found in the votes: 1 to 4; --labels names a wider one",
+    ]
+    distjudge.load_items([{"prompt": "x", "annotations": [1, 4, 2]}])
+    assert "the labels are {1, 2, 4}, as found in the votes: nobody chose {3}" in caplog.text
+    caplog.clear()
+    distjudge.load_items([{"prompt": "x", "annotations": [1, 4, 2]}], labels=list("12345"))
+    assert not caplog.text
+
+
+# --- files as tools write them ----------------------------------------------------------------------------
+def test_headers_of_tools(own, tmp_path, caplog):
+    qualtrics = (
+        'id,Q1,text\nID,How?,text\n"{""ImportId"":""r""}","{""ImportId"":""Q""}","{""ImportId"":""t""}"\n'
+    )
+    for table, flags, words in (
+        (qualtrics + "1,a,x\n2,b,x\n", "--label Q1", "further header rows left out: 2"),
+        ("Person,v,text\n,Response,Open-Ended Response\n1,a,x\n2,b,x\n", "--label v", "left out: 1"),
+        (
+            "Our survey\nof May\n\ntext;v\nx;a\nx;b\n",
+            "--label v",
+            "the header is row 4; lines above it left out: 2",
+        ),
+        ('id|"the\n vote"|text\n1|a|x, y\n2|b|x, y\n', "--label the\u00a0vote", ""),
+        ('sep=;\n"text";v,w\nx;a\nx;b\n', "--label v,w", ""),
+        ("text,v,\nx,a,\nx,b\n", "--label v", ""),
+        ("text,v\nx,a\ntext,v\nx,b\n", "--label v", "further header rows left out: 1"),
+    ):
+        caplog.clear()
+        assert votes_of(own(table, f"--text text {flags}")) == "a:1 b:1"
+        assert words in caplog.text and bool(words) == bool(caplog.text)
+    with pytest.raises(InputError, match=r"row 3: more fields than columns \(fields end at '\|'\): text, v"):
+        own("text|v\nx|1\nx|1|2\n", "--text text --label v")
+
+
+def test_json_documents(own, tmp_path):
+    rows = [{"text": "x", "v": [1, 2]}, {"text": "y", "v": [2]}]
+    task = {"data": {"text": "x"}, "annotations": []}
+    for who, said in (("a", 1), ("b", 2), ("c", 1)):
+        value = {"from_name": "v", "value": {"rating": said}}
+        task["annotations"].append({"completed_by": who, "was_cancelled": who == "c", "result": [value]})
+    documents = {
+        "array": rows,
+        "by_id": {"7": rows[0], "8": rows[1]},
+        "within": {"data": rows},
+        "studio": [task, rows[1]],
+    }
+    for name, document in documents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(document, indent=1))
+        assert own(f"{name}.json", "--text text --label v")[0]["counts"] == {"1": 1, "2": 1}, name
+    (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert own("lines.json", "--text text --label v")[0]["counts"] == {"1": 1, "2": 1}
+    items = [{"prompt": "x", "annotations": [1, 2]}, {"prompt": "y", "annotations": [2]}]
+    (tmp_path / "items.json").write_text(json.dumps(items, indent=2))
+    assert [item.where for item in distjudge.load_items("items.json")] == ["items.json[0]", "items.json[1]"]
+    (tmp_path / "commas.jsonl").write_text("".join(json.dumps(item) + ",\n" for item in items))
+    with pytest.raises(InputError, match=r"^commas.jsonl: its lines end in commas.*last$"):
+        distjudge.load_items("commas.jsonl")
+
+
+def test_sheets(own, tmp_path, caplog):
+    with pandas.ExcelWriter(tmp_path / "v.xlsx") as book:
+        pandas.DataFrame({"Notes": ["see below"]}).to_excel(book, sheet_name="README", index=False)
+        pandas.DataFrame({"text": ["x", "x"], "v": [1, 2.0]}).to_excel(book, sheet_name="May", index=False)
+    with pytest.raises(
+        InputError, match=r"sheet 'README': no column 'text'; the sheets are {README, May}, --sheet"
+    ):
+        own("v.xlsx", "--text text --label v")
+    assert votes_of(own("v.xlsx", "--text text --label v --sheet May")) == "1:1 2:1"
+    with pytest.raises(InputError, match=r"sheet: there is no 'June'; there are {README, May}"):
+        own("v.xlsx", "--text text --label v --sheet June")
+
+
+def test_lists_of_class_labels_keep_their_names(own, tmp_path):
+    named = datasets.ClassLabel(names=["calm", "angry"])
+    kinds = datasets.Features({"prompt": datasets.Value("string"), "annotations": datasets.Sequence(named)})
+    table = datasets.Dataset.from_dict(
+        {"prompt": ["x", "y"], "annotations": [[0, 1, 1], [0]]}, features=kinds
+    )
+    assert distjudge.load_items(table)[0].counts == {"angry": 2, "calm": 1}
+    table.save_to_disk(tmp_path / "ds")
+    assert votes_of(own("./ds", "--text prompt --label annotations")) == "angry:2 calm:1"
+
+
+# --- rows, people, prompts --------------------------------------------------------------------------------
+def test_a_person_counts_once(own, capsys, caplog):
+    table = "id,text,who,v\n1,x,anna,4\n1,x,anna,4\n1,x,ben,5\n1,x,ben,4\n2,y,ben,4\n"
+    own(table, "--text text --label v --item id")
+    assert "2 votes are a person's second on an item, by column 'who'; --rater who" in caplog.text
+    capsys.readouterr()
+    (one, two) = own(table, "--text text --label v --item id --rater who")
+    assert one["counts"] == {"4": 1, "5": 1} and one["annotators"] == {"anna": "4", "ben": "5"}
+    assert two["annotators"] == {"ben": "4"}
+    said = (
+        "left out: 1 second vote of a person on an item; 1 second vote of a person on an item, with another"
+    )
+    assert said in capsys.readouterr().out
+    assert distjudge.load_items("o/items.jsonl")[0].votes == 2
+    own("id,text,v\n0,x,1\n0.0,x,2\n", "--text text --label v --item id")
+    assert "1 of 2 items have the prompt of another item, such as '0' and '0.0'" in caplog.text
+
+
+def test_one_hot_rows_add_up(own, caplog):
+    table = "w,id,text,c:::no,c:::yes,Status\n" + "".join(
+        f"{who},1,x,{no},{yes},{state}\n"
+        for who, no, yes, state in (
+            ("a", "TRUE", "FALSE", "ok"),
+            ("b", "", "x", "ok"),
+            ("c", "1", "0", "Rejected"),
+        )
+    )
+    flags = "--text text --item id --counts c:::*"
+    assert own(table, flags)[0]["counts"] == {"c:::no": 2, "c:::yes": 1}
+    assert "1 rows count whose Status is 'Rejected'; --where 'Status!=Rejected'" in caplog.text
+    for where in ("Status=OK", "Status!=Rejected"):
+        (row,) = own(table, f"{flags} --labels yes no --rater w --where {where}")
+        assert row["counts"] == {"yes": 1, "no": 1} and row["annotators"] == {"a": "no", "b": "yes"}
+    assert own('text,a,b\nx,"1,204",1 000\n', "--text text --counts a b")[0]["counts"] == {
+        "a": 1204,
+        "b": 1000,
+    }
+    with pytest.raises(InputError, match="where: 'Status' is not COLUMN=VALUE"):
+        own(table, f"{flags} --where Status")
+
+
+def test_a_row_a_person(own):
+    table = 'Who,"Clear?\n[soup]",Clear? [tea]\np,Yes,No\nq,No,No\np,Yes,Yes\n'
+    soup, tea = own(table, "--label Clear?* --by_column --rater Who")
+    assert soup["prompt"] == soup["id"] == "Clear? [soup]" and soup["counts"] == {"No": 1, "Yes": 1}
+    assert tea["annotators"] == {"p": "No", "q": "No"} and tea["counts"] == {"No": 2, "Yes": 0}
+
+
+def test_optional_columns_and_pairs(own, tmp_path, caplog):
+    (tmp_path / "t.txt").write_text("{q} {more}|{answer_a}|{answer_b}")
+    table = "q,more,answer_a,answer_b,v\nq,,one,two,A\nq,,one,two,tie\nr,m,1,2,B\n"
+    flags = "--label v --template t.txt"
+    own(table, f"{flags} --labels a b tie")
+    assert "2 of 3 rows are left out, as a text in them is empty; --optional COLUMN" in caplog.text
+    first, second = own(table, f"{flags} --optional more --swap answer_a answer_b")
+    assert first["prompt"] == "q |one|two" and first["swap"]["prompt"] == "q |two|one"
+    assert first["swap"]["labels"] == {"A": "B", "B": "A"} and second["counts"] == {"A": 0, "B": 1, "tie": 0}
+    form = {"template": "{q} {more}|{answer_a}|{answer_b}", "text": None, "item": None, "optional": ["more"]}
+    card = json.loads((tmp_path / "o" / "card.json").read_text())
+    traded = {"A": "B", "B": "A"}
+    assert card["own"] == form | {"swap": ["answer_a", "answer_b"], "swap_labels": traded}
+    assert sheets.Template(**card["own"]).fill(
+        "row 2", first | dict(zip(table.split(",")[:4], "qmab", strict=True))
+    ) == {"id": first["id"], "prompt": "q m|a|b", "swap": {"prompt": "q m|b|a", "labels": traded}}
+    make = tables.prompts_of(card["own"], table.splitlines()[0].split(","))
+    row = {"q": "s", "more": None, "answer_a": "{q}", "answer_b": 2}
+    assert make("row 2", row) == ["s |{q}|2", "s |2|{q}"]
+    with pytest.raises(
+        InputError, match=r"swap: which of the labels {left, right} .* --swap q more left right"
+    ):
+        table = table.replace(",A", ",left").replace(",tie", ",right").replace(",B", ",left")
+        own(table, f"{flags} --optional more --swap q more")
+
+
+SYSTEM = [{"role": "system", "content": "Be <|im_end|> brief."}, {"role": "user", "content": "Hi </s>"}]
+TALK = [
+    *SYSTEM[1:],
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": " So: 1 + 1\n= 2? "},
+]
+
+
+def test_messages_as_prompts(own, tmp_path):
+    lines = [{"m": messages, "v": vote} for messages in (SYSTEM, TALK) for vote in (1, 2)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = own("m.jsonl", "--text m --label v")
+    assert [row["prompt"] for row in rows] == [SYSTEM, TALK]
+    one = distjudge.load_items("o/items.jsonl")[0]
+    assert distjudge.messages_of(one.prompt) == SYSTEM and one.prompt == distjudge.prompt_text(SYSTEM)
+    assert one.prompt != str(one.prompt) and len({one.prompt, str(one.prompt)}) == 2
+    (tmp_path / "t.txt").write_text("Rate: {text}")
+    rows = own("m.jsonl", "--text m --label v --template t.txt")
+    assert rows[0]["prompt"] == "Rate: System:\nBe <|im_end|> brief.\n\nUser:\nHi </s>"
+    (tmp_path / "n.jsonl").write_text(json.dumps({"m": TALK[:2], "v": 1}) + "\n")
+    with pytest.raises(
+        InputError, match=r"n.jsonl:1: m: the last message must be the user's.*with a --template"
+    ):
+        own("n.jsonl", "--text m --label v")
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("qwen2.5", ""),
+        ("mistral_v3", ""),
+        ("qwen2.5", "llama3_1"),
+        ("qwen2.5", "qwen3"),
+        ("mistral_v3", "v3_spm"),
+    ],
+)
+def test_messages_are_encoded_as_the_template_has_them(tokenizers_dir, name, template):
+    tokenizer = distjudge.load_tokenizer(str(tokenizers_dir(name)))
+    if template:
+        tokenizer.chat_template = tokenizers_dir(f"chat_templates/{template}.jinja").read_text()
+    encoder = distjudge.PromptEncoder(tokenizer)
+    assert encoder(distjudge.prompt_text(SYSTEM[1:])) == encoder(SYSTEM[1]["content"])
+    for messages in (SYSTEM, TALK):
+        prompt = distjudge.prompt_text(messages)
+        shown = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False,
+            strftime_now=lambda form: "26 Jul 2024",
+        )  # fmt: skip
+        assert encoder.render(prompt) == shown
+        harmless = json.loads(json.dumps(messages).replace("<|im_end|>", "end").replace("</s>", "end"))
+        ids = encoder(distjudge.prompt_text(harmless))
+        text = tokenizer.apply_chat_template(
+            harmless, tokenize=False, add_generation_prompt=True, enable_thinking=False,
+            strftime_now=lambda form: "26 Jul 2024",
+        )  # fmt: skip
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        control = [token for token in encoder(prompt) if token in encoder.control_ids]
+        assert control == [
+            token for token in ids if token in encoder.control_ids
+        ]  # none from what people wrote
+
+
+def test_messages_that_a_template_cannot_show(tokenizers_dir, tiny_tokenizer):
+    tokenizer = distjudge.load_tokenizer(str(tokenizers_dir("mistral_v3")))
+    tokenizer.chat_template = tokenizers_dir("chat_templates/gemma.jinja").read_text()
+    with pytest.raises(InputError, match="chat template: System role not supported"):
+        distjudge.PromptEncoder(tokenizer)(distjudge.prompt_text(SYSTEM))
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="has no chat template for a prompt of several messages"):
+        distjudge.PromptEncoder(tokenizer)(distjudge.prompt_text(SYSTEM))

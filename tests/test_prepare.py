@@ -81,7 +81,16 @@ def test_the_command_line(tmp_path):
     write(tmp_path / "x.jsonl", rows)
     done = subprocess.run([*arguments, "x.jsonl"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "kept {'train': 1, 'test': 1}" in done.stdout and "wrote o" in done.stdout
+    said = """read: 2 rows, 7 votes, 2 rows without a gold label
+left out: nothing
+kept: 7 votes on 2 items, 2 to 5 an item; 1 train, 1 test
+note: the first label of an item is that of the hypothesis's writer
+labels: {entailment, neutral, contradiction}
+wrote o
+next:
+  python plots/data.py o/train.jsonl
+  python recipes/smollm.py --train o/train.jsonl --test o/test.jsonl --out runs/o --spellings entailment="""
+    assert done.stdout.startswith(said)
     done = subprocess.run([*arguments, "gone.jsonl"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == "error: gone.jsonl: no such file\n"
 
@@ -116,7 +125,7 @@ def test_emobank_by_hand(emobank):
     card = card_of(emobank / "o")
     assert card["items"] == {"train": 1, "valid": 1, "test": 1} and card["split"] == "published"
     assert card["votes_an_item"] == {"1": 2, "2": 1}
-    dropped = {"no text": 0, "no votes": 0, "rated, without text": 1, "also in test or valid": 1}
+    dropped = {"rated item without text": 1, "item that is also in test or valid": 1}
     assert card["dropped"] == dropped
     run(*EMOBANK, "--out", "o", "--dimension", "arousal")
     assert read(emobank / "o", "train")[0]["counts"] == {"1": 2, "2": 0, "3": 0, "4": 0, "5": 0}
@@ -150,7 +159,7 @@ def test_emobank_as_published(data_dir, tmp_path):
     card, items = published(files, tmp_path, "emobank")
     assert card["read"] == {"emobank.csv": 10062, "individual_reader_ratings.csv": 53055}
     assert card["items"] == {"train": 7984, "valid": 992, "test": 1000} and len(items) == 9976
-    dropped = {"no text": 0, "no votes": 0, "rated, without text": 486, "also in test or valid": 86}
+    dropped = {"rated item without text": 486, "item that is also in test or valid": 86}
     assert card["dropped"] == dropped and len(items) + 86 == 10062
     assert card["votes_an_item"] == {"5": 9681, "6": 286, "7": 9}
     assert distjudge.labels_of(items) == list("12345")
@@ -170,8 +179,12 @@ def test_snli_keeps_the_votes_of_items_without_a_gold_label(convert):
     assert one["id"] == "1e" and one["counts"] == {"entailment": 2, "neutral": 2, "contradiction": 0}
     assert two["prompt"].endswith("Premise: {hypothesis}\nHypothesis: {premise}") and three["id"] == "1e-2"
     assert one["group"] == three["group"] != two["group"] and one["group"].startswith("premise ")
-    assert card["read"] == {"rows": 6, "votes": 18, "gold label '-', votes kept": 4}
-    assert card["dropped"] == {"no text": 1, "no votes": 1, "fewer than 2 votes": 1}
+    assert card["read"] == {"rows": 6, "votes": 15, "rows without a gold label": 4}
+    assert card["dropped"] == {
+        "item without text": 1,
+        "item without votes": 1,
+        "item with fewer than 2 votes": 1,
+    }
     assert card["items"] == {"items": 3} and card["ordered"] is False and card["groups"] == 2
     assert card["spellings"][0] == "entailment=entailment,Entailment"
     assert set(distjudge.parse_spellings(card["spellings"])) == set(card["labels"])
@@ -198,7 +211,16 @@ def test_mnli_as_published(tmp_path):
     rows = read(tmp_path / "o", "train", "test")
     assert sorted(row["id"] for row in rows) == ["8e", "9e"]
     assert rows[0]["counts"] == {"entailment": 4, "neutral": 1, "contradiction": 0}
-    assert card_of(tmp_path / "o")["dropped"] == {"no text": 0, "no votes": 0, "fewer than 2 votes": 1}
+    assert card_of(tmp_path / "o")["dropped"] == {"item with fewer than 2 votes": 1}
+
+
+def test_a_file_in_mnlis_format_does_not_carry_its_licence(convert):
+    rows = [nli_row(1, ["neutral"] * 2), nli_row(2, ["entailment"] * 2, premise="Rain.")]
+    _, card = convert("mnli", rows, name="ours.jsonl")
+    assert card["source"] == [] and card["licence"] == "not known: that of the files"
+    assert "ours.jsonl: in MNLI's format" in card["notes"][-1]
+    _, card = convert("mnli", rows, name="multinli_1.0_dev_matched.jsonl")
+    assert card["source"][0].endswith("multinli_1.0.zip") and card["licence"].startswith("OANC")
 
 
 def test_chaosnli_by_hand_and_what_it_shares_with_snli(tmp_path, convert):
@@ -207,13 +229,15 @@ def test_chaosnli_by_hand_and_what_it_shares_with_snli(tmp_path, convert):
     other = {"uid": "a1", "label_counter": {"2": 63, "1": 37}, "example": {"obs1": "x", "obs2": "y"}}
     (item,), card = convert("chaosnli", [chaos, other])
     assert item["counts"] == {"entailment": 30, "neutral": 70, "contradiction": 0}
-    assert card["dropped"]["abductive (alphaNLI)"] == 1
+    assert card["dropped"]["abductive item of alphaNLI"] == 1
     test = (tmp_path / "o" / "items.jsonl").rename(tmp_path / "chaos.jsonl")
     rows = [nli_row(1, ["neutral"] * 5, hypothesis="A man sleeps. "), nli_row(2, ["neutral"] * 5)]
     rows += [nli_row(3, ["neutral"] * 5, premise="Rain."), nli_row(4, ["neutral"] * 5, premise="Snow.")]
     found, card = convert("snli", rows, "--without", test)
     assert [row["id"] for row in found] == ["3e", "4e"]
-    shared = [card["dropped"][f"in chaos.jsonl by {name}"] for name in ("prompt", "group", "id")]
+    shared = [
+        card["dropped"][f"item that shares its {name} with chaos.jsonl"] for name in ("prompt", "group", "id")
+    ]
     assert shared == [1, 1, 0]
     convert("snli", rows)
     config = distjudge.Config(train=(str(tmp_path / "o" / "items.jsonl"),), test=(str(test),))
@@ -240,7 +264,7 @@ def test_keep_apart_refuses_or_removes():
 def test_nli_as_published(data_dir, tmp_path):
     snli, chaos, linguists = data_dir("snli"), data_dir("chaosnli"), data_dir("ling_in_loop")
     card, items = published(sorted(snli.glob("*.jsonl")), tmp_path / "snli", "snli")
-    assert card["read"] == {"rows": 2566, "votes": 12827, "gold label '-', votes kept": 39}
+    assert card["read"] == {"rows": 2566, "votes": 12827, "rows without a gold label": 39}
     assert card["items"] == {"train": 2053, "test": 513} and card["votes_an_item"] == {"4": 3, "5": 2563}
     assert card["groups"] == 852
     assert distjudge.counts_of(items).sum(0).tolist() == [4313, 4334, 4180]
@@ -250,8 +274,8 @@ def test_nli_as_published(data_dir, tmp_path):
     assert counts == {"prompt": 381, "group": 573, "id": 0} and len(kept) == 2566 - 954
     without = ("--without", tmp_path / "chaos" / "items.jsonl")
     card, items = published(sorted(linguists.glob("*.jsonl")), tmp_path / "mnli", "mnli", *without)
-    assert card["read"] == {"rows": 7371, "votes": 36842, "gold label '-', votes kept": 0}
-    shared = [n for name, n in card["dropped"].items() if name.startswith("in items.jsonl")]
+    assert card["read"] == {"rows": 7371, "votes": 36842, "rows without a gold label": 0}
+    shared = [n for name, n in card["dropped"].items() if name.startswith("item that shares")]
     assert sum(shared) == 2378 and sum(card["items"].values()) == len(items) == 4993
 
 
@@ -290,7 +314,10 @@ def test_summeval_joins_the_published_annotations_with_their_articles(tmp_path):
     bare = write(tmp_path / "x.jsonl", rows)
     more = ("--out", tmp_path / "o", "--split", "none")
     run("summeval", "--raw", bare, tmp_path / "articles.parquet", *more)
-    assert len(read(tmp_path / "o", "items")) == 4 and card_of(tmp_path / "o")["dropped"]["no text"] == 4
+    assert (
+        len(read(tmp_path / "o", "items")) == 4
+        and card_of(tmp_path / "o")["dropped"]["item without text"] == 4
+    )
     with pytest.raises(InputError, match="no article text: the published annotations come without"):
         run("summeval", "--raw", bare, "--out", tmp_path / "n")
 
@@ -355,7 +382,7 @@ def test_mtbench_merges_the_orders_of_a_pair(tmp_path):
     )
     assert first["group"] == second["group"] != other["group"]
     card = card_of(tmp_path / "o")
-    assert card["read"] == {"votes": 6} and card["dropped"]["judged by a model"] == 1
+    assert card["read"] == {"votes": 6} and card["dropped"]["vote of a model"] == 1
     assert card["notes"][1:] == [
         "votes that are a judge's second on the same pair: 1",
         "items with an empty answer, shown as (no answer): 1",
@@ -424,7 +451,7 @@ def test_helpsteer2_pref_folds_strengths(tmp_path, convert):
     assert one["swap"]["prompt"].endswith("Reply a:\nTwo.\n\nReply b:\nOne.") and "published" not in one
     assert one["swap"]["labels"] == {"a": "b", "b": "a"} and [test] == read(tmp_path / "o", "test")
     assert test["id"] == "4" and card["read"] == {"pairs": 4, "votes": 10} and card["split"] == "published"
-    dropped = {"no text": 0, "no votes": 1, "votes without a verdict": 2, "also in test or valid": 0}
+    dropped = {"item without votes": 1, "vote without a verdict": 2, "item that is also in test or valid": 0}
     assert card["dropped"] == dropped
 
 
@@ -465,7 +492,7 @@ REPLIES = {"prompt": "p", "response_1": "r", "response_2": "s"}
         ("snli", [nli_row(1, "neutral")], "", "x.jsonl:1: annotator_labels: must be list, not 'neutral'"),
         ("snli", TWO, "", "1 items in 1 group cannot be split; --split none writes one file"),
         ("snli", TWO, "--without gone.jsonl", "gone.jsonl: no such file"),
-        ("snli", [nli_row(1, [], premise="")], "", "x.jsonl: no item is left of 1 rows: {'no text': 1"),
+        ("snli", [nli_row(1, [], premise="")], "", "x.jsonl: no item is left of 1 rows: 1 item without text"),
         ("chaosnli", [CHAOS], "", "x.jsonl:1: label_counter: 'x' is not one of {e, n, c}"),
         ("summeval", [summary("s", "M0", "L", (6,))], "", "x.jsonl:1: coherence: '6' is not 1 to 5"),
         ("summeval", [summary("s", "M0", "L")], "--dimension joy", "'joy' is not one of coherence"),

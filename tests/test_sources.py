@@ -1,15 +1,20 @@
 """Fetching: resumed, checked, refused, offline; against a server of our own."""
 
+import gzip
 import hashlib
 import http.server
+import io
 import re
 import threading
+import types
+import zipfile
 
 import prepare
 import pytest
 import sources
 import test_prepare
 
+import distjudge
 from distjudge import InputError
 
 CONTENT = bytes(range(256)) * 2000
@@ -141,12 +146,12 @@ def test_every_task_has_a_published_file():
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("x.zip", b"<html>", "x.zip: cannot be read as JSON lines: File is not a zip file"),
-        ("x.jsonl.gz", b"<html>", "x.jsonl.gz: cannot be read as JSON lines: Not a gzipped file"),
+        ("x.zip", b"<html>", "x.zip: cannot be read as JSON: File is not a zip file"),
+        ("x.jsonl.gz", b"<html>", "x.jsonl.gz: cannot be read as JSON: Not a gzipped file"),
         ("x.jsonl", b'{"a": 1}\n{"a', "x.jsonl:2: broken JSON"),
         ("x.jsonl", b"[1]\n", "x.jsonl:1: not a JSON object but list"),
-        ("x.jsonl", b'{"a": "\xe9"}\n', "x.jsonl:1: broken JSON"),
-        ("x.jsonl", b'{"a": {"b": 1, "b": 2}}\n', "x.jsonl:1: b: stands twice in the row"),
+        ("x.jsonl", b'{"a": "\xe9"}\n', "x.jsonl:1: not UTF-8 (byte 8 of the line)"),
+        ("x.jsonl", b'{"a": {"b": 1, "b": 2}}\n', "x.jsonl:1: broken JSON: 'b' stands twice in an object"),
         ("x.parquet", b"<html>", "x.parquet: cannot be read as Parquet"),
     ],
 )
@@ -154,3 +159,48 @@ def test_files_that_are_not_what_they_say(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=re.escape(words)):
         list(sources.read_rows([str(tmp_path / name)]))
+
+
+def zipped(how):
+    """A zip file of one row, marked as encrypted, compressed in an unknown way, or damaged."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jsonl", b'{"a": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}\n')
+    raw = bytearray(out.getvalue())
+    central = raw.index(b"PK\x01\x02")
+    for header, flags, method in ((0, 6, 8), (central, 8, 10)):
+        raw[header + flags] |= how == "encrypted"
+        raw[header + method] = 99 if how == "compressed" else raw[header + method]
+    raw[45] ^= 255 if how == "damaged" else 0
+    return bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("encrypted", "encrypted"), ("compressed", "not supported"), ("damaged", "cannot be read as JSON: ")],
+)
+def test_zips_that_cannot_be_read(tmp_path, how, words):
+    (tmp_path / "x.zip").write_bytes(zipped(how))
+    with pytest.raises(InputError, match=f"x.zip: cannot be read as JSON: .*{words}|x.zip: {words}") as error:
+        test_prepare.run("snli", "--raw", tmp_path / "x.zip", "--out", tmp_path / "o")
+    assert "\n" not in str(error.value) and not (tmp_path / "o").exists()
+    (tmp_path / "x.zip").write_bytes(zipped(""))
+    assert [row for _, row in sources.read_rows([str(tmp_path / "x.zip")])] == [{"a": "a" * 34}]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz", "x.json"])
+def test_a_line_has_a_limit(tmp_path, monkeypatch, name):
+    """A small file can unpack to a line larger than memory; what is read of it is the limit and no more."""
+    monkeypatch.setattr(distjudge, "LONGEST", 1000)
+    text = b"text,v\n" + b"x" * 1001 if "csv" in name else b'[{"text": "' + b"x" * 1001 + b'"}]'
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    with pytest.raises(InputError, match=rf"{name}:\d: is longer than 0 MiB, too long for a line"):
+        list(sources.read_table(str(tmp_path / name))[1])
+    asked = []
+    endless = types.SimpleNamespace(readline=lambda size=-1: asked.append(size) or b"x" * size)
+    with pytest.raises(InputError, match="x:1: is longer"):
+        list(distjudge.read_lines(endless, "x"))
+    assert asked == [1001]
+    if "csv" not in name:
+        with pytest.raises(InputError, match="too long for a line"):
+            distjudge.load_items(tmp_path / name)
