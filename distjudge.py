@@ -261,15 +261,12 @@ def say_unchosen(labels: Sequence[str]) -> None:
     """Warns of whole numbers between the labels that are no labels, for nobody chose them."""
     found = {int(label) for label in labels if re.fullmatch(r"-?\d{1,15}", label)}
     between = range(min(found, default=0), max(found, default=0))
-    if (
-        len(found) == len(labels)
-        and len(between) <= 100
-        and (missing := [n for n in between if n not in found])
-    ):
+    missing = [str(n) for n in between if n not in found] if len(between) <= 100 else []
+    if missing and len(found) == len(labels):
         text = (
             "the labels are %s, as found in the votes: nobody chose %s. If the scale has it, name all labels"
         )
-        log.warning(text, listed(labels), listed(map(str, missing)))
+        log.warning(text, listed(labels), listed(missing))
 
 
 def look_alike(labels: Sequence[str]) -> tuple[str, str] | None:
@@ -455,11 +452,8 @@ def prompt_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         turns = []
         for turn in value:
-            given = (
-                {key: text for key, text in turn.items() if text is not None}
-                if isinstance(turn, dict)
-                else {}
-            )
+            fields = turn.items() if isinstance(turn, dict) else ()
+            given = {key: text for key, text in fields if text is not None}
             if set(given) != {"role", "content"} or not all(isinstance(text, str) for text in given.values()):
                 form = '{"role": text, "content": text}'
                 raise ValueError(f"not text but list, not of messages {form}: {short(repr(turn))}")

@@ -258,7 +258,7 @@ class LabelReader:
             prompt += PERCENT + "".join(f"\n{label}: ...%" for label in self.labels)
         length = 24 * len(self.labels) if config.percent else 8 if config.samples else 1
         temperature = (1.0 if config.answers else 0) if config.temperature is None else config.temperature
-        body = {"model": config.model, "messages": [*messages, {"role": "user", "content": prompt}]}
+        body = {"model": config.model, "messages": [*messages, *distjudge.messages_of(prompt)]}
         body |= {"temperature": temperature, config.token_field: config.max_tokens or length}
         return body if config.answers else body | {"logprobs": True, "top_logprobs": config.top}
 

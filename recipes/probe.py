@@ -69,7 +69,10 @@ class ProbeConfig:
 
 
 def changed(prompt: str, name: str, label: str) -> str:
-    """The prompt under the probe of that name, which asks for the label if it asks for any."""
+    """The prompt, or its last message, under the probe of that name; label: what it asks for, if any."""
+    if isinstance(prompt, distjudge.Messages):
+        *turns, last = prompt.turns
+        return distjudge.prompt_text([*turns, last | {"content": changed(last["content"], name, label)}])
     if name in CLAIMS:
         return f"{prompt}\n\n{CLAIMS[name].replace('{label}', label)}"
     last = prompt.rstrip().rsplit(". ", 1)[-1].rsplit("\n", 1)[-1]

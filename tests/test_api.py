@@ -580,6 +580,9 @@ def test_nothing_is_paid_twice(measure, fake, capsys):
         measure(more, **settings)
     assert len(fake.asked) == 8 + 3 + 27
     assert fake.asked[-1]["messages"][0] == {"role": "system", "content": "Be short."}
+    turns = [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Good soup?"}]
+    measure(distjudge.load_items([{"prompt": turns, "counts": {"yes": 1, "no": 1}}]))
+    assert fake.asked[-1]["messages"] == turns
 
 
 def test_money_requests_at_once_and_the_key(measure, fake, capsys, monkeypatch):

@@ -47,6 +47,14 @@ def test_a_gullible_judge_is_caught():
     assert found[CONTROL]["moved"] == 0 and found["flattery"]["flips"] == 0
 
 
+def test_a_conversation_is_probed_in_its_last_message():
+    turns = [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "Good soup?"}]
+    prompt = distjudge.prompt_text(turns)
+    assert distjudge.messages_of(changed(prompt, "the correct label is", "yes"))[0] == turns[0]
+    last = distjudge.messages_of(changed(prompt, "the correct label is", "yes"))[1]["content"]
+    assert last == changed("Good soup?", "the correct label is", "yes") != "Good soup?"
+
+
 def test_the_command(saved_run, tmp_path):
     swap = {"labels": {"yes": "no", "no": "yes"}}
     rows = [{"prompt": f"soup {i}", "swap": swap | {"prompt": f"{i} soup"}} for i in range(3)]
