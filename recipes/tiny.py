@@ -66,7 +66,7 @@ class TinyConfig(Config):
     lora_rank: int = 0
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW. A model that starts from nothing needs more than the paper's 5e-5."""
-    answer: float = 0.2
+    answer: float = 0.1
     """Weight of -log m, where m is the probability of a label at all. The others take 1; a model that starts
     from nothing would spend its eight epochs on that."""
     epochs: float = 8.0

@@ -581,7 +581,7 @@ def test_nothing_is_paid_twice(measure, fake, capsys):
     assert len(fake.asked) == 8 + 3 + 27
     assert fake.asked[-1]["messages"][0] == {"role": "system", "content": "Be short."}
     turns = [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Good soup?"}]
-    measure(distjudge.load_items([{"prompt": turns, "counts": {"yes": 1, "no": 1}}]))
+    measure([{"id": "talk", "prompt": turns, "counts": {"1": 1, "2": 0, "3": 0}}])
     assert fake.asked[-1]["messages"] == turns
 
 
