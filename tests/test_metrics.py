@@ -236,7 +236,7 @@ def test_item_scores_average_to_the_metrics(case):
         assert bootstrap(score[None], draws=100)["mean"] == pytest.approx(metrics[name], abs=1e-9), name
 
 
-def bootstrap_t(x, statistic, error, draws=4000):
+def bootstrap_t(x, statistic, error, draws=1500):
     """Bootstrap-t in NumPy: an interval of a statistic of rows x with a given standard error."""
     draw, whole, t = numpy.random.default_rng(0), statistic(x), []
     for _ in range(draws):
@@ -274,7 +274,7 @@ def test_bootstrap_agrees_with_a_bootstrap_t_in_numpy(case):
         theirs = bootstrap_t(x.numpy(), statistic, error)
         assert found["mean"] == pytest.approx(statistic(x.numpy()))
         width = theirs[1] - theirs[0]
-        assert (found["low"], found["high"]) == pytest.approx(tuple(theirs), abs=0.05 * width)
+        assert (found["low"], found["high"]) == pytest.approx(tuple(theirs), abs=0.08 * width)
 
 
 def test_two_groups_by_hand():
