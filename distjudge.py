@@ -2656,7 +2656,7 @@ def _made_from(judge: Judge, items: Sequence[Item], tested: Sequence[Item], conf
 def evaluate_judge(judge: Judge, items: Sequence[Item], train_items: Sequence[Item]) -> dict[str, float]:
     """evaluate() of a judge in training, its names with eval_ before them; without the noise floor."""
     q, mass, orders = judge_items(judge, items)
-    scores = evaluate(q, items, train_items=train_items, label_mass=mass, floor_draws=0) | orders
+    scores = evaluate(q, items, train_items=train_items, label_mass=mass, draws=0) | orders
     return {f"eval_{name}": value for name, value in scores.items() if value is not None}
 
 
@@ -2695,52 +2695,48 @@ def golden_section(cost: Callable[[float], float], low: float, high: float) -> f
     return (low + high) / 2
 
 
-def fit_concentration(counts: torch.Tensor) -> float | None:
-    """The likeliest k, 0.01 to 10,000, of a Dirichlet prior k m for votes (N, C), m the pooled vote shares.
+def noise_floor(items: Sequence[Item]) -> float | None:
+    """The mean KL(votes || truth) of these items, nats: what the truth itself would score on these votes.
 
-    None where no item has two votes. Source: Minka, "Estimating a Dirichlet distribution" (2000), whose
-    Dirichlet-multinomial likelihood is maximized here by golden-section search.
+    Exact where every item's `truth` is known. Else the mean entropy of the unknown truths less that of the
+    votes. The former is estimated: for each label a mixture of 30 Beta distributions is fitted to its counts,
+    and each item has its posterior mean of -p log p (empirical Bayes, Robbins 1956). None where no item has
+    two votes: then nothing tells disagreement from noise. On 14 kinds of simulated panels of 1,000 items it
+    was off by up to 0.11 nats with two votes an item, 0.06 with three, 0.025 with five, 0.01 with twenty.
     """
-    counts = counts[counts.sum(1) > 1.5]
-    if not len(counts):
+    counts, p, truth = counts_of(items), shares_of(items), truths_of(items)
+    if truth is not None:
+        return kl_divergence(p, truth).mean().item()
+    votes = counts.sum(1)
+    if not (votes > 1.5).any():
         return None
-    mean = (counts.sum(0) + 1e-3) / (counts.sum() + 1e-3 * counts.shape[1])
+    place = torch.linspace(0, math.pi / 2, 61, dtype=torch.float64)[1::2].sin() ** 2
+    prior, floor = 100 * torch.stack([place, 1 - place]), -entropy(p).mean()  # as strong as 100 votes
+    log_beta = lambda a: torch.lgamma(a).sum(-2) - torch.lgamma(a.sum(-2))  # noqa: E731
+    for own in counts.T:
+        pairs, times = torch.stack([own, votes - own], 1).unique(dim=0, return_counts=True)
+        after = pairs[..., None] + prior  # (U, 2, 30)
+        fit, share = (log_beta(after) - log_beta(prior)).softmax(1), times.double() / times.sum()
+        weights = torch.ones(30, dtype=torch.float64)
+        for _ in range(300):  # expectation maximization
+            posterior = fit * weights
+            posterior = posterior / posterior.sum(1, keepdim=True)
+            weights = share @ posterior
+        mine, whole = after[:, 0], after.sum(1)
+        cost = mine / whole * (torch.digamma(whole + 1) - torch.digamma(mine + 1))  # E[-p log p] of a Beta
+        floor = floor + share @ (posterior * cost).sum(1)
+    return floor.item()
 
-    def cost(log_k: float) -> float:
-        a = math.exp(log_k) * mean
-        by_item = (torch.lgamma(counts + a) - torch.lgamma(a)).sum(1)
-        by_item = by_item + torch.lgamma(a.sum()) - torch.lgamma(counts.sum(1) + a.sum())
-        return -by_item.sum().item()
 
-    return math.exp(golden_section(cost, math.log(1e-2), math.log(1e4)))
-
-
-def noise_floor(items: Sequence[Item], draws: int = 200, seed: int = 0) -> float | None:
-    """The mean KL(panel || truth), nats, over `draws` simulated panels an item: what the truth would score.
-
-    Unless every item's `truth` is known, each draw takes truths from the posterior Dirichlet(counts + k m) of
-    fit_concentration(): own votes as the truth would put the floor too low, for few votes look more certain
-    than people are. None if then no item has two votes. About (C - 1) / (2 n) for many votes n.
-    """
-    counts, truth = counts_of(items), truths_of(items)
-    if truth is None:
-        k = fit_concentration(counts)
-        if k is None:
-            return None
-        posterior = torch.distributions.Dirichlet(counts + k * marginal_distribution(items).clamp_min(1e-9))
-    total = 0.0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for _ in range(draws):
-            pi = posterior.sample() if truth is None else truth
-            panel, left, rest = [], counts.sum(1).round(), torch.ones(len(pi), dtype=torch.float64)
-            for share in pi.unbind(1)[:-1]:  # binomial draws: their time does not grow with the votes
-                panel.append(torch.binomial(left, (share / rest.clamp_min(1e-300)).clamp(0, 1)))
-                left, rest = left - panel[-1], rest - share
-            votes = torch.stack([*panel, left], 1)
-            votes = votes / votes.sum(1, keepdim=True)
-            total += inspect.unwrap(kl_loss)(pi.clamp_min(1e-30).log(), votes).mean().item()
-    return total / draws
+def _predictions(q: Any, p: torch.Tensor) -> torch.Tensor:
+    """q as a float64 tensor (N, C) of distributions, checked: it has p's shape, and rows add up to 1."""
+    q = torch.as_tensor(q).detach().double().cpu()
+    if q.shape != p.shape:
+        raise InputError(f"predicted: shape {tuple(q.shape)}, expected {tuple(p.shape)}: items, labels")
+    off = (q < 0).any(1) | ~((q.sum(1) - 1).abs() <= 1e-3)  # NaN too
+    if off.any():
+        raise InputError(f"predicted: row {int(off.nonzero()[0])} is no distribution: {q[off][0].tolist()}")
+    return q / q.sum(1, keepdim=True)
 
 
 def item_scores(q: Any, items: Sequence[Item], ordered: bool | None = None) -> dict[str, torch.Tensor]:
@@ -2749,13 +2745,7 @@ def item_scores(q: Any, items: Sequence[Item], ordered: bool | None = None) -> d
     Raises InputError for a wrong shape, or a row that is no distribution to 1e-3.
     """
     labels, p, truth = labels_of(items), shares_of(items), truths_of(items)
-    q = torch.as_tensor(q).detach().double().cpu()
-    if q.shape != p.shape:
-        raise InputError(f"predicted: shape {tuple(q.shape)}, expected {tuple(p.shape)}: items, labels")
-    off = (q < 0).any(1) | ~((q.sum(1) - 1).abs() <= 1e-3)  # NaN too
-    if off.any():
-        raise InputError(f"predicted: row {int(off.nonzero()[0])} is no distribution: {q[off][0].tolist()}")
-    q = q / q.sum(1, keepdim=True)
+    q = _predictions(q, p)
     out = {"kl": kl_divergence(p, q)}
     if truth is not None:
         out["kl_truth"] = kl_divergence(truth, q)
@@ -2815,53 +2805,87 @@ def credible_sets(q: Any, labels: Sequence[str], level: float = 0.9) -> list[lis
     return [[labels[c] for c in row] for row in chosen]
 
 
+@torch.enable_grad()
 def bootstrap(
     scores: torch.Tensor, other: torch.Tensor | None = None, groups: Sequence | None = None, draws: int = 2000
 ) -> dict[str, float | None]:
     """A mean over items with its 95 % interval; with `other`, the difference of two methods, scores - other.
 
     scores, other: (S, N), S training runs on the same N items, one metric of item_scores(); for correlations
-    (S, N, 5). groups: N names; a group's items are drawn together, those with None alone. -> mean, low, high
-    and p, two-sided, for a true value of zero; None with fewer than two groups. ValueError for other shapes.
+    (S, N, 5), for a ratio of two means (S, N, 2). groups: N names; a group's items are drawn together, those
+    with None alone. -> mean, low, high and p, two-sided, for a true value of zero; None with fewer than two
+    groups. p < 0.05 exactly where the interval leaves out 0. ValueError for other shapes.
 
-    Groups are drawn with replacement, the same for both methods, and the draws spread out by
-    sqrt(G / (G - 1)), for few groups vary too little. To each draw comes Student's t, S - 1 degrees of
-    freedom, times the standard error over runs (paired by seed): so the interval speaks of new items and,
-    with two runs or more, of new seeds. Source: Efron and Tibshirani (1993), chapters 6, 13 and 16.
+    The bootstrap-t: groups are drawn with replacement, the same for both methods, and a draw's distance from
+    the mean is divided by its own standard error (infinitesimal jackknife, at least a fifth of the sample's).
+    To it comes Student's t, S - 1 degrees of freedom, times the standard error over runs (paired by seed): so
+    the interval speaks of new items and, with two runs or more, of new seeds. With 5 to 30 groups 93 to 96 %
+    of simulated intervals held the true mean of normal groups, 90 to 95 % of skewed or uneven ones, 87 to 93
+    % of log-normal ones. Groups all alike have no width. Source: Efron and Tibshirani (1993), chapter 12.
     """
     methods = [scores] if other is None else [scores, other]
     shapes = [list(method.shape) for method in methods]
     if scores.dim() not in (2, 3) or shapes[0] != shapes[-1]:
-        raise ValueError(f"scores: (S, N) or (S, N, 5), two methods alike, not {shapes}")
+        raise ValueError(f"scores: (S, N), (S, N, 2) or (S, N, 5), two methods alike, not {shapes}")
     place: dict[Any, int] = {}
     names = [i if g is None else ("group", g) for i, g in enumerate(groups or [None] * scores.shape[1])]
     at = torch.tensor([place.setdefault(name, len(place)) for name in names])
     runs, size, weight = len(scores), len(place), at.bincount().double()
-    by_item = [torch.atleast_3d(method.double()).movedim(1, 0) for method in methods]  # (N, S, 1 or 5)
+    by_item = [torch.atleast_3d(method.double()).movedim(1, 0) for method in methods]  # (N, S, 1, 2 or 5)
     sums = [torch.zeros(size, *s.shape[1:], dtype=torch.float64).index_add(0, at, s) for s in by_item]
+    statistic = {1: lambda m: m[..., 0], 2: lambda m: m[..., 0] / m[..., 1], 5: correlation}[sums[0].shape[2]]
 
-    def value(times: torch.Tensor) -> torch.Tensor:
-        """(draws, G): how often each group was drawn -> (draws, S)."""
-        means = [torch.einsum("dg,gsk->dsk", times, s) / (times @ weight)[:, None, None] for s in sums]
-        found = [correlation(m) if scores.dim() == 3 else m[..., 0] for m in means]
-        return found[0] if other is None else found[0] - found[1]
+    def value(times: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """How often each group was drawn, (draws, G) -> (draws, S); their mean; its standard error."""
+        times.requires_grad_()
+        part = times / (times @ weight)[:, None]
+        found = [statistic(torch.einsum("dg,gsk->dsk", part, s)) for s in sums]
+        by_run = found[0] if other is None else found[0] - found[1]
+        (slope,) = torch.autograd.grad(by_run.mean(1).sum(), times)
+        return by_run.detach(), by_run.mean(1).detach(), (times * slope**2).sum(1).sqrt().detach()
 
-    by_run = value(torch.ones(1, size, dtype=torch.float64))[0]
-    mean = by_run.mean().item()
-    if size < 2 or math.isnan(mean):
-        return {"mean": None if math.isnan(mean) else mean, "low": None, "high": None, "p": None}
-    draw, drawn = torch.Generator().manual_seed(0), []
-    for start in range(0, draws, 100):
-        chosen = torch.randint(size, (min(100, draws - start), size), generator=draw)
+    by_run, middle, error = value(torch.ones(1, size, dtype=torch.float64))
+    mean = middle.item()
+    if size < 2 or not draws or not math.isfinite(mean):
+        return {"mean": mean if math.isfinite(mean) else None, "low": None, "high": None, "p": None}
+    draw, drawn, step = torch.Generator().manual_seed(0), [], max(1, min(100, 5_000_000 // size))
+    for start in range(0, draws, step):
+        chosen = torch.randint(size, (min(step, draws - start), size), generator=draw)
         ones = torch.ones(chosen.shape, dtype=torch.float64)
-        drawn.append(value(torch.zeros_like(ones).scatter_add_(1, chosen, ones)).mean(1))
-    found = mean + (torch.cat(drawn).nan_to_num(mean) - mean) * math.sqrt(size / (size - 1))
+        drawn.append(torch.stack(value(torch.zeros_like(ones).scatter_add_(1, chosen, ones))[1:]))
+    middles, errors = torch.cat(drawn, 1)
+    away = torch.where(middles.isfinite(), middles - mean, 0) * error
+    found = mean - away / torch.maximum(errors.nan_to_num(0, 0), error / 5).clamp_min(1e-300)
     if runs > 1:
         normal = torch.randn(runs, draws, generator=draw, dtype=torch.float64)
         found = found + by_run.std() / math.sqrt(runs) * normal[0] / (normal[1:] ** 2).mean(0).sqrt()
-    low, high = found.quantile(torch.tensor([(1 - 0.95) / 2, (1 + 0.95) / 2], dtype=torch.float64)).tolist()
-    tail = min((found <= 0).sum().item(), (found >= 0).sum().item())
-    return {"mean": mean, "low": low, "high": high, "p": min(1.0, 2 * (tail + 1) / (draws + 1))}
+    found, cut = found.sort().values.tolist(), max(0, math.ceil(0.025 * (draws + 1)) - 2)
+    p = 2 * (1 + min(sum(x <= 0 for x in found), sum(x >= 0 for x in found))) / (draws + 1)
+    return {"mean": mean, "low": found[cut], "high": found[-1 - cut], "p": min(1.0, p)}
+
+
+def survey_equivalence(predicted: Any, items: Sequence[Item], draws: int = 2000) -> dict[str, float | None]:
+    """How many people a judge is worth: mean, low, high (95 %). predicted: (N, C), or (S, N, C) of S runs.
+
+    The vote shares of n people are (1 - sum p^2) / n from the true distribution p, in expected squared
+    distance. So judge q is worth mean(1 - sum p^2) / mean ||q - p||^2 people. Counts c of N votes estimate
+    sum p^2 without bias by sum c (c - 1) / (N (N - 1)), where N is two or more and votes are whole; other
+    items are left out. None where none is left, or nobody disagrees. The interval is bootstrap()'s for the
+    inverse, 1 / n; where that is 0 or less, votes cannot tell the judge from the truth, and n is math.inf.
+    Source: Resnick et al., "Survey equivalence" (2021): as many people as have the same expected score.
+    """
+    counts, p, q = counts_of(items), shares_of(items), torch.as_tensor(predicted)
+    runs = torch.stack([_predictions(one, p) for one in (q if q.dim() == 3 else q[None])])
+    kept = (counts.sum(1) >= 2) & (counts == counts.round()).all(1)
+    groups = [item.group for item, keep in zip(items, kept.tolist(), strict=True) if keep]
+    if not groups:
+        return {"mean": None, "low": None, "high": None}
+    counts, p, q = counts[kept], p[kept], runs[:, kept]
+    pairs = (p * (counts - 1)).sum(1) / (counts.sum(1) - 1)  # estimates sum p^2
+    distance = (q**2 - 2 * q * p).sum(2) + pairs
+    found = bootstrap(torch.stack([distance, (1 - pairs).expand_as(distance)], 2), groups=groups, draws=draws)
+    ends = zip(("mean", "low", "high"), (found["mean"], found["high"], found["low"]), strict=True)
+    return {name: x if x is None else 1 / x if x > 0 else math.inf for name, x in ends}
 
 
 def evaluate(
@@ -2871,14 +2895,14 @@ def evaluate(
     train_items: Sequence[Item] | None = None,
     label_mass: Any = None,
     ordered: bool | None = None,
-    floor_draws: int = 200,
-    seed: int = 0,
+    draws: int = 2000,
 ) -> dict[str, float | None]:
     """Compares predicted distributions (N, C), columns in label order, with the votes. None: undefined.
 
     Means over items (p: votes as shares, q: predicted), InputError as in item_scores():
+      people, people_low, people_high   survey_equivalence(), the interval with draws > 0; infinity is None
       kl                  KL(p || q) in nats, q raised to 1e-6
-      kl_noise_floor      what the true distributions would score (see noise_floor), with floor_draws > 0
+      kl_noise_floor      what the true distributions would score (see noise_floor), with draws > 0
       kl_corrected        kl - kl_noise_floor, an estimate of KL(truth || q)
       kl_marginal         what the training marginal would score (without train_items these items' own)
       kl_truth            KL(truth || q), where every item's truth is known
@@ -2898,9 +2922,11 @@ def evaluate(
     scores, p = item_scores(predicted, items, ordered), shares_of(items)
     means = {name: correlation(s.mean(0)) if s.dim() == 2 else s.mean() for name, s in scores.items()}
     means = {name: value.item() for name, value in means.items()}
-    floor = noise_floor(items, floor_draws, seed) if floor_draws else None
+    floor = noise_floor(items) if draws else None
     marginal = marginal_distribution(train_items or items).expand_as(p)
-    out: dict[str, float | None] = {"items": len(items), "kl": means["kl"], "kl_noise_floor": floor}
+    people = [None if n == math.inf else n for n in survey_equivalence(predicted, items, draws).values()]
+    out = {"items": len(items), **dict(zip(("people", "people_low", "people_high"), people, strict=True))}
+    out |= {"kl": means["kl"], "kl_noise_floor": floor}
     out["kl_corrected"] = None if floor is None else means["kl"] - floor
     out |= {"kl_marginal": kl_divergence(p, marginal).mean().item(), "kl_truth": None}
     if label_mass is not None:
@@ -3083,7 +3109,7 @@ def write_results(
         row |= {name: value for name in ("group", "truth") if (value := getattr(item, name)) is not None}
         rows.append(json.dumps(row, ensure_ascii=False))
     write_lines(folder / "predictions.jsonl", rows)
-    metrics = evaluate(probabilities, items, train_items=train_items, label_mass=mass, seed=config.seed)
+    metrics = evaluate(probabilities, items, train_items=train_items, label_mass=mass)
     metrics |= orders
     write_json(folder / "metrics.json", metrics)
     about = {"labels": judge.labels, "prompt_hash": prompt_hash(judge), "versions": versions()}

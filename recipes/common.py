@@ -102,12 +102,14 @@ def run(config: RunConfig) -> dict[str, float | None]:
 
 
 def outcome(metrics: dict[str, float | None], out: str) -> str:
-    """What a run came to, in three lines: KL beside its rivals, what was written, and the next command."""
+    """What a run came to: people and KL beside its rivals, what was written, and the next command."""
     floor, beside = metrics["kl_noise_floor"], f"{metrics['kl_marginal']:.3f} of the mean distribution"
     beside += f", {floor:.3f} of the truth" if floor else ""
     kl, right = f"{metrics['kl']:.3f} nats (beside it: {beside})", f"accuracy {metrics['accuracy']:.3f}"
+    low, high = metrics["people_low"], metrics["people_high"] or math.inf
+    worth = f"worth {metrics['people'] or math.inf:.1f} people [{low:.1f}, {high:.1f}]\n" if low else ""
     return (
-        f"\nKL to the votes of {metrics['items']} test items: {kl}; {right}\n"
+        f"\n{worth}KL to the votes of {metrics['items']} test items: {kl}; {right}\n"
         f"wrote {out}: the judge, predictions.jsonl, metrics.json, log.jsonl\n"
         f"next: python recipes/judge.py --run {out} --items new.jsonl --out judged.jsonl"
     )

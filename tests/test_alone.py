@@ -27,7 +27,7 @@ q = judge.predict(["Rate 9: soup"])
 assert q.shape == (1, 3) and abs(q - before).max() > 1e-3 and log[0]["loss"] > 0
 distjudge.save_judge(judge, "run")
 assert abs(distjudge.load_judge("run").predict(["Rate 9: soup"]) - q).max() < 1e-6
-print(distjudge.evaluate(judge.predict([item.prompt for item in items]), items, floor_draws=0)["kl"])
+print(distjudge.evaluate(judge.predict([item.prompt for item in items]), items, draws=0)["kl"])
 """
 
 

@@ -612,7 +612,7 @@ def test_money_requests_at_once_and_the_key(measure, fake, capsys, monkeypatch):
 def test_items_of_one_split_against_the_other_ones_marginal(measure, fake):
     rows = [item | {"split": "train" if i < 3 else "test"} for i, item in enumerate(items(5))]
     train, test = distjudge.load_items(rows[:3]), distjudge.load_items(rows[3:4])
-    expected = distjudge.evaluate([[1, 0, 0]], test, train_items=train, floor_draws=0)["kl_marginal"]
+    expected = distjudge.evaluate([[1, 0, 0]], test, train_items=train, draws=0)["kl_marginal"]
     _, metrics = measure(rows, split="test", limit=1)
     assert metrics["items"] == len(fake.asked) == 1 and metrics["kl_marginal"] == pytest.approx(expected)
     Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items(3)))

@@ -85,7 +85,7 @@ def test_main_compares_rivals_and_is_resumed_cell_by_cell(tmp_path, capsys):
     _, test = distjudge.load_data(Config(train=(str(folder / "few.jsonl"),)))
     for cell in cells_in(folder):
         at = {"method": cell["method"], "seed": str(cell["settings"]["seed"]), "entropy": None}
-        wanted = distjudge.evaluate(cell["predicted"], test, floor_draws=0)
+        wanted = distjudge.evaluate(cell["predicted"], test, draws=0)
         for metric in ("kl", "kl_truth", "accuracy", "entropy_correlation", "rps"):
             assert find(rows, metric=metric, **at)[0]["value"] == pytest.approx(wanted[metric], abs=1e-4)
     whole = {r["method"]: r for r in find(rows, seed="all", metric="kl_truth", entropy=None)}

@@ -235,7 +235,7 @@ def test_on_the_way_the_teacher_is_evaluated(tiny_model, votes, tmp_path):
     judge, items = load_judge(tiny_model, LABELS), votes(4)
     log = train(judge, items, settings(tmp_path, teacher=3.0, epochs=3.0, eval_every=1), eval_items=items)
     q = judge.predict([item.prompt for item in items])  # the teacher's, in the end
-    kl = distjudge.evaluate(q, items, floor_draws=0)["kl"]
+    kl = distjudge.evaluate(q, items, draws=0)["kl"]
     assert log[-1]["eval_kl"] == pytest.approx(kl, rel=1e-5) != log[0]["eval_kl"]
 
 
