@@ -48,8 +48,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
+try:
+    import torch
+    import torch.nn.functional as F
+except ModuleNotFoundError as error:
+    if Path(sys.argv[0]).resolve().parents[1:2] != (Path(__file__).resolve().parent,):
+        raise  # not a script of the kit
+    remedy = "activate the environment that you installed requirements.txt into"
+    sys.exit(f"error: {sys.executable} has no {error.name}: {remedy} (README.md, the first command)")
 
 __version__ = "0.2.0"
 log = logging.getLogger("distjudge")

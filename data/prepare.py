@@ -25,12 +25,12 @@ from typing import Annotated, Any, Literal
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+import distjudge
+from distjudge import InputError, listed, short
+
 import sources
 import tyro
 from tables import fill, own, placeholders, read_template
-
-import distjudge
-from distjudge import InputError, listed, short
 
 PROMPTS = Path(__file__).with_name("prompts")
 log = logging.getLogger("distjudge")
@@ -443,7 +443,8 @@ def emobank(config: PrepareConfig, out: Converted) -> None:
         side = field(where, row, "split")
         check_known(where, "split", [side], sides, f"one of {', '.join(sides)}")
         values = {"text": field(where, row, "text").strip(), "dimension": dimension, "low": low, "high": high}
-        out.add(row["id"], values, votes.get(row["id"], []), published=sides[side])
+        document = re.sub(r"_\d+_\d+$", "", row["id"])  # the rest is where its sentence begins and ends
+        out.add(row["id"], values, votes.get(row["id"], []), group=document, published=sides[side])
 
 
 # --- from items to files ----------------------------------------------------------------------------------
@@ -510,6 +511,10 @@ def split_rows(
             here = [row for row in rows if row["published"] == name]
             sides[name] = [row for row in here if row["prompt"] not in taken]
             taken |= {row["prompt"] for row in here}
+        tested = {row.get("group") for row in sides["test"]}  # such a group is on both sides, as published
+        for row in (row for name in ("train", "valid") for row in sides[name]):
+            if row.get("group") in tested:  # it stays with the test items, for intervals by group
+                row.pop("group", None)
         dropped["item that is also in test or valid"] = len(rows) - sum(map(len, sides.values()))
         return {name: part for name, part in sides.items() if part or name != "valid"}
     if how == "random":

@@ -25,12 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import distjudge
+from distjudge import InputError, listed, short
+
 import pandas
 import pyarrow.parquet
 from tqdm import tqdm
-
-import distjudge
-from distjudge import InputError, listed, short
 
 log = logging.getLogger("distjudge")
 

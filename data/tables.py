@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import sources
-
 import distjudge
 from distjudge import InputError, listed, short
+
+import sources
 
 log = logging.getLogger("distjudge")
 

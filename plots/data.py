@@ -19,12 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import distjudge
+from distjudge import InputError, Item, short
+
 import pandas
 import torch
 import tyro
 
-import distjudge
-from distjudge import InputError, Item, short
 from plots.figures import HUMAN, MODEL, NEUTRAL, TRUTH, name_labels, pieces, plt
 
 PACK_TOKENS = 8192  # beginnings are shared within packs of this size

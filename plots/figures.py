@@ -28,13 +28,13 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import distjudge
+from distjudge import InputError, short
+
 import matplotlib.pyplot as plt
 import pandas
 import torch
 import tyro
-
-import distjudge
-from distjudge import InputError, short
 
 HUMAN, MODEL, TRUTH, NEUTRAL = "#4878a8", "#e08214", "#222222", "#777777"
 # Okabe and Ito's colours, which the colour-blind tell apart, with a marker and a line style beside each

@@ -20,12 +20,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import distjudge
+from distjudge import InputError, Item, short
+
 import jinja2
 import torch
 import tyro
 
-import distjudge
-from distjudge import InputError, Item, short
 from plots import figures
 
 COLOURS = ("#e08214", "#2f9e77", "#b5579d", "#8c6bb1", "#a6761d", "#d6604d")

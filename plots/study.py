@@ -16,12 +16,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import distjudge
+from distjudge import InputError, short
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 
-import distjudge
-from distjudge import InputError, short
 from plots.figures import COLOURS, HUMAN, LINES, MARKERS, NEUTRAL, TRUTH, save
 
 COLUMNS = (

@@ -46,11 +46,11 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import httpx  # transformers brings it
-import torch
-
 import distjudge
 from distjudge import InputError, Item
+
+import httpx  # transformers brings it
+import torch
 
 OPENAI = "https://api.openai.com/v1"
 WAYS_OUT = "give --spellings that begin apart, use --match whole if every label is one token, or --samples n"

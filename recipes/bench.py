@@ -42,12 +42,12 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("", "recipes", "data")]
 
+import distjudge
+from distjudge import InputError, Item, Judge
+
 import prepare
 import tiny
 import torch
-
-import distjudge
-from distjudge import InputError, Item, Judge
 
 DATA = Path(os.environ.get("DISTJUDGE_DATA") or ROOT / "no data sets")
 TASKS = tuple(task for task in ("snli", "summeval", "mtbench") if (DATA / task).is_dir()) or ("sample",)

@@ -18,10 +18,10 @@ from typing import Any, Literal, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 import distjudge
 from distjudge import Config, InputError, Item, Judge, log
+
+import torch
 
 ASSUMED_RATES = {"cuda": 50e12, "cpu": 0.1e12}  # FLOP/s, for a first idea of how long a run takes
 FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; it does the talking

@@ -41,10 +41,10 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 import distjudge
 from distjudge import InputError, Judge, first_line, load_judge, write_json
+
+import torch
 
 PROBES = ["Is this fine?", "Rate the answer. It was good, and the service was bad.", "One more: 12345."]
 EXACT, ROUNDED, OTHER_BASE = 1e-4, 0.05, 0.1

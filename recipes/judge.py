@@ -48,10 +48,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends quietly
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 import distjudge
 from distjudge import InputError, Judge, Swap, short
+
+import torch
+
 from recipes import sheets
 from recipes.sheets import Row, Template
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import distjudge
 from distjudge import InputError
+
 from recipes import judge
 
 

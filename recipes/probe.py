@@ -24,10 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 import distjudge
 from distjudge import InputError, Item, Judge
+
+import torch
 
 FILLER = " The weather that day was mild, and the streets were quiet in the afternoon."
 CHANGES = {  # put behind the prompt, should not matter; {last} is its last sentence

@@ -25,11 +25,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
-import tiny
-import torch
-
 import distjudge
 from distjudge import InputError
+
+import tiny
+import torch
 
 
 @dataclasses.dataclass

@@ -36,14 +36,15 @@ from typing import Any, Literal
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+import distjudge
+from distjudge import InputError, Item, bootstrap, counts_of, kl_divergence, kl_loss, labels_of
+
 import common
 import pandas as pd
 import tiny
 import torch
 import tyro
 
-import distjudge
-from distjudge import InputError, Item, bootstrap, counts_of, kl_divergence, kl_loss, labels_of
 from plots import study as figures
 
 PAPER = {"alpha": 0.8, "eps": 0.25}

@@ -29,12 +29,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import distjudge
+from distjudge import InputError, Item, short
+
 import numpy as np
 import pandas
 from scipy.special import stdtr, stdtrit
-
-import distjudge
-from distjudge import InputError, Item, short
 
 FILES = ("table.txt", "table.json", "forest.png")
 METHODS = {"votes": "votes alone", "judge": "judge alone (biased)", "ppi": "votes and judge (PPI++)"}

@@ -22,12 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
+import distjudge
+from distjudge import Config, InputError, Item, Judge, evaluate, labels_of
+
 import common
 import pandas as pd
 import torch
 
-import distjudge
-from distjudge import Config, InputError, Item, Judge, evaluate, labels_of
 from plots import figures
 
 SAMPLE = str(ROOT / "data" / "panel.jsonl")

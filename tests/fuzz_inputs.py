@@ -20,9 +20,9 @@ import atheris
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 with atheris.instrument_imports(include=["distjudge", "prepare", "sources", "tables"]):
-    import prepare
-
     import distjudge
+
+    import prepare
 
 import test_fuzz
 

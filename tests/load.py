@@ -29,14 +29,14 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("", "recipes", "data")]
 
+import distjudge
+
 import bench
 import judge as judge_recipe
 import numpy
 import pandas
 import tiny
 import torch
-
-import distjudge
 
 LABELS = list("12345")
 INSTRUCTION = "How many stars, from 1 to 5, does this review give? Answer with the number only."

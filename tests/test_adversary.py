@@ -3,14 +3,14 @@
 import itertools
 import math
 
+from distjudge import kl_loss, project_ball, project_simplex, worst_case
+
 import cvxpy
 import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from distjudge import kl_loss, project_ball, project_simplex, worst_case
 
 T = torch.tensor
 

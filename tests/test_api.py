@@ -17,12 +17,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+import distjudge
+from distjudge import InputError
+
 import api
 import pytest
 import torch
 
-import distjudge
-from distjudge import InputError
 from plots import figures
 
 KEY = "sk-secret-4711"

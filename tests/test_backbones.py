@@ -13,13 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distjudge
+from distjudge import Config, InputError, load_judge
+
 import common
 import pytest
 import torch
 import transformers
-
-import distjudge
-from distjudge import Config, InputError, load_judge
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = """

@@ -17,13 +17,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import distjudge
+from distjudge import Config, InputError, load_items, load_judge
+
 import judge as judge_recipe
 import prepare
 import pytest
 import tiny
-
-import distjudge
-from distjudge import Config, InputError, load_items, load_judge
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {  # a command, and the flags before those of a case, which win

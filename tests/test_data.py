@@ -2,12 +2,13 @@
 
 import json
 
+import distjudge
+from distjudge import InputError, PromptEncoder
+
 import pytest
 import torch
 import tyro
 
-import distjudge
-from distjudge import InputError, PromptEncoder
 from plots import data, figures
 
 ROWS = [

@@ -9,15 +9,15 @@ import types
 from pathlib import Path
 from unittest.mock import Mock
 
+import distjudge
+from distjudge import Config, InputError, load_judge
+
 import export
 import huggingface_hub
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
-
-import distjudge
-from distjudge import Config, InputError, load_judge
 
 PROMPTS = ["Rate 1: good soup", "Rate 2: bad service and bad soup"]
 LARGEST = "largest difference in a probability"

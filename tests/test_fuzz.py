@@ -6,12 +6,12 @@ import math
 import os
 import re
 
+import distjudge
+from distjudge import InputError, load_items
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-import distjudge
-from distjudge import InputError, load_items
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e]")
 quick = settings(

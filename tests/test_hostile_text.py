@@ -8,11 +8,11 @@ the message, as in "user\\n", tokens may span the border, as they do in the toke
 
 import os
 
+from distjudge import InputError, PromptEncoder
+
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-
-from distjudge import InputError, PromptEncoder
 
 
 def words(text):

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import distjudge
 from distjudge import InputError, labels_of, load_items, split_items
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"id": "a", "prompt": "Is it?", "counts": {"yes": 3, "no": 2}}

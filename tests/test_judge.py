@@ -5,12 +5,12 @@ import itertools
 import json
 import shutil
 
+import distjudge
+from distjudge import InputError, PromptEncoder, label_logprobs, label_tokens, load_judge, save_judge
+
 import numpy
 import pytest
 import torch
-
-import distjudge
-from distjudge import InputError, PromptEncoder, label_logprobs, label_tokens, load_judge, save_judge
 
 TEXTS = ["Is this fine?", "The soup was good and the service was bad.", "Hi", " two  spaces\n\nand lines \n"]
 TEXTS += ["émoji 😀, 中文 and ﬁ", "yes no maybe " * 20]

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import types
 
+import distjudge
+from distjudge import InputError, load_judge, save_judge
+
 import judge as recipe
 import numpy
 import pytest
 import torch
-
-import distjudge
-from distjudge import InputError, load_judge, save_judge
 
 LABELS = ["a", "b", "tie"]
 FLOATS = ("predicted", "entropy", "label_mass")

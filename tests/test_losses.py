@@ -3,13 +3,13 @@
 import inspect
 import math
 
+import distjudge
+from distjudge import ce_loss, hybrid_loss, kl_loss, majority, rps_loss, shrink_votes, worst_case
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import distjudge
-from distjudge import ce_loss, hybrid_loss, kl_loss, majority, rps_loss, shrink_votes, worst_case
 
 T = torch.tensor
 

@@ -3,12 +3,6 @@
 import dataclasses
 import math
 
-import numpy
-import pytest
-import torch
-from scipy import stats
-from scipy.spatial.distance import jensenshannon
-
 import distjudge
 from distjudge import (
     InputError,
@@ -19,6 +13,12 @@ from distjudge import (
     noise_floor,
     survey_equivalence,
 )
+
+import numpy
+import pytest
+import torch
+from scipy import stats
+from scipy.spatial.distance import jensenshannon
 
 
 def panel(counts, truth=None):

@@ -12,11 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 import distjudge
 from distjudge import (
     ce_loss,
@@ -30,6 +25,11 @@ from distjudge import (
     shrink_votes,
     worst_case,
 )
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 T = torch.tensor
 LOW = (torch.float32, torch.bfloat16, torch.float16)

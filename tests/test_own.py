@@ -4,6 +4,9 @@ import copy
 import gzip
 import json
 
+import distjudge
+from distjudge import InputError
+
 import datasets
 import pandas
 import prepare
@@ -11,9 +14,6 @@ import pytest
 import sheets
 import tables
 import tyro
-
-import distjudge
-from distjudge import InputError
 
 ROWS = [f"{i},Answer {i}.,{1 + (i + k) % 5},p{k}\n" for i in range(10) for k in range(3)]
 VOTES = "id,answer,rating,who\n" + "".join(ROWS)

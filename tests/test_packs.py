@@ -4,13 +4,13 @@ import itertools
 import random
 from types import SimpleNamespace
 
+import distjudge
+from distjudge import Config, build_pack, label_logprobs, load_judge, pack_prompts, shuffled, train
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import distjudge
-from distjudge import Config, build_pack, label_logprobs, load_judge, pack_prompts, shuffled, train
 
 
 @st.composite

@@ -9,13 +9,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import distjudge
+from distjudge import InputError
+
 import prepare
 import pyarrow.parquet
 import pytest
 import tyro
-
-import distjudge
-from distjudge import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,6 +163,10 @@ def test_emobank_as_published(data_dir, tmp_path):
     assert card["dropped"] == dropped and len(items) + 86 == 10062
     assert card["votes_an_item"] == {"5": 9681, "6": 286, "7": 9}
     assert distjudge.labels_of(items) == list("12345")
+    groups = {side: {row.get("group") for row in read(tmp_path, side)} for side in ("train", "test")}
+    assert "wsj_0132" in groups["test"] and groups["test"] & groups["train"] <= {
+        None
+    }  # and in training's texts
 
 
 # --- NLI --------------------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distjudge
+
 import pytest
 import torch
 from probe import CHANGES, CLAIMS, changed, compare, probe
-
-import distjudge
 
 PROBE = Path(__file__).resolve().parents[1] / "recipes" / "probe.py"
 CONTROL = "nothing (a control: the noise of computing twice)"

@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import distjudge
+
+import pytest
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'ray[data]'")
 import psutil

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distjudge
+
 import pytest
 import torch
-
-import distjudge
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["1", "2", "3"]

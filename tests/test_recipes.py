@@ -7,14 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distjudge
+from distjudge import InputError
+
 import make_panel
 import pandas as pd
 import pytest
 import tiny
 import torch
 
-import distjudge
-from distjudge import InputError
 from plots import figures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +142,15 @@ def test_a_closed_pipe_and_ctrl_c_end_a_script_without_a_traceback():
     assert script.stderr.read() == "" and script.wait() == 0
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 130 and done.stderr == "stopped\n" and done.stdout.endswith("99999\n")
+
+
+@pytest.mark.parametrize(
+    "script", ["recipes/tiny.py", "data/prepare.py", "plots/report.py", "recipes/api.py"]
+)
+def test_a_python_without_the_environment_is_told_so(script):
+    done = subprocess.run([sys.executable, "-S", "-E", ROOT / script], capture_output=True, text=True)
+    assert done.returncode == 1 and "has no torch: activate the environment" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_figures_from_a_run_folder(tmp_path):

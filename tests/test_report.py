@@ -9,11 +9,12 @@ import re
 import shutil
 from functools import partial
 
+import distjudge
+from distjudge import InputError
+
 import pytest
 import torch
 
-import distjudge
-from distjudge import InputError
 from plots import report
 
 HOSTILE = (

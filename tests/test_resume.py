@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-
 import distjudge
 from distjudge import Config, InputError, load_judge, train
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = distjudge.PRESETS["teacher"]

@@ -4,13 +4,14 @@ import csv
 import io
 import json
 
+import distjudge
+from distjudge import InputError, load_judge, save_judge
+
 import judge as recipe
 import openpyxl
 import pandas
 import pytest
 
-import distjudge
-from distjudge import InputError, load_judge, save_judge
 from recipes import sheets
 
 TEMPLATE = "Frage: {Frage}\nAntwort: {text}"

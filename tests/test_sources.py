@@ -9,13 +9,13 @@ import threading
 import types
 import zipfile
 
+import distjudge
+from distjudge import InputError
+
 import prepare
 import pytest
 import sources
 import test_prepare
-
-import distjudge
-from distjudge import InputError
 
 CONTENT = bytes(range(256)) * 2000
 

@@ -6,13 +6,14 @@ import math
 import types
 from pathlib import Path
 
+import distjudge
+from distjudge import Config, InputError
+
 import pandas as pd
 import pytest
 import study
 import torch
 
-import distjudge
-from distjudge import Config, InputError
 from plots import figures
 from plots import study as draw
 

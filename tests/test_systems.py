@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distjudge
+
 import numpy as np
 import pytest
 import systems
 from systems import METHODS, Panel, SystemsConfig, compare, estimate, holm, interval, win
-
-import distjudge
 
 SCRIPT = Path(systems.__file__)
 SCALE = np.arange(1.0, 6)[:, None]

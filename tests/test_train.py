@@ -11,12 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distjudge
+from distjudge import Config, InputError, load_judge, run, train
+
 import numpy
 import pytest
 import torch
-
-import distjudge
-from distjudge import Config, InputError, load_judge, run, train
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["1", "2", "3"]

@@ -40,12 +40,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / part) for part in ("", "recipes", "data")]
 
+import distjudge
+from distjudge import InputError, Item, Judge
+
 import bench
 import tiny
 import torch
-
-import distjudge
-from distjudge import InputError, Item, Judge
 
 TOLERANCE = 0.05  # in a probability, and in nats of a step's loss
 STAND_IN = dict(zip(bench.SIZES, (64, 128, 2, 4, 2), strict=True)) | {"initializer_range": 0.1}

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 import distjudge
 from distjudge import Config, load_judge, train
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSED = bool(os.environ.get("DISTJUDGE_REHEARSE"))  # on a CPU, see tests/test_gpu_report.py
