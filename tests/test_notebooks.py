@@ -54,7 +54,8 @@ def test_the_install_cell_fits_the_kit_and_leaves_torch_alone(notebook):
             pin = re.fullmatch(r"==([\d.]+)", str(wanted.specifier))
             assert not pin or wanted.name not in kit or kit[wanted.name].specifier.contains(pin[1])
     # the platform's own stays, and what is built for one torch only is left out
-    assert set(kit) - named == {"torch", "xformers"} and not named & {"torch", "torchvision", "xformers"}
+    own = {"torch", "torchvision", "xformers", "scipy"}
+    assert set(kit) - named == own - {"torchvision"} and not named & own
 
 
 def test_both_train_the_same_way():

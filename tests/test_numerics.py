@@ -320,7 +320,7 @@ def test_a_judgment_depends_on_its_item_alone(tiny_model, labels, dtype):
 
 
 # --- runs that diverge ------------------------------------------------------------------------------------
-DIVERGE = "--learning_rate 1e30 --save_every 1 --batch_size 4".split()
+DIVERGE = "--learning_rate 1e30 --schedule constant --save_every 1 --batch_size 4".split()
 
 
 @pytest.fixture
