@@ -3101,13 +3101,14 @@ def write_results(
 ) -> dict:
     """Judges the items, writes predictions.jsonl, metrics.json and config.json, and returns the metrics.
 
-    card.json beside the training items, which says how a table became prompts, goes along.
+    How a table became prompts, in card.json beside the training items, goes along.
     """
     folder, rows = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "card.json").unlink(missing_ok=True)
-    if config.train and (card := Path(config.train[0]).with_name("card.json")).is_file():
-        shutil.copyfile(card, folder / "card.json")
+    card = Path(config.train[0]).with_name("card.json") if config.train else folder / "card.json"
+    if card.is_file() and (own := parse_json(card.read_bytes())[0].get("own")):
+        write_json(folder / "card.json", {"own": own})
     probabilities, mass, orders = judge_items(judge, items, progress=True)
     for item, q, m in zip(items, probabilities.tolist(), mass.tolist(), strict=True):
         row = {"id": item.id, "counts": item.counts, "predicted": dict(zip(judge.labels, q, strict=True))}

@@ -415,13 +415,13 @@ def test_a_run_folder_holds_everything(tiny_model, files, tmp_path):
     config = settings(
         tmp_path, train=files[:1], test=files[1:], model=str(tiny_model), eval_every=2, batch_size=4
     )
-    Path(files[0]).with_name("card.json").write_text('{"task": "own"}')
+    Path(files[0]).with_name("card.json").write_text('{"notes": ["Ann"], "own": {"text": "a"}}')
     metrics, out, test = run(config), tmp_path / "run", distjudge.load_items(files[1])
     names = "config.json judge.json adapter tokenizer predictions.jsonl metrics.json log.jsonl".split()
     assert {path.name for path in out.iterdir()} >= set(names)
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert metrics["items"] == 6 and 0 < metrics["label_mass"] < 1
-    assert (tmp_path / "run" / "card.json").read_text() == '{"task": "own"}'
+    assert json.loads((tmp_path / "run" / "card.json").read_text()) == {"own": {"text": "a"}}
     saved = json.loads((out / "config.json").read_text())
     assert saved["labels"] == LABELS and saved["alpha"] == 0.8 and len(saved["prompt_hash"]) == 64
     assert torch.__version__.startswith(saved["versions"]["torch"]) and saved["items"] == {
