@@ -361,7 +361,10 @@ def json_rows(file: Any, shown: str) -> Iterator[tuple[str, dict, str]]:
     lines = full(read_lines(file, shown))
     first = number, raw = next(lines, (0, b""))
     value, problem = load_json(raw)
-    if raw[:1] in (b"[", b"{") and shown != "stdin" and (problem or _objects_in(value)):
+    is_lines = shown == "stdin" or (
+        shown.endswith((".jsonl", ".jsonl.gz")) and not problem and raw[:1] == b"{"
+    )
+    if raw[:1] in (b"[", b"{") and not is_lines and (problem or _objects_in(value)):
         rest = file.read(LONGEST + 1)
         if len(rest) > LONGEST:
             raise InputError(
@@ -779,7 +782,7 @@ class PromptEncoder:
                 raise InputError(
                     f"{head} messages of {', '.join(map(short, roles))} cannot be encoded as text only"
                 )
-        text, at, pieces = self._apply(turns), 0, []
+        text, at, pieces = self._in_time(lambda: self._apply(turns)), 0, []
         for part, number, after in zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True):
             at += len(part)
             content = turns[int(number)]["content"]
@@ -1840,6 +1843,7 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     What another judge left there goes first, for it would be taken for this one's.
     """
     folder, adapter = Path(folder), hasattr(judge.model, "peft_config")
+    check_out(folder, *RUN_FILES)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("judge.json", "config.json", "metrics.json"):
         (folder / name).unlink(missing_ok=True)
@@ -2731,7 +2735,7 @@ def noise_floor(items: Sequence[Item]) -> float | None:
         mine, whole = after[:, 0], after.sum(1)
         cost = mine / whole * (torch.digamma(whole + 1) - torch.digamma(mine + 1))  # E[-p log p] of a Beta
         floor = floor + share @ (posterior * cost).sum(1)
-    return floor.item()
+    return max(0.0, floor.item())
 
 
 def _predictions(q: Any, p: torch.Tensor) -> torch.Tensor:
@@ -2968,20 +2972,22 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # torch brings it
 
-    path = Path(path)
+    path, holder = Path(path), ""
     place = path / ".lock" if path.is_dir() else path.with_name(path.name + ".lock")
-    holder = place.read_text() if place.exists() else ""
-    lock = FileLock(place, timeout=0)
+    lock = FileLock(place, timeout=0, is_singleton=True)  # one a process: held within, it is held again
     try:
         lock.acquire()
     except Timeout:
+        with contextlib.suppress(OSError):
+            holder = place.read_text()
         remedy = "wait until it ends, or name another place"
-        raise InputError(f"{path}: process {holder} is writing to it: {remedy}") from None
+        raise InputError(f"{path}: process {holder or '?'} is writing to it: {remedy}") from None
     try:
         place.write_text(str(os.getpid()))
         yield
     finally:
-        place.unlink()
+        if lock.lock_counter == 1:
+            place.unlink(missing_ok=True)
         lock.release()
 
 
@@ -2998,9 +3004,12 @@ def check_out(folder: str | os.PathLike, *ours: str) -> None:
     if held and not set(ours) & set(held):
         remedy = "name a new or empty folder, or that of an earlier run"
         raise InputError(f"out: {folder} holds other files, such as {short(held[0], 40)}: {remedy}")
+    if links := [name for name in ours if (folder / name).is_symlink()]:
+        raise InputError(f"out: {folder / links[0]} is a symbolic link, which is not followed; remove it")
 
 
-RUN_FILES = ("judge.json", "log.jsonl", "checkpoints")  # one of them is in every run folder
+# one of them is in every run folder
+RUN_FILES = ("judge.json", "log.jsonl", "checkpoints", "predictions.jsonl", "adapter", "model", "tokenizer")
 
 
 def load_data(config: Config) -> tuple[list[Item], list[Item]]:
@@ -3104,11 +3113,13 @@ def write_results(
     How a table became prompts, in card.json beside the training items, goes along.
     """
     folder, rows = Path(folder), []
+    check_out(folder, *RUN_FILES)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "card.json").unlink(missing_ok=True)
     card = Path(config.train[0]).with_name("card.json") if config.train else folder / "card.json"
-    if card.is_file() and (own := parse_json(card.read_bytes())[0].get("own")):
-        write_json(folder / "card.json", {"own": own})
+    about = parse_json(card.read_bytes())[0] if card.is_file() else {}
+    (folder / "card.json").unlink(missing_ok=True)
+    if about.get("own"):
+        write_json(folder / "card.json", {"own": about["own"]})
     probabilities, mass, orders = judge_items(judge, items, progress=True)
     for item, q, m in zip(items, probabilities.tolist(), mass.tolist(), strict=True):
         row = {"id": item.id, "counts": item.counts, "predicted": dict(zip(judge.labels, q, strict=True))}
@@ -3154,12 +3165,15 @@ def run(
     test = keep_short(judge, test, config.overlong, "test")
     if before_training:
         before_training(judge, items, test)
-    train(judge, items, config, eval_items=test)
-    judge.encoder.memo = None
-    if os.environ.get("RANK", "0") != "0":
-        return {}
-    save_judge(judge, config.out)
-    return write_results(judge, test, items, config, config.out)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    is_first = os.environ.get("RANK", "0") == "0"
+    with locked(config.out) if is_first else contextlib.nullcontext():
+        train(judge, items, config, eval_items=test)
+        judge.encoder.memo = None
+        if not is_first:
+            return {}
+        save_judge(judge, config.out)
+        return write_results(judge, test, items, config, config.out)
 
 
 def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception], ...] = ()) -> None:
@@ -3170,6 +3184,8 @@ def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception
     """
     import tyro
 
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first does the talking
+        log.setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.format = lambda record: printable(record.getMessage())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -533,6 +533,12 @@ def split_rows(
 def main(config: PrepareConfig) -> None:
     if not config.out.strip():
         raise InputError("out: name a folder")
+    out = Path(config.out)
+    distjudge.check_out(out, "card.json")
+    if inside := [
+        path for path in (*config.raw, *config.without) if Path(path).resolve().parent == out.resolve()
+    ]:
+        raise InputError(f"out: {inside[0]} is in this folder, whose files are replaced; name another")
     if config.min_votes is not None and config.min_votes < 1:
         raise InputError(f"min_votes: must be 1 or more, not {config.min_votes}")
     least = config.min_votes or (2 if config.task in ("snli", "mnli") else 1)
@@ -554,7 +560,6 @@ def main(config: PrepareConfig) -> None:
         raise InputError(f"{config.raw[0]}: no items are left: {told(dropped)}")
     kept = [rows[item.id] for item in items]
     splits = split_rows(kept, items, how, config.seed, dropped)
-    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     for name in {"train", "valid", "test", "items"} - set(splits):  # of an earlier run with another split
         (out / f"{name}.jsonl").unlink(missing_ok=True)
@@ -597,7 +602,7 @@ def print_summary(card: dict, out: Path) -> None:
     if "test" in card["items"]:
         files = " ".join(f"--{name} {shlex.quote(f'{out / name}.jsonl')}" for name in ("train", "test"))
         spellings = f" --spellings {' '.join(card['spellings'])}" if "spellings" in card else ""
-        print(f"  python recipes/smollm.py {files} --out runs/{shlex.quote(out.name)}{spellings}")
+        print(f"  python recipes/smollm.py {files} --out runs/{shlex.quote(out.resolve().name)}{spellings}")
 
 
 if __name__ == "__main__":

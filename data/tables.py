@@ -308,8 +308,8 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
         text = "" if distjudge.is_missing(number) else look(str(number))
         text = re.sub(r"(?<=\d)[,' ](?=\d{3}(\D|$))", "", text)  # thousands
         text = MARKS.get(text, plain(text))
-        if not re.fullmatch(r"[0-9]{1,300}", text):
-            problem = f"a number of votes is needed, not '{short(number, 30)}'"
+        if not re.fullmatch(r"[0-9]{1,300}", text) or re.fullmatch(r"\d+(\.\d{3})+", str(number).strip()):
+            problem = f"a number of votes in digits alone is needed, not '{short(number, 30)}'"
             raise InputError(f"{where}: {short(label)}: {problem}")
         if int(text) > 10**9:
             problem = f"more than a billion votes for '{short(label, 30)}'"
@@ -595,7 +595,7 @@ def quoted(words: Iterable[str]) -> str:
 
 def label_in(config: Any, text: str) -> str:
     """A label in its plain form; percents, and decimal commas where the user says so, as numbers."""
-    if config.decimal == "comma" and re.fullmatch(r"[+\-\u2212]?\d[\d.]*(,\d+)?", text):
+    if config.decimal == "comma" and re.fullmatch(r"[+\-\u2212]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?", text):
         text = text.replace(".", "").replace(",", ".")
     return plain(text)
 

@@ -243,7 +243,7 @@ class LabelReader:
             return None if label is None else q.index_fill(0, torch.tensor(label), 1.0)
         text = re.sub("(?m)^```.*$", "", after_thought(text).replace("\uff1a", ":")).strip(" {}\n")
         found: dict[int | None, float] = {None: 0.0}
-        for part in re.split("\n" if "\n" in text else ",", text):  # lines, or JSON
+        for part in filter(str.strip, re.split("\n" if "\n" in text else ",", text)):  # lines, or JSON
             name, _, value = part.rpartition(":")
             label = self.spoken(name if self.spoken(name) is not None else name.lstrip("-\u2022* "))
             number = re.fullmatch(r"\s*(\d{1,3}(\.\d{1,9})?)\s*%?[\s,;.*]*", value, re.ASCII)
@@ -392,7 +392,7 @@ class Endpoint:
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         headers |= {"api-key": self.key} if "api-version=" in self.parts.query else {}  # Azure's name for it
         limits = httpx.Limits(max_connections=None)  # the gate limits them
-        self.client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=True)
+        self.client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits)
         self.cache = Cache(Path(config.out) / "cache.jsonl")
         self.gate, self.asking = asyncio.Semaphore(config.concurrency), collections.defaultdict(asyncio.Lock)
         self.not_before, self.retried, self.answered_by, self.paid = 0.0, 0, set(), collections.Counter()

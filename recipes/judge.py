@@ -113,7 +113,7 @@ class Tally:
 
     def add(self, row: dict[str, Any]) -> None:
         pairs, flipped = "flipped" in row, row.get("flipped", False)
-        self.number.update(items=1, low="low_mass" in row, pairs=pairs, flipped=flipped)
+        self.number.update(items=1, low=int("low_mass" in row), pairs=int(pairs), flipped=int(flipped))
         self.first += [row] if len(self.first) < SHOW else []
 
     def bad(self, problem: str, where: str = "") -> None:

@@ -39,12 +39,6 @@ def kind_of(path: str) -> str:
     return Path(path.lower().removesuffix(".gz")).suffix
 
 
-def text_of(where: str, name: str, cell: Any) -> str:
-    if isinstance(cell, (bytes, list, dict)):
-        raise InputError(f"{where}: {short(name)}: must be text or a number, not {short(repr(cell))}")
-    return "" if distjudge.is_missing(cell) else str(cell).strip()
-
-
 # --- prompts ----------------------------------------------------------------------------------------------
 @dataclasses.dataclass(kw_only=True)
 class Template:
@@ -72,25 +66,19 @@ class Template:
 
     def fill(self, where: str, row: dict[str, Any]) -> dict[str, Any]:
         """id, prompt and swap of a row. Raises InputError for an empty cell, and for one that is no text."""
-        from data import prepare
+        from data.prepare import tables
 
         if self.template == "{prompt}" and isinstance(row.get("prompt"), list):  # of messages
             return {name: row.get(name) for name in ("id", "prompt", "swap")}
-        needed = self.columns(row)
-        cells = {name: text_of(where, name, row.get(name)) for name in needed}
-        if empty := [name for name in needed if not cells[name] and name not in self.optional]:
-            raise InputError(f"{where}: {short(empty[0])}: {'empty' if empty[0] in row else 'missing'}")
-
-        def filled(cells: dict[str, str]) -> str:
-            return prepare.fill(self.template, cells | ({"text": cells[self.text]} if self.text else {}))
-
+        for name in self.columns(row):
+            if name not in self.optional and not tables.text_of(where, name, row.get(name)):
+                raise InputError(f"{where}: {short(name)}: {'empty' if name in row else 'missing'}")
+        prompt, *turned = tables.prompts_of(dataclasses.asdict(self), row)(where, row)
         swap = row.get("swap") if self.template == "{prompt}" else None
-        if self.swap:
-            one, other = self.swap
-            turned = cells | {one: cells[other], other: cells[one]}
-            swap = {"prompt": filled(turned), "labels": self.swap_labels or {"a": "b", "b": "a"}}
-        name = text_of(where, self.item or "id", row.get(self.item or "id"))
-        return {"id": name or None, "prompt": filled(cells), "swap": swap if isinstance(swap, dict) else None}
+        if turned:
+            swap = {"prompt": turned[0], "labels": self.swap_labels or {"a": "b", "b": "a"}}
+        name = tables.cell(where, self.item or "id", row.get(self.item or "id"))
+        return {"id": name or None, "prompt": prompt, "swap": swap if isinstance(swap, dict) else None}
 
 
 def template_of(run: str, path: str = "", text: str = "", item: str = "") -> Template | None:

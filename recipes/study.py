@@ -21,7 +21,7 @@ Writes STUDY.csv (a row for each number), STUDY.md and STUDY.png into --out. Eac
 in --out/cells, named by a hash of everything that decides its result. What is there is not trained again: a
 study can be stopped and started again, and studies share cells. Intervals are 95 % bootstrap intervals over
 groups of test items and, with several seeds, over seeds (see distjudge.bootstrap). A difference is starred
-where its two-sided p is at most 0.05.
+where its two-sided p is under 0.05.
 """
 
 import dataclasses
@@ -427,7 +427,7 @@ class Table:
         distjudge.write_lines(Path(f"{name}.csv"), [text.rstrip("\n")])
         default = StudyConfig(train=config.train, test=config.test, study=config.study, out=config.out)
         changed = {k: v for k, v in vars(config).items() if v != getattr(default, k)}
-        foot = "Stars: the difference from the first method has a two-sided p of at most 0.05. "
+        foot = "Stars: the difference from the first method has a two-sided p under 0.05. "
         foot += f"{len(self.shop.train)} training and {len(self.test)} test items of {self.data}; "
         foot += f"{config.seeds} seeds from {config.seed}; not the defaults: {changed or 'none'}."
         cells = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(out.glob("cells/*/cell.json"))]
@@ -455,7 +455,7 @@ def shown_gap(row: dict[str, Any]) -> str:
 def markdown(rows: pd.DataFrame, keys: list[str], across: str = "metric", text: Any = shown) -> list[str]:
     """A Markdown table: a line for each value of `keys` (if they have any), a column for each of `across`."""
     keys = [key for key in keys if rows[key].notna().any()]
-    rows = rows.assign(star=rows["p"].astype(float) <= 0.05)
+    rows = rows.assign(star=rows["p"].astype(float) < 0.05)
     plain = lambda v: v if isinstance(v, str) else "" if pd.isna(v) else f"{v:g}"  # noqa: E731
     columns = list(dict.fromkeys(map(plain, rows[across])))
     head = [*keys, *(METRICS.get(column, column) for column in columns)]

@@ -369,7 +369,7 @@ def draw(table: dict[str, Any], path: Path) -> None:
     """A forest plot: each system's three intervals, the best on top; a panel a measure that is tested."""
     from plots.figures import HUMAN, MODEL, NEUTRAL, plt
 
-    measures, names = table["tested"], [short(name, 24).replace("$", r"\$") for name in table["systems"]]
+    measures, names = table["tested"], [short(name, 24) for name in table["systems"]]
     size = (1.5 + 4 * len(measures), 1 + 0.45 * len(names))
     figure, axes = plt.subplots(1, len(measures), figsize=size, sharey=True, squeeze=False)
     looks = {"votes": ("s", HUMAN, -0.22), "judge": ("^", NEUTRAL, 0), "ppi": ("o", MODEL, 0.22)}
@@ -379,7 +379,7 @@ def draw(table: dict[str, Any], path: Path) -> None:
             ends, x = [cells.estimate - cells.low, cells.high - cells.estimate], cells.estimate
             at = np.arange(len(x)) + shift
             ax.errorbar(x, at, xerr=ends, fmt=marker, color=colour, ms=4, label=METHODS[how])
-        ax.set_xlabel(f"{short(measure, 40)}, 95 % intervals".replace("$", r"\$"))
+        ax.set_xlabel(f"{short(measure, 40)}, 95 % intervals")
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)

@@ -214,7 +214,8 @@ def main(config: TinyConfig) -> None:
     out, rows, fresh = Path(config.out), [], not Path(config.out).exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        compare(config, items, test, rows)
+        with distjudge.locked(out):
+            compare(config, items, test, rows)
     except InputError:
         if fresh and not rows:  # nothing was trained yet
             shutil.rmtree(out)
@@ -223,7 +224,6 @@ def main(config: TinyConfig) -> None:
     lines = table_lines(rows)
     distjudge.write_json(out / "table.json", rows)
     distjudge.write_lines(out / "table.md", lines)
-    shutil.rmtree(out / "plots", ignore_errors=True)
     runs = {method: out / f"{method}-{config.seed}" for method in METHODS}
     drawn = [figures.compare(runs, out / "plots"), *figures.draw_all(runs["full"], out / "plots")]
     print(f"\n{len(items):,} items to train on, {len(test):,} to test on; KL in nats\n\n" + "\n".join(lines))
