@@ -1587,7 +1587,7 @@ def load_judge(
     model.backend_reason = why
     if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
         raise InputError(f"{path}: model: has {rows} tokens, its tokenizer {len(tokenizer)}")
-    if adapter and _fingerprint(model) != saved["base_fingerprint"]:
+    if adapter and saved.get("base_sample") not in (None, model.fingerprint):
         raise InputError(f"{path}: base: the weights of {base} are not those the judge was trained on")
     made = {"base": str(Path(base).resolve()) if Path(base).is_dir() else base, "spellings": spellings}
     made |= {"lora_rank": lora_rank, "max_length": max_length, "seed": seed, "encoder": encoder}
@@ -1655,18 +1655,19 @@ def _reach_hub(name: str) -> None:
         log.warning(text, first_line(error))
 
 
-def _check_weight_files(path: str) -> None:
-    """ValueError if a model's list of weight files names one that is no safetensors file beside it."""
+def _weight_files(path: str) -> list[str]:
+    """A model's weight files. ValueError if its list names one that is no safetensors file beside it."""
     from transformers.utils import cached_file
 
     try:
         listing = cached_file(path, "model.safetensors.index.json")
     except OSError:  # there is none: the weights are in one file
-        return
+        return ["model.safetensors"]
     names = sorted(set(json.loads(Path(listing).read_text(encoding="utf-8"))["weight_map"].values()))
     if wrong := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
         text = "model.safetensors.index.json names '%s'; only safetensors files beside it are read"
         raise ValueError(text % short(wrong[0]))
+    return names
 
 
 def choose_backend(wanted: str = "auto", device: str | None = None, trained: bool = False) -> tuple[str, str]:
@@ -1787,7 +1788,7 @@ def load_model(
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     dtype = dtype or (torch.float32 if device == "cpu" else half_precision(device))
     try:
-        _check_weight_files(path)
+        files = _weight_files(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # a folder may name one, with code to fetch: the model's own is taken
         config._attn_implementation = None
@@ -1822,6 +1823,7 @@ def load_model(
             raise ValueError("it was not loaded in 4 bits; bitsandbytes does not work here")
         if getattr(model, "_hf_peft_config_loaded", False):  # of a hub's repository
             raise ValueError("it holds a PEFT adapter, not a model by itself; merge it into its base first")
+        fingerprint = _fingerprint(path, files) if weights else ""
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged or contradictory folder can fail in any way
@@ -1833,7 +1835,7 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # such a CPU would pack 4-bit weights, when judging, into a form that no gradient flows through
             module.support_avx512bf16_for_cpu = False
-    model.backend = backend
+    model.backend, model.fingerprint = backend, fingerprint
     return model.to(device) if weights and not four_bit else model
 
 
@@ -1857,7 +1859,7 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     about |= {"spellings": judge.spellings, "max_length": judge.max_length, "frame": judge.encoder.frame}
     about |= {"four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False))}
     about |= {"sequences": judge.tokens.sequences, "prompt_hash": prompt_hash(judge)}
-    about |= {"base_fingerprint": _fingerprint(judge.model) if adapter else None, "sha256": checksums(folder)}
+    about |= {"base_sample": getattr(judge.model, "fingerprint", None), "sha256": checksums(folder)}
     write_json(folder / "judge.json", about | {"digest": _digest(about)})
 
 
@@ -1871,15 +1873,18 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _fingerprint(model: Any) -> str:
-    """A hash of a sample of the base weights that are not quantized, rounded to bfloat16."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and "lora_" not in name:
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            sample = weight.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.uint8)
-            digest.update(name.encode() + bytes(sample.tolist()))
-    return digest.hexdigest()
+def _fingerprint(path: str, files: Sequence[str]) -> str:
+    """A hash of 64 numbers of each stored weight, rounded to bfloat16, whatever they are loaded as."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    samples = {}
+    for name in files:
+        with safe_open(cached_file(path, name), "pt") as file:
+            for key in file.keys():
+                some = file.get_tensor(key).flatten()[:64]  # the rest is not read
+                samples[key] = some.to(torch.bfloat16).float().tolist()
+    return _digest(sorted(samples.items()))
 
 
 def _hash_file(file: Any) -> str:
@@ -2657,7 +2662,7 @@ def _made_from(judge: Judge, items: Sequence[Item], tested: Sequence[Item], conf
     named = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in free}
     named |= {"labels": judge.labels, "label tokens": judge.tokens.sequences, "base model": judge.base}
     named |= {"prompt template": judge.encoder.frame, "device": judge.device.type, "versions": versions()}
-    named |= {"base weights": _fingerprint(judge.model) if hasattr(judge.model, "peft_config") else None}
+    named |= {"base weights": getattr(judge.model, "fingerprint", None)}
     for name, some in (("training items", items), ("test items", tested)):
         named[name] = _digest([dataclasses.astuple(dataclasses.replace(item, where="")) for item in some])
     return json.loads(json.dumps(named | {"processes": int(os.environ.get("WORLD_SIZE", 1))}))

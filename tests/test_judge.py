@@ -433,7 +433,7 @@ change_json(run / "tokenizer/tokenizer_config.json", eos_token="")       | token
 change_json(run / "judge.json", frame=FRAME)                             | judge.json: has changed
 change_json(run / "judge.json", sequences=[[0, [5]], [1, [6]]])          | judge.json: has changed
 change_json(run / "judge.json", labels=["no", "yes"])                    | judge.json: has changed
-change_json(run / "judge.json", base_fingerprint="00")                   | judge.json: has changed
+change_json(run / "judge.json", base_sample="00")                   | judge.json: has changed
 change_json(run / "adapter/adapter_config.json", lora_alpha=64)          | adapter_config.json: has changed
 change_weights(run / WEIGHTS, lambda name, w: w + 0.01)                  | model.safetensors: has changed
 change_weights(run / WEIGHTS, lambda name, w: w if "0.mlp" in name else None) | model.safetensors: has changed
@@ -453,10 +453,23 @@ def test_a_judge_whose_parts_have_changed_is_refused(saved_run, tmp_path, case):
     assert str(run) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_adapter_on_other_base_weights_is_refused(tiny_model, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_judge_is_loaded_in_another_precision_than_trained_in(tiny_model, tmp_path, monkeypatch, dtype):
+    """A T4's float16 rounds the base otherwise than a CPU's float32; a copy in bfloat16 is the same base."""
+    plain, model = distjudge.load_model, shutil.copytree(tiny_model, tmp_path / "m")
+    with monkeypatch.context() as patched:
+        patched.setattr(distjudge, "load_model", lambda *a, **k: plain(*a, **k | {"dtype": dtype}))
+        save_judge(load_judge(model, YES_NO, lora_rank=2), tmp_path / "run")
+    assert load_judge(tmp_path / "run").model.dtype == torch.float32
+    change_weights(model / "model.safetensors", lambda name, w: w.bfloat16())
+    load_judge(tmp_path / "run")
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_an_adapter_on_other_base_weights_is_refused(tiny_model, tmp_path, four_bit):
     model = shutil.copytree(tiny_model, tmp_path / "m")
-    save_judge(load_judge(model, YES_NO), tmp_path / "run")
-    change_weights(model / "model.safetensors", lambda name, w: 1.5 * w)
+    save_judge(load_judge(model, YES_NO, four_bit=four_bit), tmp_path / "run")
+    change_weights(model / "model.safetensors", lambda name, w: 1.5 * w if "mlp" in name else w)
     with pytest.raises(InputError, match=r"run: base: the weights of .*/m are not those the judge was"):
         load_judge(tmp_path / "run")
     shutil.rmtree(model)
