@@ -1527,12 +1527,16 @@ def check_model(judge: Judge) -> None:
             gap = ((hidden(encoded, True) - single).norm(dim=1) / single.norm(dim=1)).max()
             if not gap <= tolerance:  # NaN is not
                 raise ValueError(f"hidden states are off by {gap:.1%}")
+            if training:  # backward is a kernel of its own, which can fail where the forward did not
+                with torch.enable_grad():
+                    hidden(sorted(encoded, key=len)[:4], True).sum().backward()
         judge.packs = True
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an architecture can refuse the mask in ways of its own
         judge.packs, text = False, "%s cannot be run on packed prompts (%s): they are run as padded rows"
         log.warning(text, name, first_line(error))
+    model.zero_grad()
     model.eval()
 
 
@@ -1716,6 +1720,7 @@ def _with_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: boo
     unsloth = getattr(model, "backend", "") == "unsloth" and not hasattr(model, "meant_for")
     if unsloth:
         from unsloth import FastLanguageModel
+        from unsloth.models.vision import FastBaseModel
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if saved:
@@ -1723,8 +1728,10 @@ def _with_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: boo
                 model = PeftModel.from_pretrained(model, str(saved), is_trainable=True)
             except Exception as error:  # a damaged file can fail in any way
                 raise InputError(f"{saved}: the adapter cannot be loaded: {first_line(error)}") from error
-            if unsloth:  # its fused layers, as its own loader puts them over an adapter
+            if unsloth and model.two_levels:  # its fused layers, as its own loader puts them over an adapter
                 model = FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=recompute)
+            elif unsloth:  # a model that runs transformers' forward
+                model = FastBaseModel.post_patch_model(model, use_gradient_checkpointing=recompute)
         elif unsloth:
             options = {"random_state": seed, "use_gradient_checkpointing": recompute}
             model = FastLanguageModel.get_peft_model(model, **lora, **options)
@@ -1805,6 +1812,7 @@ def load_model(
             options |= {"max_seq_length": min(max_length + 64, room), "load_in_4bit": four_bit}
             options |= {"use_gradient_checkpointing": False, "device_map": {"": device}}
             options |= {"use_exact_model_name": True}  # not another repository that Unsloth knows for it
+            options |= {"offload_embedding": False}  # else small cards train from main memory
             model, _ = FastLanguageModel.from_pretrained(path, **options)
         else:
             if dtype == torch.float16 and "gemma" in config.model_type:
@@ -2249,6 +2257,8 @@ class Config:
 
 def autocast_type(judge: Judge) -> torch.dtype | None:
     """The 16-bit type that training computes in; None: in float32, as the weights are."""
+    if getattr(judge.model, "_unsloth_forced_float32", False):  # Gemma 3 without bfloat16: as Unsloth does
+        return None
     held = judge.model.get_input_embeddings().weight.dtype
     if held == torch.float32 and (judge.device.type == "cpu" or hasattr(judge.model, "peft_config")):
         return None

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import distjudge
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("distjudge.py", "recipes/export.py", "tests/gpu/report.py")
@@ -103,9 +106,39 @@ def test_the_calls_are_found_in_our_code(calls):
     lora = {"r", "lora_alpha", "target_modules", "random_state", "use_gradient_checkpointing"}
     assert lora <= made["FastLanguageModel", "get_peft_model"]
     loading = {"max_seq_length", "load_in_4bit", "device_map", "use_exact_model_name", "use_safetensors"}
-    assert loading <= made["FastLanguageModel", "from_pretrained"]
-    others = {("FastLanguageModel", "patch_peft_model"), ("build_seg_info_multigroup", "")}
-    assert others | {("patch_saving_functions", "")} <= set(made)
+    assert loading | {"offload_embedding"} <= made["FastLanguageModel", "from_pretrained"]
+    others = {("FastLanguageModel", "patch_peft_model"), ("FastBaseModel", "post_patch_model")}
+    others |= {("build_seg_info_multigroup", ""), ("patch_saving_functions", "")}
+    assert others <= set(made)
+
+
+class FailsBackward(torch.autograd.Function):
+    """What a kernel does whose backward pass asks for more shared memory than the card has."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("out of resource: shared memory, Required: 106496, Hardware limit: 101376")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_packs_whose_backward_pass_fails_are_run_as_rows(tiny_model, tiny_tokenizer, caplog, fails):
+    """It is tried at load, not found in training: Unsloth's attention of packs is compiled both ways."""
+
+    def hook(layer, args, kwargs, hidden):
+        packed = hasattr(kwargs["attention_mask"], "blocks")
+        return FailsBackward.apply(hidden) if fails and packed else hidden
+
+    model = distjudge.load_model(str(tiny_model), device="cpu")
+    model.backend = "unsloth"
+    model.model.layers[0].register_forward_hook(hook, with_kwargs=True)
+    judge = distjudge.make_judge(model, tiny_tokenizer, ["yes", "no"], lora_rank=0)
+    said = "cannot be run on packed prompts (out of resource: shared memory"
+    assert judge.packs != fails and (said in caplog.text) == fails
+    assert all(weight.grad is None for weight in model.parameters()) and not model.training
 
 
 def test_unsloth_takes_our_calls_and_means_what_we_think(calls, tmp_path):
