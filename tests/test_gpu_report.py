@@ -117,7 +117,7 @@ def test_no_gpu_and_wrong_stages_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="there is no CUDA device here; --cpu_smoke"):
         report.main(ReportConfig(out=str(tmp_path)))
-    with pytest.raises(InputError, match="stages: there is no sped; there are tests"):
+    with pytest.raises(InputError, match="stages: there is no sped; there are model_qwen7b, recipe_qwen7b"):
         report.main(ReportConfig(out=str(tmp_path), stages=("sped",)))
 
 
@@ -137,6 +137,7 @@ def test_every_stage_with_stand_ins(config, tmp_path):
     assert result["agreement"]["apart"]["after"] < 1e-4 < result["agreement"]["moved_by_training"]
     assert result["packs"]["sdpa"]["gradient_cosine"] > 0.9999
     assert result["packs"][distjudge.BLOCKS]["probabilities"] < 1e-4
+    assert result["recipe_qwen7b"]["items"] == 40 and result["recipe_qwen7b"]["kl"] > 0
     speed = result["speed_qwen7b_nli"]
     assert speed["items_a_second"] == pytest.approx(4 / speed["seconds_a_step"]["median"])
     assert 0 < speed["large_packs"]["reached"]["median"] < 1.5 and 0 < speed["adversary_share"] < 1
