@@ -1171,6 +1171,30 @@ def use_block_attention(model: Any) -> None:
 SLICE, SLICE_LOGITS = 16_384, 2**24  # tokens of the vocabulary, and logits, at a time at most
 
 
+class Recomputed(torch.autograd.Function):
+    """function(*tensors), computed again in the backward pass, as torch.utils.checkpoint does.
+
+    Unsloth puts another in that one's place, which drops the gradients of what is no argument.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., torch.Tensor], *tensors: Any) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        needed = ctx.needs_input_grad[1:]
+        pairs = zip(ctx.saved_tensors, needed, strict=True)
+        tensors = [t if t is None else t.detach().requires_grad_(need) for t, need in pairs]
+        with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
+            out = ctx.function(*tensors)
+        wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, gradient))
+        return None, *(next(found) if need else None for need in needed)
+
+
 def add_label_readout(model: Any) -> None:
     """Teaches a causal LM's forward more arguments: `answer_at`, `token_ids`, `vocabulary` and `ends`.
 
@@ -1198,15 +1222,11 @@ def add_label_readout(model: Any) -> None:
 
     def over_vocabulary(hidden: torch.Tensor) -> torch.Tensor:
         """In slices that are computed again in the backward pass; a float32 layer would be 2 GB at 7B."""
-        from torch.utils.checkpoint import checkpoint
-
         width = min(SLICE, max(256, SLICE_LOGITS // max(1, len(hidden))))
         biases = itertools.repeat(None) if head.bias is None else head.bias.split(width)
-        norm = lambda *rows: logits_of(hidden, *rows).logsumexp(1)  # noqa: E731
-        again = functools.partial(checkpoint, norm, use_reentrant=False)
+        norm = lambda *tensors: logits_of(*tensors).logsumexp(1)  # noqa: E731
         rows = zip(head.weight.split(width), biases, strict=False)
-        norms = itertools.starmap(again if torch.is_grad_enabled() else norm, rows)
-        return torch.stack([*norms], dim=1).logsumexp(1)
+        return torch.stack([Recomputed.apply(norm, hidden, *some) for some in rows], dim=1).logsumexp(1)
 
     def forward(self, *args, answer_at=None, token_ids=None, vocabulary=False, ends=None, **kwargs):
         if ends is not None and self.two_levels:  # Unsloth drops masks in training, but takes this

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distjudge
+
 import pytest
 import torch
-
-import distjudge
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("distjudge.py", "recipes/export.py", "tests/gpu/report.py")
@@ -110,6 +110,23 @@ def test_the_calls_are_found_in_our_code(calls):
     others = {("FastLanguageModel", "patch_peft_model"), ("FastBaseModel", "post_patch_model")}
     others |= {("build_seg_info_multigroup", ""), ("patch_saving_functions", "")}
     assert others <= set(made)
+
+
+def test_the_label_mass_keeps_its_gradient_where_checkpoint_is_replaced(tiny_model, monkeypatch):
+    """Unsloth's recomputes with the gradients of a function's arguments, not of what it closes over."""
+    plain = torch.utils.checkpoint.checkpoint
+    replaced = lambda function, *tensors, **_: plain(function, *tensors, use_reentrant=True)  # noqa: E731
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", replaced)
+    monkeypatch.setattr(distjudge, "SLICE", 100)
+    judge = distjudge.load_judge(tiny_model, ["yes", "no"], lora_rank=0)
+    judge.packs = False
+    batch, weights = judge.batch(judge.encode(["Good soup."])), list(judge.model.parameters())
+    _, log_mass = distjudge.label_logprobs(judge.model, batch, judge.tokens, with_mass=True)
+    logits = judge.model(input_ids=batch["input_ids"]).logits[0, -1]
+    expected = logits.log_softmax(-1)[judge.tokens.token_ids].logsumexp(-1)
+    assert log_mass.item() == pytest.approx(expected.item(), abs=1e-5)
+    pairs = zip(torch.autograd.grad(log_mass, weights), torch.autograd.grad(expected, weights), strict=True)
+    assert all((a - b).norm() <= 1e-4 * b.norm() for a, b in pairs)
 
 
 class FailsBackward(torch.autograd.Function):
