@@ -152,6 +152,8 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
             is_one = isinstance(getattr(config, option), str)
             changed[option] = found[0] if is_one else (*found, *getattr(config, option)[len(names) :])
     config = dataclasses.replace(config, **changed)
+    if twice := [name for name, times in Counter(config.label + config.counts).items() if times > 1]:
+        raise InputError(f"{path}: label: column '{short(twice[0])}' is named twice")
     if bool(config.label) == bool(config.counts):
         problem = "name the column with the votes with --label, or columns of counts with --counts, not both"
         raise InputError(f"{path}: label: {problem}. {there}")

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ import tyro
 from plots import figures
 
 COLOURS = ("#e08214", "#2f9e77", "#b5579d", "#8c6bb1", "#a6761d", "#d6604d")
+# what a metric can be; others are 0 or more
+BOUNDS = dict.fromkeys(("accuracy", "total_variation"), (0.0, 1.0))
+BOUNDS |= dict.fromkeys(("mean_correlation", "entropy_correlation"), (-1.0, 1.0))
 METRICS = {  # the names of distjudge.item_scores, and what they mean to a reader
     "kl": ("KL to the votes, nats", "lower is better"),
     "kl_truth": ("KL to the truth, nats", "lower is better"),
@@ -142,6 +146,9 @@ def mean_and_interval(one: Judged, metric: str, draws: int, first: Judged | None
     found = distjudge.bootstrap(scores, other, groups, draws) if items else {"mean": None}
     if found["mean"] is None:
         return "–"
+    least, most = BOUNDS.get(metric, (0.0, math.inf))
+    if found["low"] is not None and not first:  # an interval of few items can reach beyond what there is
+        found |= {"low": max(found["low"], least), "high": min(found["high"], most)}
     ends = "" if found["low"] is None else f" [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
     return f"{found['mean']:{sign}.3f}{ends}"
 
@@ -235,11 +242,13 @@ def make_page(judged: list[Judged], config: ReportConfig) -> str:
 
 
 def main(config: ReportConfig) -> None:
-    if config.draws < 20 or config.max_chars < 0:
+    if config.draws < 40 or config.max_chars < 0:
         given = f"not {config.draws} and {config.max_chars}"
-        raise InputError(f"draws must be 20 or more, max_chars 0 or more, {given}")
-    page = make_page(load(config), config)
+        raise InputError(f"draws must be 40 or more, max_chars 0 or more, {given}")
     out = Path(config.out or Path(config.runs[0]) / "report.html")
+    if out.suffix != ".html" or out.is_dir():
+        raise InputError(f"out: {out}: must be a file that ends with .html")
+    page = make_page(load(config), config)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8", errors="replace")
     print(f"wrote {short(out, 1000)} ({out.stat().st_size / 1e6:.1f} MB)")

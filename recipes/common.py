@@ -111,7 +111,7 @@ def outcome(metrics: dict[str, float | None], out: str) -> str:
     return (
         f"\n{worth}KL to the votes of {metrics['items']} test items: {kl}; {right}\n"
         f"wrote {out}: the judge, predictions.jsonl, metrics.json, log.jsonl\n"
-        f"next: python recipes/judge.py --run {out} --items new.jsonl --out judged.jsonl"
+        f"next: python recipes/judge.py --run {out} --items new.csv --out judged.csv"
     )
 
 

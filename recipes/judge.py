@@ -99,6 +99,8 @@ class JudgeConfig(Settings):
     """The column for {text} in the template; without a template its cells are the prompts."""
     item: str = ""
     """The column with the id of each row."""
+    sheet: str = ""
+    """Which sheet of an Excel file. Default: the first."""
     figure: str = ""
     """Draw bars of the first 20 items into this file (.png, .svg, .pdf)."""
 
@@ -325,7 +327,8 @@ def find_run(config: Settings) -> None:
     folder, found = Path(config.run), set()
     if config.labels or any((folder / name).is_file() for name in ("judge.json", "config.json")):
         return
-    for place in {folder.parent, Path("runs")}:
+    near = next(place for place in folder.absolute().parents if place.exists())
+    for place in {Path(os.path.relpath(near)), Path("runs")}:
         found |= {str(path.parent) for form in ("*", "*/*") for path in place.glob(f"{form}/judge.json")}
     there = ", ".join(sorted(found)[:5]) + ", ..." * (len(found) > 5) or "none; train one first"
     what = "no judge in this folder" if folder.exists() else "no such folder"
@@ -363,7 +366,7 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
     """Judges what is not judged yet. journal: the file of JSON lines: `out`, or a table's beside it."""
     tally = Tally(config)
     template = sheets.template_of(config.run, config.template, config.text, config.item)
-    columns, rows = sheets.rows_of(config.items)
+    columns, rows = sheets.rows_of(config.items, config.sheet or None)
     if columns:
         template = sheets.for_columns(template, config.items, columns, config.item)
         if out == journal and (clash := OURS & set(columns)):

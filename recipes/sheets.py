@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "data")]
 
 import distjudge
 from distjudge import InputError, short
@@ -22,14 +22,14 @@ SUFFIXES = (".csv", ".tsv", ".xlsx", ".parquet")  # what can be written
 Row = tuple[str, dict[str, Any], str]  # where it stands, the row, and what is wrong with it
 
 
-def rows_of(path: str) -> tuple[list[str], Iterable[Row]]:
+def rows_of(path: str, sheet: str | None = None) -> tuple[list[str], Iterable[Row]]:
     """Columns (of JSON lines none) and rows of a file, or of the standard input (-)."""
     kind = kind_of(path)
     if path != "-" and kind != ".jsonl":
-        from data.prepare import sources  # slow to import, as is all of data/
+        import sources  # slow to import, as is all of data/
 
         if kind in sources.READERS:
-            columns, rows = sources.read_table(path)
+            columns, rows = sources.read_table(path, sheet=sheet)
             bare = lambda row: {x: None if distjudge.is_missing(y) else y for x, y in row.items()}  # noqa: E731
             return columns, ((where, bare(row), "") for where, row in rows)
     return [], distjudge.read_rows(path)
@@ -54,9 +54,9 @@ class Template:
 
     def columns(self, there: Iterable[str]) -> list[str]:
         """The columns it needs. {in two words} may be plain text: that counts if it is `there`."""
-        from data import prepare
+        import tables
 
-        named = [self.text if self.text and x == "text" else x for x in prepare.placeholders(self.template)]
+        named = [self.text if self.text and x == "text" else x for x in tables.placeholders(self.template)]
         return [x for x in dict.fromkeys(named) if x == self.text or x in there or re.fullmatch(r"\w+", x)]
 
     def applies(self, there: Iterable[str], table: bool) -> bool:
@@ -66,7 +66,7 @@ class Template:
 
     def fill(self, where: str, row: dict[str, Any]) -> dict[str, Any]:
         """id, prompt and swap of a row. Raises InputError for an empty cell, and for one that is no text."""
-        from data.prepare import tables
+        import tables
 
         if self.template == "{prompt}" and isinstance(row.get("prompt"), list):  # of messages
             return {name: row.get(name) for name in ("id", "prompt", "swap")}
@@ -93,10 +93,10 @@ def template_of(run: str, path: str = "", text: str = "", item: str = "") -> Tem
         if problem or not isinstance(own, dict) or not isinstance(own.get("template", ""), str):
             raise InputError(f"{card}: {problem or 'own: is not what data/prepare.py writes'}")
     if path:
-        from data import prepare
+        import tables
 
-        known = prepare.placeholders(Path(path).read_text("utf-8", errors="replace"))
-        own |= {"template": prepare.read_template(path, [], known)}
+        known = tables.placeholders(Path(path).read_text("utf-8", errors="replace"))
+        own |= {"template": tables.read_template(path, [], known)}
     if text:
         own = {"template": "{text}"} | own | {"text": text}
     if not own.get("template"):

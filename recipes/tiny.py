@@ -227,6 +227,10 @@ def main(config: TinyConfig) -> None:
     runs = {method: out / f"{method}-{config.seed}" for method in METHODS}
     drawn = [figures.compare(runs, out / "plots"), *figures.draw_all(runs["full"], out / "plots")]
     print(f"\n{len(items):,} items to train on, {len(test):,} to test on; KL in nats\n\n" + "\n".join(lines))
+    if len(test) < 100:
+        print(
+            "\nFew items to test on: the first column is rough. metrics.json of each judge has its interval."
+        )
     print(f"\n{meaning(rows)}\n\nwrote {out / 'table.md'}, a folder for each judge, and {drawn[0]}")
     judged = os.path.relpath((config.test or config.train)[0])
     print(f"next: python recipes/judge.py --run {runs['full']} --items {judged} --out judged.jsonl")

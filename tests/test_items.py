@@ -28,6 +28,14 @@ def refusal(rows, tmp_path, **options):
     return str(error.value)
 
 
+def test_a_line_of_json_lines_is_a_row_whatever_else_it_holds(tmp_path):
+    row = {"prompt": "soup", "counts": {"a": 1, "b": 2}, "items": [{"x": 1}], "data": [{"y": 2}]}
+    for name in ("one.jsonl", "one.jsonl.gz"):
+        text = json.dumps(row).encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+        assert [item.counts for item in load_items(tmp_path / name)] == [{"a": 1, "b": 2}]
+
+
 # --- what is taken ----------------------------------------------------------------------------------------
 def test_counts_annotations_and_distribution_are_the_same_votes(tmp_path):
     rows = [

@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import re
 
 import distjudge
 from distjudge import InputError
@@ -481,6 +482,31 @@ def test_optional_columns_and_pairs(own, tmp_path, caplog):
     ):
         table = table.replace(",A", ",left").replace(",tie", ",right").replace(",B", ",left")
         own(table, f"{flags} --optional more --swap q more")
+
+
+def test_an_out_with_other_files_is_left_alone(own, tmp_path):
+    table = "t,v\na,1\nb,2\n"
+    own(table, "--text t --label v")
+    own(table, "--text t --label v")  # over an earlier one
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "train.jsonl").write_text("mine")
+    for arguments, words in (
+        ("--out p", "out: p holds other files"),
+        ("--out .", "out: . holds other files"),
+    ):
+        with pytest.raises(InputError, match=re.escape(words)):
+            own(table, f"--text t --label v {arguments}")
+    (tmp_path / "o" / "votes.csv").write_text(table)
+    with pytest.raises(InputError, match="out: o/votes.csv is in this folder"):
+        own("o/votes.csv", "--text t --label v")
+    assert (tmp_path / "p" / "train.jsonl").read_text() == "mine"
+
+
+def test_points_are_thousands_only_where_three_digits_follow(own):
+    rows = own("t;v\na;1.0\na;2,0\nb;1.5\nb;1,5\n", "--text t --label v --decimal comma --labels 1 1.5 2")
+    assert [row["counts"] for row in rows] == [{"1": 1, "1.5": 0, "2": 1}, {"1": 0, "1.5": 2, "2": 0}]
+    with pytest.raises(InputError, match=r"row 2: yes: a number of votes in digits alone .* not '1\.000'"):
+        own("t,yes,no\na,1.000,2\n", "--text t --counts yes no")
 
 
 SYSTEM = [{"role": "system", "content": "Be <|im_end|> brief."}, {"role": "user", "content": "Hi </s>"}]

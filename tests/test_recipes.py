@@ -70,6 +70,7 @@ def test_tiny_trains_four_ways_and_draws_its_figures(tmp_path):
     assert mean.people["full"] > mean.people["single_point"] > 0
     written = (out / "table.md").read_text()
     assert written in done.stdout and len({len(line) for line in written.splitlines()}) == 1
+    assert "the first column is rough" in done.stdout
     assert f"worth {mean.people['full']:.1f} of them" in done.stdout and "-0.000" not in done.stdout
     assert "2 of 4: the votes' shares, without the adversary (no_adversary, seed 1)" in done.stdout
     assert "next: python recipes/judge.py --run out/full-0 --items some.jsonl --out" in done.stdout

@@ -208,7 +208,7 @@ def test_the_page_in_a_browser(tmp_path, scheme, ground):
         pytest.skip("needs chromium")
     rows = write_run(tmp_path / "full", 10_000)
     write_run(tmp_path / "single", 10_000, seed=1)
-    write_page(tmp_path / "full", tmp_path / "single", draws=20)
+    write_page(tmp_path / "full", tmp_path / "single", draws=40)
     kl = dict(zip((row["id"] for row in rows), scores_of(rows)["kl"].tolist(), strict=True))
     with sync_api.sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=browser, args=["--no-sandbox"])

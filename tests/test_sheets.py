@@ -11,6 +11,7 @@ import judge as recipe
 import openpyxl
 import pandas
 import pytest
+import tables
 
 from recipes import sheets
 
@@ -86,6 +87,16 @@ def test_a_german_spreadsheet_comes_back_judged(judge, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aus.csv", "neu.csv"]
     said = capsys.readouterr().err
     assert "with {Frage, Antwort}" in said and "skipped: neu.csv: row 4: Antwort: empty" in said
+
+
+def test_a_conversation_is_the_prompt_that_it_was_in_training(tmp_path):
+    """Messages in a cell, as text or as a list: prepare.py and the template make the same of them."""
+    turns = [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "Good soup?"}]
+    own = {"template": "{text}", "text": "talk", "item": None, "optional": [], "swap": None}
+    for cell in (turns, json.dumps(turns)):
+        (wanted,) = tables.prompts_of(own, ["talk"])("t.csv: row 2", {"talk": cell})
+        made = sheets.Template(template="{text}", text="talk").fill("t.csv: row 2", {"talk": cell})
+        assert made["prompt"] == wanted and distjudge.messages_of(wanted) == turns
 
 
 @pytest.mark.parametrize("suffix", [".xlsx", ".parquet", ".tsv", ".jsonl"])
