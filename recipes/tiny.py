@@ -228,9 +228,7 @@ def main(config: TinyConfig) -> None:
     drawn = [figures.compare(runs, out / "plots"), *figures.draw_all(runs["full"], out / "plots")]
     print(f"\n{len(items):,} items to train on, {len(test):,} to test on; KL in nats\n\n" + "\n".join(lines))
     if len(test) < 100:
-        print(
-            "\nFew items to test on: the first column is rough. metrics.json of each judge has its interval."
-        )
+        print("\nFew items to test on, so the first column is rough: metrics.json has its interval.")
     print(f"\n{meaning(rows)}\n\nwrote {out / 'table.md'}, a folder for each judge, and {drawn[0]}")
     judged = os.path.relpath((config.test or config.train)[0])
     print(f"next: python recipes/judge.py --run {runs['full']} --items {judged} --out judged.jsonl")

@@ -497,7 +497,7 @@ def test_an_out_with_other_files_is_left_alone(own, tmp_path):
         with pytest.raises(InputError, match=re.escape(words)):
             own(table, f"--text t --label v {arguments}")
     (tmp_path / "o" / "votes.csv").write_text(table)
-    with pytest.raises(InputError, match="out: o/votes.csv is in this folder"):
+    with pytest.raises(InputError, match=r"out: o/votes\.csv is in this folder"):
         own("o/votes.csv", "--text t --label v")
     assert (tmp_path / "p" / "train.jsonl").read_text() == "mine"
 
