@@ -3082,8 +3082,11 @@ def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
 
 def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) -> list[Item]:
     """The items whose prompts fit judge.max_length; InputError for the others unless overlong is "drop"."""
+    from tqdm.auto import tqdm
+
     lengths, most = [], judge.max_length
-    for start in range(0, len(items), 2048):  # not all of them at a time in memory
+    chunks = range(0, len(items), 2048)  # not all of them at a time in memory
+    for start in tqdm(chunks, desc=f"counting tokens of {what} items", disable=len(items) < 20_000):
         some = items[start : start + 2048]
         encoded = iter(judge.encoder.many([prompt for item in some for prompt in item.prompts]))
         lengths += [max(len(next(encoded)) for _ in item.prompts) for item in some]
