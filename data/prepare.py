@@ -122,7 +122,7 @@ class PrepareConfig:
     """own: columns of the template that may be empty."""
     swap: tuple[str, ...] = ()
     """own: two columns of the template that trade places in the other order of a pair; and, where their names
-    do not tell, the two labels that do."""
+    do not tell, the labels that do, in pairs."""
     sheet: str | None = None
     """own: the sheet of an Excel file. Default: the first."""
     hub_split: str = "train"

@@ -165,8 +165,8 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
         problem = "name the column with the judged text (--text), or a template of columns (--template)"
         problem += "; if a row is a person and each column of --label an item, add --by_column"
         raise InputError(f"{path}: text: {problem}. {there}")
-    if len(config.swap) not in (0, 2, 4):
-        raise InputError("swap: name two columns, and where needed the two labels that trade places")
+    if len(config.swap) % 2:
+        raise InputError("swap: name two columns, and where needed the labels that trade places, in pairs")
     return config
 
 
@@ -311,7 +311,7 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
         text = re.sub(r"(?<=\d)[,' ](?=\d{3}(\D|$))", "", text)  # thousands
         text = MARKS.get(text, plain(text))
         if not re.fullmatch(r"[0-9]{1,300}", text) or re.fullmatch(r"\d+(\.\d{3})+", str(number).strip()):
-            problem = f"a number of votes in digits alone is needed, not '{short(number, 30)}'"
+            problem = f"a number of votes is needed, not '{short(number, 30)}'"
             raise InputError(f"{where}: {short(label)}: {problem}")
         if int(text) > 10**9:
             problem = f"more than a billion votes for '{short(label, 30)}'"
@@ -377,7 +377,7 @@ def read_panels(config: Any, out: Any, rows: Iterable, columns: list[str], panel
     """Adds the rows of a table to the panels; counts what is left out."""
     make, by_vote = prompts_of(out.own, columns), len(config.label) == 1 or config.by_column
     items = [(c, (c,)) for c in config.label] if config.by_column else [(None, config.label)]
-    no_vote, asked = {look(word) for word in config.no_vote}, conditions(config)
+    no_vote, asked = {look(plain(word)) for word in config.no_vote}, conditions(config)
     states = {c for c in columns if c.lower().endswith("status")} - {c for c, _, _ in asked}
     persons = [
         c for c in columns if PEOPLE.fullmatch(c) and by_vote and not (config.rater or config.by_column)
@@ -387,7 +387,7 @@ def read_panels(config: Any, out: Any, rows: Iterable, columns: list[str], panel
         out.read["rows"] += 1
         fits: dict[str, bool] = {}  # of several wanted values of a column any does
         for c, wanted, value in asked:
-            is_it = look(cell(where, c, row[c])) == value
+            is_it = look(plain(cell(where, c, row[c]))) == look(plain(value))
             fits[c] = fits.get(c, False) or is_it if wanted else fits.get(c, True) and not is_it
         if not all(fits.values()):
             out.dropped["row left out by --where"] += 1
@@ -416,7 +416,7 @@ def read_panels(config: Any, out: Any, rows: Iterable, columns: list[str], panel
             for column, person, chosen, number in votes_in(config, where, row, vote_columns, panel):
                 said = chosen
                 if no_vote or "" in chosen or not chosen:
-                    said = tuple(text for text in chosen if text and look(text) not in no_vote)
+                    said = tuple(text for text in chosen if text and look(plain(text)) not in no_vote)
                     out.dropped["cell named by --no_vote"] += sum(map(bool, chosen)) - len(said)
                     out.dropped["empty cell"] += not any(chosen)
                 if len(said) > 1:
@@ -495,17 +495,20 @@ def traded_labels(swap: tuple[str, ...], order: list[str]) -> dict[str, str]:
     ):
         return dict(zip(order, order[::-1], strict=True))
     wanted = [tuple(map(look, swap[:2])), apart(*swap[:2])]
-    pairs = (
-        [swap[2:]]
-        if swap[2:]
-        else [p for p in itertools.permutations(order, 2) if tuple(map(look, p)) in wanted]
-    )
-    pairs = pairs or [pair for pair in itertools.permutations(order, 2) if apart(*pair) in wanted]
-    if len(pairs) != 1:
-        example = " ".join(map(shlex.quote, (*swap, *order[:2])))
-        problem = f"which of the labels {listed(order)} trade places cannot be told; name them"
+    every = list(itertools.permutations(order, 2))
+    pairs = list(zip(swap[2::2], swap[3::2], strict=True))
+    is_named = bool(pairs)
+    pairs = pairs or [pair for pair in every if tuple(map(look, pair)) in wanted]
+    pairs = pairs or [pair for pair in every if apart(*pair) in wanted]
+    traded = dict(pairs) | {other: one for one, other in pairs}
+    # one label may be its own mirror, a tie; of two or more nobody can tell
+    if (len(pairs) != 1 and not is_named) or len(set(order) - set(traded)) > 1:
+        mirrored = [pair for pair in zip(order, order[::-1], strict=True)][: (len(order) + 1) // 2]
+        example = " ".join(map(shlex.quote, (*swap[:2], *itertools.chain(*mirrored))))
+        problem = f"which of the labels {listed(order)} trade places cannot be told; name them in pairs, "
+        problem += "one that stays with itself"
         raise InputError(f"swap: {problem}, as in --swap {example}")
-    return {pairs[0][0]: pairs[0][1], pairs[0][1]: pairs[0][0]}
+    return traded
 
 
 def apart(one: str, other: str) -> tuple[str, str]:

@@ -502,10 +502,28 @@ def test_an_out_with_other_files_is_left_alone(own, tmp_path):
     assert (tmp_path / "p" / "train.jsonl").read_text() == "mine"
 
 
+def test_every_label_of_a_pair_s_scale_trades_places(own, tmp_path):
+    (tmp_path / "p.txt").write_text("{a} or {b}?")
+    table = "a,b,vote\nx,y,1\nx,y,5\nx,y,2\nz,y,3\nz,y,4\n"
+    flags = "--label vote --template p.txt --labels 1-5 --swap a b"
+    with pytest.raises(InputError, match=r"cannot be told; name them in pairs, .* --swap a b 1 5 2 4 3 3$"):
+        own(table, flags)
+    with pytest.raises(InputError, match="name them in pairs"):
+        own(table, f"{flags} 1 5")
+    (first, second) = own(table, f"{flags} 1 5 2 4 3 3")
+    mirror = {"1": "5", "2": "4", "3": "3", "4": "2", "5": "1"}
+    assert first["swap"] == {"prompt": "y or x?", "labels": mirror} == second["swap"] | {"prompt": "y or x?"}
+
+
+def test_a_number_is_no_vote_in_every_spelling(own):
+    rows = own("t,v,ok\na,9.0,1.0\na,2.0,1\nb,1,1\nb,-99,0\n", "--text t --label v --no_vote 9 --where ok=1")
+    assert [row["counts"] for row in rows] == [{"1": 0, "2": 1}, {"1": 1, "2": 0}]
+
+
 def test_points_are_thousands_only_where_three_digits_follow(own):
     rows = own("t;v\na;1.0\na;2,0\nb;1.5\nb;1,5\n", "--text t --label v --decimal comma --labels 1 1.5 2")
     assert [row["counts"] for row in rows] == [{"1": 1, "1.5": 0, "2": 1}, {"1": 0, "1.5": 2, "2": 0}]
-    with pytest.raises(InputError, match=r"row 2: yes: a number of votes in digits alone .* not '1\.000'"):
+    with pytest.raises(InputError, match=r"row 2: yes: a number of votes is needed, not '1\.000'"):
         own("t,yes,no\na,1.000,2\n", "--text t --counts yes no")
 
 
