@@ -3009,7 +3009,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
 
     path, holder = Path(path), ""
     place = path / ".lock" if path.is_dir() else path.with_name(path.name + ".lock")
-    lock = FileLock(place, timeout=0, is_singleton=True)  # one a process: held within, it is held again
+    lock = FileLock(place, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -3021,8 +3021,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
         place.write_text(str(os.getpid()))
         yield
     finally:
-        if lock.lock_counter == 1:
-            place.unlink(missing_ok=True)
+        place.unlink(missing_ok=True)
         lock.release()
 
 
@@ -3203,13 +3202,11 @@ def run(
     test = keep_short(judge, test, config.overlong, "test")
     if before_training:
         before_training(judge, items, test)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    is_first = os.environ.get("RANK", "0") == "0"
-    with locked(config.out) if is_first else contextlib.nullcontext():
-        train(judge, items, config, eval_items=test)
-        judge.encoder.memo = None
-        if not is_first:
-            return {}
+    train(judge, items, config, eval_items=test)
+    judge.encoder.memo = None
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    with locked(config.out):
         save_judge(judge, config.out)
         return write_results(judge, test, items, config, config.out)
 

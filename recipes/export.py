@@ -51,7 +51,8 @@ EXACT, ROUNDED, OTHER_BASE = 1e-4, 0.05, 0.1
 CONVERTER, CONVERTED = "convert_hf_to_gguf.py", ("f32", "f16", "bf16", "q8_0")
 TYPE = "LLAMA_FTYPE_MOSTLY_"  # of what llama-cpp-python can quantize to
 # not uploaded: what is of this machine only, and what shows test items
-PRIVATE = ["checkpoints/*", "*.part*", "adapter/README.md", "predictions.jsonl", "plots/*", "*.html"]
+PRIVATE = ["checkpoints/*", "*.part*", "adapter/README.md", "predictions.jsonl", "*.html"]
+PRIVATE += ["plots/bars.*", "plots/compare.*"]
 
 
 class ExportError(RuntimeError):

@@ -9,9 +9,8 @@ prompts, 5.5 for SummEval's with their articles; 4.5 and 4.8 with --pack_tokens 
 
 The weights are gated: accept the Gemma terms on the hub and log in (hf auth login) first. Only the language
 model is used and gets adapters; the vision tower is loaded and stays idle (0.2 GiB). Activations do not fit
-into float16: on a card without bfloat16 transformers computes in float32, slowly. Unsloth keeps the weights
-in float16 there, computes in float32 what does not fit, and trains without autocast, as its own trainers do.
-A folder with the text model alone (Gemma3ForCausalLM) works too.
+into float16: on a card without bfloat16 transformers computes in float32, slowly, and Unsloth in float32
+where float16 does not fit. A folder with the text model alone (Gemma3ForCausalLM) works too.
 """
 
 import dataclasses

@@ -7,8 +7,6 @@
 Memory in GiB, estimated (--dry_run does that for your items) and not measured: 2.1 for NLI prompts, 3.4 for
 SummEval's with their articles; 1.8 and 3.3 with --pack_tokens 1.
 
-With 300 items or so, --learning_rate 1e-3 --epochs 4 did better (recipes/README.md has the figures).
-
 Weights are float32 on a CPU and 16 bits on CUDA, adapters always float32. Digits are single tokens: "10"
 begins like "1", and such labels are read whole. Apache-2.0.
 """

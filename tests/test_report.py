@@ -92,7 +92,8 @@ def no_figures(monkeypatch):
 
 def shown(scores, rows, other=None, sign=""):
     found = distjudge.bootstrap(scores[None], other, [row["group"] for row in rows], 50)
-    return f"{found['mean']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+    low = found["low"] if sign else max(found["low"], 0.0)  # nothing is below 0, but a difference
+    return f"{found['mean']:{sign}.3f} [{low:{sign}.3f}, {found['high']:{sign}.3f}]"
 
 
 def test_numbers_are_those_of_the_runs(compared):
