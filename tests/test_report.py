@@ -90,10 +90,15 @@ def no_figures(monkeypatch):
     monkeypatch.setattr(report, "pictures_of", lambda one: {})
 
 
-def shown(scores, rows, other=None, sign=""):
+def shown(scores, rows, other=None, sign="", metric=""):
     found = distjudge.bootstrap(scores[None], other, [row["group"] for row in rows], 50)
-    low = found["low"] if sign else max(found["low"], 0.0)  # nothing is below 0, but a difference
-    return f"{found['mean']:{sign}.3f} [{low:{sign}.3f}, {found['high']:{sign}.3f}]"
+    least, most = (-1.0 if "correlation" in metric else 0.0), 9.0
+    if "correlation" in metric or metric in ("accuracy", "total_variation"):
+        most = 1.0
+    if sign:  # a difference
+        least, most = -9.0, 9.0
+    low, high = max(found["low"], least), min(found["high"], most)
+    return f"{found['mean']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def test_numbers_are_those_of_the_runs(compared):
@@ -106,7 +111,10 @@ def test_numbers_are_those_of_the_runs(compared):
             assert metric == "kl_truth" and title + hint not in cells
             continue
         at = cells.index(title + hint)
-        assert cells[at + 1 : at + 3] == [shown(first[metric], ours), shown(second[metric], theirs)], metric
+        assert cells[at + 1 : at + 3] == [
+            shown(first[metric], ours, metric=metric),
+            shown(second[metric], theirs, metric=metric),
+        ], metric
         at = cells.index(title + hint, at + 1)
         assert cells[at + 1] == shown(second[metric], theirs, first[metric][None, common], "+"), metric
     at = cells.index("noise floor of KL: what the true distributions would score")
