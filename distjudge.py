@@ -2060,6 +2060,9 @@ def hybrid_loss(
     if alpha == 0:
         return cross_entropy
     distance = inspect.unwrap(LOSSES[loss])(logq, p if worst is None else worst)
+    if distance.shape != p.shape[:-1]:
+        wanted = f"one number an item, {tuple(p.shape[:-1])}"
+        raise InputError(f"loss: '{loss}' gives a tensor {tuple(distance.shape)}; wanted is {wanted}")
     return alpha * distance + (1 - alpha) * cross_entropy
 
 

@@ -68,6 +68,16 @@ def test_a_new_loss_is_one_function_and_one_entry(monkeypatch, tiny_model, votes
     assert log[0]["loss"] == pytest.approx(rps_loss(logq, p).mean().item(), rel=1e-5)
 
 
+def test_a_loss_that_gives_no_number_an_item_is_refused(monkeypatch):
+    p, logq = T([[0.6, 0.3, 0.1]] * 3), T([[0.3, 0.3, 0.4]] * 3).log()
+    for reduce in (torch.sum, torch.mean, lambda x: x):  # a sum would be added to every item's cross-entropy
+        monkeypatch.setitem(distjudge.LOSSES, "own", lambda q, p, reduce=reduce: reduce((q.exp() - p) ** 2))
+        with pytest.raises(
+            distjudge.InputError, match=r"'own' gives a tensor \(.*one number an item, \(3,\)"
+        ):
+            hybrid_loss(logq, p, 0.8, loss="own")
+
+
 def test_gradient_of_kl_is_q_minus_p_also_at_one_hot_targets():
     p = T([[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
     z = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
