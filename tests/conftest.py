@@ -1,6 +1,7 @@
 """What the tests share: small models on disk, a tokenizer of our own, and the data sets if there are any."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # on a busy machine models this small are several times faster on one thread, in commands the tests start too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell has it ignored
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "data")]
 
 import pytest
