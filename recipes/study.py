@@ -443,8 +443,9 @@ class Table:
 
 def shown(row: dict[str, Any]) -> str:
     """A value with its interval, as far as there are any."""
-    value = "–" if pd.isna(row["value"]) else f"{row['value']:.3f}"
-    return value if pd.isna(row["low"]) else f"{value} [{row['low']:.3f}, {row['high']:.3f}]"
+    digits = lambda x: f"{x:.3f}".replace("-0.000", "0.000")  # noqa: E731
+    value = "–" if pd.isna(row["value"]) else digits(row["value"])
+    return value if pd.isna(row["low"]) else f"{value} [{digits(row['low'])}, {digits(row['high'])}]"
 
 
 def shown_gap(row: dict[str, Any]) -> str:

@@ -296,6 +296,7 @@ def test_tables_by_hand():
     rows = table.whole("kl").assign(difference_low=0.001, difference_high=0.2)
     starred = [study.markdown(rows.assign(p=p), ["method"])[-1].endswith("* |") for p in (0.0500, 0.0499)]
     assert starred == [False, True]  # p alone decides, as it is printed
+    assert study.shown({"value": -1e-17, "low": -1e-9, "high": 0.25}) == "0.000 [0.000, 0.250]"
     lines = study.markdown(table.whole("kl"), ["votes", "method"])
     values = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in (best, mean)]
     assert lines[0] == "| votes | method | KL to votes |"
