@@ -2734,15 +2734,6 @@ def marginal_distribution(items: Sequence[Item]) -> torch.Tensor:
     return shares_of(items).mean(0)
 
 
-def golden_section(cost: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function with a single minimum between low and high has it, to 4e-9 of their distance."""
-    ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(40):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if cost(left) < cost(right) else (left, high)
-    return (low + high) / 2
-
-
 def noise_floor(items: Sequence[Item]) -> float | None:
     """The mean KL(votes || truth) of these items, nats: what the truth itself would score on these votes.
 

@@ -41,6 +41,7 @@ from distjudge import InputError, Item, bootstrap, counts_of, kl_divergence, kl_
 
 import common
 import pandas as pd
+import scipy.optimize
 import tiny
 import torch
 import tyro
@@ -339,7 +340,10 @@ def fit_temperature(q: torch.Tensor, counts: torch.Tensor) -> float:
     """The T, 1/20 to 20, for which softmax(log q / T) is nearest to the votes in KL. q, counts: (N, C)."""
     logq, p = q.double().log(), counts / counts.sum(1, keepdim=True)
     cost = lambda log_t: kl_loss((logq / math.exp(log_t)).log_softmax(1), p).mean().item()  # noqa: E731
-    return math.exp(distjudge.golden_section(cost, -3.0, 3.0))
+    found = scipy.optimize.minimize_scalar(
+        cost, bounds=(-3.0, 3.0), method="bounded", options={"xatol": 1e-8}
+    )
+    return math.exp(found.x)
 
 
 # --- tables ---
