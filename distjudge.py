@@ -11,8 +11,8 @@ The method is that of "Distributional LLM-as-a-Judge" (Chen et al., NeurIPS 2025
 
 p is the human distribution of an item (votes as shares), r its majority label, E(p) what lies within eps of
 p, and q the model's probabilities of the label tokens where its answer begins. Losses are in nats. The file
-can be copied alone. It needs torch at import, and transformers, peft, accelerate and tyro only inside the
-functions that use them.
+can be copied alone. It needs torch at import, and transformers, peft, accelerate, tyro and SciPy only inside
+the functions that use them.
 """
 
 from __future__ import annotations
@@ -2842,6 +2842,41 @@ def credible_sets(q: Any, labels: Sequence[str], level: float = 0.9) -> list[lis
     needed = (ranked.cumsum(-1) < level - 1e-6).sum(-1) + 1
     chosen = [sorted(row[:n]) for row, n in zip(order.tolist(), needed.tolist(), strict=True)]
     return [[labels[c] for c in row] for row in chosen]
+
+
+def fit_calibration(logq: Any, counts: Any) -> tuple[float, torch.Tensor]:
+    """Temperature T and bias b (C,), sum 0, for which softmax(log q / T + b) is nearest to the votes.
+
+    logq: a judge's log-probabilities (N, C); counts: votes (N, C). Least mean KL(votes as shares || judge),
+    convex in (1 / T, b), T at most 100. The judge's own answers count as one item more, so that a label
+    without votes stays possible. Source: vector scaling, one slope for all labels (Guo et al. 2017, arXiv
+    1706.04599). Raises InputError for other shapes, numbers that are not finite and items without votes.
+    """
+    from scipy.optimize import minimize
+
+    logq, counts = (torch.as_tensor(x).detach().cpu().double() for x in (logq, counts))
+    if logq.dim() != 2 or logq.shape != counts.shape or not len(logq):
+        raise InputError(f"logq, counts: shapes {list(logq.shape)} and {list(counts.shape)}, not (N, C) both")
+    votes = counts.sum(1, keepdim=True)
+    if not logq.isfinite().all() or not (votes > 0).all() or (counts < 0).any():
+        raise InputError("logq, counts: a log-probability is not finite, or an item has no votes")
+    n, middle = len(logq), logq.mean(0)
+    target = (n * counts / votes + logq.softmax(1)) / (n + 1)
+    x, scale = logq - middle, (logq - middle).std().item() or 1.0  # so that all unknowns are of a size
+
+    def loss(unknown: Any) -> tuple[float, Any]:
+        slope, bias = unknown[0] / scale, torch.from_numpy(unknown[1:])
+        r = (slope * x + bias).log_softmax(1)
+        gap = (r.exp() - target) / n
+        gradient = torch.cat([(gap * x).sum()[None] / scale, gap.sum(0)])
+        return -(target * r).sum().item() / n, gradient.numpy()
+
+    bounds = [(0.01 * scale, None), *[(None, None)] * len(middle)]
+    options = {"maxiter": 10_000, "ftol": 1e-15, "gtol": 1e-9}
+    found = minimize(loss, [scale, *middle], jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+    slope = found[0] / scale
+    bias = torch.from_numpy(found[1:]) - slope * middle
+    return float(1 / slope), bias - bias.mean()
 
 
 @torch.enable_grad()
