@@ -31,13 +31,14 @@ import math
 import shutil
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import distjudge
-from distjudge import InputError, Item, bootstrap, counts_of, kl_divergence, kl_loss, labels_of
+from distjudge import InputError, Item, Judge, bootstrap, counts_of, kl_divergence, kl_loss, labels_of
 
 import common
 import pandas as pd
@@ -53,6 +54,8 @@ SINGLE = {"alpha": 0.0, "eps": 0.0}
 KL = {"alpha": 1.0, "eps": 0.0}
 METHODS: dict[str, dict[str, Any]] = {  # settings of Config, and what a study does beside training
     "untrained": {"untrained": True},
+    "raw, calibrated": {"untrained": True, "fit": "calibration"},
+    "frozen": {"untrained": True, "fit": "label rows"},
     "single-point": SINGLE,
     "label smoothing": KL | {"smoothed": True},
     "temperature": SINGLE | {"calibrate": True},
@@ -62,6 +65,8 @@ METHODS: dict[str, dict[str, Any]] = {  # settings of Config, and what a study d
     "without CE": PAPER | {"alpha": 1.0},
     "KL alone": KL,
     "teacher": distjudge.PRESETS["teacher"],
+    "running mean": distjudge.PRESETS["teacher"] | {"teacher": 1e-6},  # its weights, without its pull
+    "no answer term": PAPER | {"answer": 0.0},
 }
 RIVALS = ("single-point", "label smoothing", "temperature")
 ROWS = {  # the methods a study compares by default; the first is what the others are compared with
@@ -290,12 +295,16 @@ class Workshop:
         print(f"[{time.strftime('%H:%M:%S')}] {cell.method}, seed {cell.seed}, {votes}", flush=True)
         if "untrained" not in beside:
             distjudge.train(judge, items, run, on_step=lambda n: ends.update({n: time.perf_counter()}))
-        logq, temperature = distjudge.judge_items(judge, test)[0].double().log(), None
+        fitted: dict[str, Any] = {"temperature": None}
+        if "fit" in beside:
+            q, fitted = FITS[beside["fit"]](judge, items, test, run.seed)
+        else:
+            q = distjudge.judge_items(judge, test)[0].double()
         if held:
-            temperature = fit_temperature(distjudge.judge_items(judge, held)[0], counts_of(held))
-            logq = (logq / temperature).log_softmax(1)
+            fitted["temperature"] = fit_temperature(distjudge.judge_items(judge, held)[0], counts_of(held))
+            q = (q.log() / fitted["temperature"]).softmax(1)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"id": item.id, "predicted": q} for item, q in zip(test, logq.exp().tolist(), strict=True)]
+        rows = [{"id": item.id, "predicted": row} for item, row in zip(test, q.tolist(), strict=True)]
         distjudge.write_lines(folder / "predictions.jsonl", map(json.dumps, rows))
         about = {
             "method": cell.method,
@@ -303,10 +312,9 @@ class Workshop:
             "items": len(items),
             "train_seconds": train_seconds(began, ends),
             "seconds": time.perf_counter() - began,
-            "temperature": temperature,
             "device": str(judge.device),
             "versions": distjudge.versions(),
-        }
+        } | fitted
         distjudge.write_json(folder / "cell.json", about)  # last: a folder with it is finished
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -344,6 +352,93 @@ def fit_temperature(q: torch.Tensor, counts: torch.Tensor) -> float:
         cost, bounds=(-3.0, 3.0), method="bounded", options={"xatol": 1e-8}
     )
     return math.exp(found.x)
+
+
+# --- models that are not trained ---
+def fit_calibration(
+    judge: Judge, items: list[Item], test: list[Item], seed: int
+) -> tuple[torch.Tensor, dict]:
+    """Probabilities (N, C) of the test items with a temperature and biases fitted to the training votes."""
+    began = time.perf_counter()
+    logq = distjudge.judge_items(judge, items)[0].double().log()
+    temperature, bias = distjudge.fit_calibration(logq, counts_of(items))
+    about = {"temperature": temperature, "bias": bias.tolist(), "train_seconds": time.perf_counter() - began}
+    return (distjudge.judge_items(judge, test)[0].double().log() / temperature + bias).softmax(1), about
+
+
+@torch.no_grad()
+def read_hidden(judge: Judge, encoded: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (M, C) of the labels and the hidden states (M, H) they are read from, in one pass."""
+    states: list[torch.Tensor] = []
+    keep = lambda decoder, inputs, output: states.append(output.last_hidden_state)  # noqa: E731
+    hook, found = judge.model.get_decoder().register_forward_hook(keep), {}
+    judge.model.eval()
+    for members in judge.plan(encoded):
+        batch = judge.batch([encoded[i] for i in members])
+        logq = distjudge.label_logprobs(judge.model, batch, judge.tokens)[0]
+        row, place = batch["answer_at"][batch["reads"][:: len(judge.tokens.sequences), 0]].T
+        pairs = zip(logq.double().cpu(), states.pop()[row, place].double().cpu(), strict=True)
+        found |= dict(zip(members, pairs, strict=True))
+    hook.remove()
+    logq, hidden = zip(*(found[i] for i in range(len(encoded))), strict=True)
+    return torch.stack(logq), torch.stack(hidden)
+
+
+def fit_label_rows(judge: Judge, items: list[Item], test: list[Item], seed: int) -> tuple[torch.Tensor, dict]:
+    """Probabilities (N, C) of the test items by label rows fitted to the training votes, nothing else.
+
+    A multinomial regression of vote shares on the hidden state before the answer, with a ridge of weight
+    penalty / (2 N) toward the calibrated label rows of the model. It takes the one of PENALTIES by which rows
+    fitted to four fifths of the items come nearest to the votes of the rest. Raises InputError for labels
+    that are read as whole words.
+    """
+    if judge.tokens.whole:
+        raise InputError("methods: frozen needs labels that differ in their first token; leave it out")
+    began = time.perf_counter()
+    parts = [distjudge.training_rows(judge, part)[:2] for part in distjudge.split_items(items, 0.2, seed)]
+    counts, first = torch.cat([own for _, own in parts]).double(), len(parts[0][1])
+    p, (logq, hidden) = counts / counts.sum(1, keepdim=True), read_hidden(judge, parts[0][0] + parts[1][0])
+    read = time.perf_counter()
+    temperature, bias = distjudge.fit_calibration(logq, counts)
+    middle, scale = hidden.mean(0), hidden.std()
+
+    def inputs(logq: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logq / temperature + bias, torch.nn.functional.pad((hidden - middle) / scale, (0, 1), value=1)
+
+    def fit(logq: torch.Tensor, x: torch.Tensor, p: torch.Tensor, penalty: float, rows: torch.Tensor):
+        rows = rows.clone().requires_grad_()  # what is added to the calibrated ones
+        solver = torch.optim.LBFGS([rows], max_iter=500, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            solver.zero_grad()
+            ridge = penalty / (2 * len(x)) * rows.square().sum()
+            value = kl_loss((logq + x @ rows).log_softmax(1), p).mean() + ridge
+            value.backward()
+            return value
+
+        solver.step(loss)
+        return rows.detach()
+
+    logq, x = inputs(logq, hidden)
+    rows, tried = torch.zeros(x.shape[1], p.shape[1], dtype=torch.float64), {}
+    for penalty in PENALTIES:  # from strong to weak, each from the rows before
+        rows = fit(logq[:first], x[:first], p[:first], penalty, rows)
+        tried[penalty] = kl_loss((logq + x @ rows).log_softmax(1), p)[first:].mean().item()
+    best = min(tried, key=tried.get)
+    rows = fit(logq, x, p, best, torch.zeros_like(rows))
+    done = time.perf_counter()
+
+    def score(prompts: list[str], progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        logq, x = inputs(*read_hidden(judge, judge.encode(prompts)))
+        return (logq + x @ rows).log_softmax(1), torch.ones(len(x))
+
+    q = distjudge.judge_items(types.SimpleNamespace(score=score), test)[0]
+    seconds = {"train_seconds": done - began, "feature_seconds": read - began, "fit_seconds": done - read}
+    return q, seconds | {"penalty": best, "temperature": temperature}
+
+
+FITS = {"calibration": fit_calibration, "label rows": fit_label_rows}
+PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 
 
 # --- tables ---

@@ -172,12 +172,55 @@ def test_length_is_chosen_for_each_half_by_the_votes_of_the_other(tmp_path):
 @pytest.mark.slow
 def test_every_method_trains_and_is_another_one(tmp_path):
     methods = [m for m in study.METHODS if m != "without KL"]  # that is single-point
-    settings = {"seeds": 1, "epochs": 4.0, "learning_rate": 0.01, "methods": methods}
+    settings = {"seeds": 1, "epochs": 4.0, "learning_rate": 0.01, "methods": methods, "answer": 1.0}
     rows, trained = run(write_few(tmp_path), "methods", votes=(20,), **settings)
     assert trained == len(methods)
     values = [r["value"] for r in find(rows, metric="kl_truth", seed="0") if r["method"] in methods]
     assert len(set(values)) == len(methods)
-    assert {c["method"] for c in cells_in(tmp_path) if c["temperature"] is not None} == {"temperature"}
+    fitted = {c["method"] for c in cells_in(tmp_path) if c["temperature"] is not None}
+    assert fitted == {"temperature", "raw, calibrated", "frozen"}
+
+
+def test_calibration_and_frozen_rows_are_the_best_there_are(tiny_model, monkeypatch):
+    """At the least ridge loss X^T (q - p) + penalty D = 0, X as the model itself has it, D the rows added."""
+    rows = [json.loads(line) for line in LINES[:40]]
+    swap = {
+        "prompt": "Turned round. " + rows[0]["prompt"],
+        "labels": dict(zip("12345", "54321", strict=True)),
+    }
+    items = distjudge.load_items(rows)
+    judge = distjudge.load_judge(str(tiny_model), distjudge.labels_of(items), lora_rank=0)
+    raw = distjudge.judge_items(judge, items)[0].double().log()
+    counts = distjudge.counts_of(items) + 20 * (3 * raw).softmax(1)
+    items = [
+        dataclasses.replace(item, counts=dict(zip("12345", row, strict=True)))
+        for item, row in zip(items, counts.tolist(), strict=True)
+    ]
+    temperature, bias = distjudge.fit_calibration(raw, counts)
+    assert 0.2 < temperature < 5  # else the answers themselves would not count
+    calibrated, p = (raw / temperature + bias).log_softmax(1), distjudge.shares_of(items)
+    q, about = study.FITS["calibration"](judge, items, items, 0)
+    assert torch.allclose(q.log(), calibrated, atol=1e-6)
+    assert [about["temperature"], *about["bias"]] == pytest.approx([temperature, *bias.tolist()], rel=1e-6)
+    monkeypatch.setattr(study, "PENALTIES", (1.0, 0.1))
+    q, about = study.FITS["label rows"](judge, items, items, 0)
+    states = [
+        judge.model(torch.tensor([i]), output_hidden_states=True).hidden_states[-1][0, -1]
+        for i in judge.encode([item.prompt for item in items])
+    ]
+    x = torch.stack(states).detach().double()
+    x = torch.nn.functional.pad((x - x.mean(0)) / x.std(), (0, 1), value=1.0)
+    added = x.T @ (p - q) / about["penalty"]
+    assert torch.allclose(q.log(), (calibrated + x @ added).log_softmax(1), atol=2e-4)
+    assert (q.log() - calibrated).abs().max() > 0.1
+    assert about["fit_seconds"] > 0 and about["feature_seconds"] > 0
+    three = [{"swap": swap}, {}, {"prompt": swap["prompt"]}]
+    three = [rows[0] | {"id": str(n)} | own for n, own in enumerate(three)]
+    q, _ = study.FITS["label rows"](judge, items, distjudge.load_items(three), 0)
+    assert torch.allclose(q[0], (q[1] + q[2].flip(0)) / 2)
+    whole = distjudge.load_judge(str(tiny_model), ["good", "good for"], lora_rank=0)
+    with pytest.raises(InputError, match="frozen needs labels that differ in their first token"):
+        study.FITS["label rows"](whole, items, items, 0)
 
 
 def test_ood_refuses_shared_items_and_drops_them_on_request(tmp_path, capsys):
