@@ -11,15 +11,15 @@ The method is that of "Distributional LLM-as-a-Judge" (Chen et al., NeurIPS 2025
 
 p is the human distribution of an item (votes as shares), r its majority label, E(p) what lies within eps of
 p, and q the model's probabilities of the label tokens where its answer begins. Losses are in nats. The file
-can be copied alone. It needs torch at import, and transformers, peft, accelerate, tyro and SciPy only inside
-the functions that use them.
+p is the human distribution of an item (votes as shares), r its majority label, E(p) what lies within eps of
+p, and q the model's probabilities of the label tokens where its answer begins. Losses are in nats. The file
+can be copied alone; it needs torch, and inside functions transformers, peft, accelerate, tyro and SciPy.
 """
 
 from __future__ import annotations
 
 import ast
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -110,9 +110,8 @@ class Swap:
 class Item:
     """One judged thing. counts: the votes of every label of the data set, 0 included, in label order.
 
-    prompt: the user's message, or Messages. Votes are whole numbers, except those of a weighted panel, which
-    are share times number of people. truth: the distribution the votes were drawn from, known of simulated
-    panels. where: file and line.
+    Votes are whole numbers, except those of a weighted panel, which are share times number of people. truth:
+    what the votes of a simulated panel were drawn from. where: file and line.
     """
 
     id: str
@@ -206,23 +205,24 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
         wrong += [f"{head}: {field}: {text}" for field, text in bad]
         parsed += [] if bad else [fields | {"where": where, "head": head}]
     order, example = _label_order(parsed, labels)
-    if labels is None and parsed and all(fields["kind"] == "annotations" for fields in parsed):
-        say_unchosen(order)
     items = []
     for fields in parsed:
+        head, swap, given = fields["head"], fields["swap"], {}
         for field in (fields["kind"], "truth"):
-            given, head = fields[field] or {}, f"{fields['head']}: {field}"
+            given[field] = fields[field] or {}
             must_match = field in ("counts", "distribution") and (labels is None or complete)
-            if must_match and set(given) != set(order):
-                differ = f"labels {listed(given)} differ from {listed(order)} of {example}"
-                wrong.append(f"{head}: {differ} (write 0 for labels without votes, or name the labels)")
-            elif unknown := sorted(set(given) - set(order)):
-                wrong.append(f"{head}: unknown label {listed(unknown)}; the labels are {listed(order)}")
-        swap = fields["swap"]
+            if must_match and set(given[field]) != set(order):
+                differ = f"labels {listed(given[field])} differ from {listed(order)} of {example}"
+                wrong.append(
+                    f"{head}: {field}: {differ} (write 0 for labels without votes, or name the labels)"
+                )
+            elif unknown := sorted(set(given[field]) - set(order)):
+                text = f"unknown label {listed(unknown)}; the labels are {listed(order)}"
+                wrong.append(f"{head}: {field}: {text}")
         try:
             swap = swap and place_swap(*swap, order)
         except ValueError as error:
-            wrong.append(f"{fields['head']}: swap: {error}")
+            wrong.append(f"{head}: swap: {error}")
         counts = {label: fields["counts"].get(label, 0) for label in order}
         truth = fields["truth"] and {label: fields["truth"].get(label, 0.0) for label in order}
         same = {key: fields[key] for key in ("id", "prompt", "group", "split", "where")}
@@ -249,12 +249,16 @@ def _label_order(parsed: list[dict], labels: Sequence[str] | None) -> tuple[list
         order, example = list(first["counts"]), first["where"]
     else:
         order, example = sorted({label for fields in parsed for label in fields["counts"]}), ""
-    numeric, twins = are_numeric(order), look_alike(order)
-    if twins and (numeric or labels is None):
-        at = next((fields["where"] for fields in parsed if twins[1] in fields["counts"]), "labels")
-        differ = "differ only in capitals or in how a letter is coded; name the labels if both are meant"
-        why = "are a number in two spellings" if numeric else differ
-        raise InputError(f"{at}: labels '{short(twins[0], 20)}' and '{short(twins[1], 20)}' {why}")
+    numeric, seen = are_numeric(order), {}
+    for label in order if numeric or labels is None else ():
+        plain = float(label) if numeric else unicodedata.normalize("NFC", label).casefold()
+        if (other := seen.setdefault(plain, label)) != label:
+            at = next((fields["where"] for fields in parsed if label in fields["counts"]), "labels")
+            differ = "differ only in capitals or in how a letter is coded; name the labels if both are meant"
+            why = "are a number in two spellings" if numeric else differ
+            raise InputError(f"{at}: labels '{short(other, 20)}' and '{short(label, 20)}' {why}")
+    if labels is None and order and not full:
+        say_unchosen(order)
     return sorted(order, key=float) if numeric and labels is None else order, example
 
 
@@ -265,25 +269,15 @@ def are_numeric(labels: Iterable[str]) -> bool:
 
 def say_unchosen(labels: Sequence[str]) -> None:
     """Warns of whole numbers between the labels that are no labels, for nobody chose them."""
-    found = {int(label) for label in labels if re.fullmatch(r"-?\d{1,15}", label)}
-    between = range(min(found, default=0), max(found, default=0))
-    missing = [str(n) for n in between if n not in found] if len(between) <= 100 else []
-    if missing and len(found) == len(labels):
+    if not all(re.fullmatch(r"-?\d{1,15}", label) for label in labels):
+        return
+    found = sorted(map(int, labels))
+    missing = sorted({*range(found[0], min(found[-1], found[0] + 100))} - {*found})
+    if missing and found[-1] - found[0] <= 100:
         text = (
             "the labels are %s, as found in the votes: nobody chose %s. If the scale has it, name all labels"
         )
         log.warning(text, listed(labels), listed(missing))
-
-
-def look_alike(labels: Sequence[str]) -> tuple[str, str] | None:
-    """Two labels that are one number, or that differ only in capitals or in how an accent is coded (NFC)."""
-    numeric = are_numeric(labels)
-    seen: dict[float | str, str] = {}
-    for label in labels:
-        plain = float(label) if numeric else unicodedata.normalize("NFC", label).casefold()
-        if (other := seen.setdefault(plain, label)) != label:
-            return other, label
-    return None
 
 
 def _first_20(lines: Sequence[str], what: str) -> str:
@@ -316,25 +310,25 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
     """Yields (where, row, ""), or (where, {}, what is wrong) for what is no row. "-" is standard input."""
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame
         source = source.to_dict("records")
-    names = class_names(getattr(source, "features", None))
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, (dict, bytes)) or not isinstance(source, Iterable):
             kind = type(source).__name__
             raise InputError(f"load_items: expected paths, dicts, a Dataset or a DataFrame, got {kind}")
-        for i, row in enumerate(source):
-            wrong = "" if isinstance(row, dict) else f"not a dict but {type(row).__name__}"
-            yield f"items[{i}]", {} if wrong else with_names(row, names), wrong
+        names = class_names(getattr(source, "features", None))
+        for i, (row, wrong) in enumerate(map(_as_row, source)):
+            yield f"items[{i}]", with_names(row, names), wrong
         return
     shown = "stdin" if source == "-" else short(source, 1000)
     reader = gzip.open if Path(source).suffix == ".gz" else open
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if source == "-" else reader(source, "rb") as file:
             yield from json_rows(file, shown)
-    except InputError:
-        raise
+    except FileNotFoundError:
+        raise InputError(f"{shown}: no such file") from None
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name
-        why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise InputError(f"{shown}: {why}") from None
+        raise (
+            error if isinstance(error, InputError) else InputError(f"{shown}: cannot be read: {error}")
+        ) from None
 
 
 LONGEST = 1 << 28  # bytes of a line, or of one JSON document
@@ -361,15 +355,11 @@ def json_rows(file: Any, shown: str) -> Iterator[tuple[str, dict, str]]:
     lines = full(read_lines(file, shown))
     first = number, raw = next(lines, (0, b""))
     value, problem = load_json(raw)
-    is_lines = shown == "stdin" or (
-        shown.endswith((".jsonl", ".jsonl.gz")) and not problem and raw[:1] == b"{"
-    )
-    if raw[:1] in (b"[", b"{") and not is_lines and (problem or _objects_in(value)):
-        rest = file.read(LONGEST + 1)
-        if len(rest) > LONGEST:
-            raise InputError(
-                f"{shown}: is one JSON document of more than {LONGEST >> 20} MiB; use JSON lines"
-            )
+    is_row = shown.endswith((".jsonl", ".jsonl.gz")) and raw[:1] == b"{" and not problem
+    if raw[:1] in (b"[", b"{") and (problem or _objects_in(value)) and not is_row and shown != "stdin":
+        if len(rest := file.read(LONGEST + 1)) > LONGEST:
+            size = f"more than {LONGEST >> 20} MiB"
+            raise InputError(f"{shown}: is one JSON document of {size}; use JSON lines")
         if objects := _objects_in(load_json(raw + b"\n" + rest)[0]):
             yield from ((f"{shown}[{i}]", *_as_row(value)) for i, value in enumerate(objects))
             return
@@ -394,12 +384,10 @@ def load_json(text: str | bytes) -> tuple[Any, str]:
     """(what a JSON text says, ""), or ({}, what is wrong)."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
-        found: dict = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"'{short(key)}' stands twice in an object")
-            found[key] = value
-        return found
+        times = collections.Counter(key for key, _ in pairs)
+        if twice := [key for key, n in times.items() if n > 1]:
+            raise ValueError(f"'{short(twice[0])}' stands twice in an object")
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=unique), ""
@@ -488,8 +476,7 @@ def _votes(value: Any, shares: bool = False) -> dict[str, float]:
     out: dict[str, float] = {}
     for key, number in value.items() if isinstance(value, dict) else ():
         if number is not None:  # None: left out; `datasets` fills its rows up so
-            label = as_label(key)
-            if label in out:
+            if (label := as_label(key)) in out:
                 raise ValueError(f"duplicate label '{short(label)}'")
             if not _is_number(number, 0, 10**9, whole=not shares):
                 raise ValueError(f"the value of '{short(label)}' must be {wanted}, not {short(repr(number))}")
@@ -502,31 +489,38 @@ def _votes(value: Any, shares: bool = False) -> dict[str, float]:
     return {label: share / total for label, share in out.items()} if shares else out
 
 
-def _parse(field: str, value: Any) -> Any:
-    """What an Item needs of a row's field. Raises ValueError with what is wrong."""
-    if field == "prompt":
-        return prompt_text(value)
-    if field == "split" and value not in ("train", "test"):
+def _annotations(value: Any) -> dict[str, int]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"must be a list of one label or more, not {short(repr(value))}")
+    return dict(collections.Counter(map(as_label, value)))
+
+
+def _side(value: Any) -> str:
+    if value not in ("train", "test"):
         raise ValueError(f"must be train or test, not {short(repr(value))}")
-    if field in ("id", "group", "split"):
-        return as_label(value)
-    if field == "annotations":
-        value = value.tolist() if hasattr(value, "tolist") else value
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError(f"must be a list of one label or more, not {short(repr(value))}")
-        return dict(collections.Counter(map(as_label, value)))
-    if field != "swap":
-        return _votes(value, shares=field != "counts")
+    return value
+
+
+def _other_order(value: Any) -> tuple[str, dict[str, str]]:
     if not isinstance(value, dict) or not isinstance(value.get("labels"), dict):
         form = '{"prompt": ..., "labels": {label: label in the other order}}'
         raise ValueError(f"must be {form}, not {short(repr(value))}")
     part = "prompt"
     try:
-        prompt = prompt_text(value.get(part))
-        part = "labels"
+        prompt, part = prompt_text(value.get(part)), "labels"
         return prompt, {as_label(a): as_label(b) for a, b in value[part].items() if not is_missing(b)}
     except ValueError as error:
         raise ValueError(f"{part}: {error}") from None
+
+
+_VOTES = {
+    "counts": _votes,
+    "annotations": _annotations,
+    "distribution": functools.partial(_votes, shares=True),
+}
+_PARSERS = {"prompt": prompt_text, "id": as_label, "group": as_label, "split": _side, "swap": _other_order}
+_PARSERS |= {"truth": _VOTES["distribution"], **_VOTES}
 
 
 def parse_row(row: dict[str, Any], votes: bool = True) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -535,28 +529,26 @@ def parse_row(row: dict[str, Any], votes: bool = True) -> tuple[dict[str, Any], 
     Fields: id, prompt, kind (the field the votes stood in, or ""), counts, group, split, truth, and swap as
     (prompt, {label: label}). What has a problem, or is not there, is None; counts are then {}.
     """
-    kinds = ("counts", "annotations", "distribution")
-    fields, bad = dict.fromkeys(("prompt", "id", "group", "split", "swap", "truth", *kinds)), []
-    for field in fields:
-        value = row.get(field)
-        if field == "prompt" or not is_missing(value):
-            try:
-                fields[field] = _parse(field, value)
-            except ValueError as error:
-                bad.append((field, str(error)))
-    if is_missing(row.get("id")) and fields["prompt"]:
+    there = {field for field in _PARSERS if not is_missing(row.get(field))}
+    fields, bad = dict.fromkeys(_PARSERS), []
+    for field, parse in _PARSERS.items():
+        try:
+            fields[field] = parse(row.get(field)) if field in {*there, "prompt"} else None
+        except ValueError as error:
+            bad.append((field, str(error)))
+    if "id" not in there and fields["prompt"]:
         fields["id"] = hashlib.sha256(fields["prompt"].encode()).hexdigest()[:16]
-    given = [field for field in kinds if not is_missing(row.get(field))]
+    given = [field for field in _VOTES if field in there]
     if len(given) > 1 or (votes and not given):
         found = " and ".join(given) or "none"
-        bad.append(("counts", f"one of {', '.join(kinds)} is needed, found {found}"))
+        bad.append(("counts", f"one of {', '.join(_VOTES)} is needed, found {found}"))
     counts = fields["counts"] or fields["annotations"] or {}
     if given == ["distribution"]:
-        people = row.get("votes")
+        people, shares = row.get("votes"), fields["distribution"]
         if not _is_number(people, 1, 10**9):
             bad.append(("votes", f"must be the number of people, a whole number, not {short(repr(people))}"))
-        elif fields["distribution"]:
-            exact = {label: share * people for label, share in fields["distribution"].items()}
+        elif shares:
+            exact = {label: share * people for label, share in shares.items()}
             whole = {label: round(count) for label, count in exact.items()}
             near = all(abs(exact[label] - whole[label]) <= 0.05 for label in exact)  # shares may be rounded
             counts = whole if near and sum(whole.values()) == people else exact
@@ -624,12 +616,11 @@ def keep_apart(
     test = {key: item for item in reversed(test_items) for key in _keys(item, plain)}
     kept, lines, shared = [], [], {"prompt": 0, "group": 0, "id": 0}
     for item in train_items:
-        key = next((key for key in _keys(item, plain) if key in test), None)
-        if key is None:
-            kept.append(item)
-        else:
+        if key := next((key for key in _keys(item, plain) if key in test), None):
             shared[key[0]] += 1
             lines.append(f"{test[key].named}: {key[0]}: also in the training items, at {item.where}")
+        else:
+            kept.append(item)
     if lines and overlap == "refuse":
         raise InputError(_first_20(lines, "items"))
     return kept, shared
@@ -651,13 +642,13 @@ def _tokenizer_of(spec: str) -> Any:
 
 
 class PromptEncoder:
-    """Turns user messages into token ids: the chat template around them, and what people wrote as text only.
+    """Turns prompts into token ids: the chat template around messages, and what people wrote as text only.
 
     A control token written in a message ("<|im_end|>") is encoded as its characters, by a copy of the
-    tokenizer that has no control tokens. `frame` keeps what the template puts before and after a message and
-    behind an answer, and whether it strips messages; without a template, a line break follows the message.
-    Raises InputError if the template changes messages in other ways, or if a harmless message is not encoded
-    exactly as the tokenizer would.
+    tokenizer that has no control tokens. `frame` keeps what the template puts before and after one message
+    and behind an answer, and whether it strips messages; without a template, a line break follows the
+    message. Raises InputError if the template changes messages in other ways, or if harmless ones are not
+    encoded exactly as the tokenizer would.
     """
 
     memo: dict[str, list[int]] | None = None  # while it is a dict, what was encoded is kept there
@@ -666,26 +657,17 @@ class PromptEncoder:
         self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{self.name}: tokenizer: a fast tokenizer (tokenizer.json) is needed")
-        self.frame = frame or self._in_time(self._render)
-        before, after = self.frame["before"], self.frame["after"]
         # control tokens mean something beyond their characters: special ones, and tags such as <think>
         added = [(i, token) for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()]
         control = {i for i, token in added if token.special or re.search(r"[^\w\s]", token.content)}
         self.control_ids = control - {tokenizer.unk_token_id}
-
-        # they alone never merge with a message: what stands between them and it is encoded with it
-        cut = max((stop for _, stop in self._control_spans(before)), default=0)
-        first = min((start for start, _ in self._control_spans(after)), default=len(after))
-        self._forms: dict[tuple[str, ...], list[str]] = {}  # what the template puts around several messages
-        self._head, self._lead = before[:cut], before[cut:]
-        self._trail, self._tail = after[:first], after[first:]
-        self._head_ids, self._tail_ids = self._ids(self._head), self._ids(self._tail)
-        whole, bos = self._ids(before + _PROBE + after), tokenizer.bos_token_id
-        if tokenizer.chat_template and not self._tail:
+        self.frame = frame or self._render()
+        spans, self._end = self._control_spans(self.frame["after"]), ""
+        if spans:
+            self._end = self.frame["after"][spans[0][0] :]
+        elif tokenizer.chat_template:
             text = "%s: the chat template ends a turn in plain words, which a text that is judged can imitate"
             log.warning(text, self.name)
-        elif not tokenizer.chat_template and tokenizer("a")["input_ids"][:1] == [bos]:
-            self._head_ids, whole = [bos], [bos, *whole]
         final = self._ids(self.frame["end"].lstrip())[:1]
         self.end_is_known = not self.control_ids.isdisjoint(final)
         self.end_id = final[0] if self.end_is_known else tokenizer.eos_token_id
@@ -694,46 +676,71 @@ class PromptEncoder:
         spec |= {"post_processor": None, "truncation": None, "padding": None}
         spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] not in control]
         plain = json.dumps(spec)
-        if self._head:  # then it is not the message that begins the text
+        if self._control_spans(self.frame["before"]):  # then it is not the message that begins the text
             plain = plain.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-        self._plain = _tokenizer_of(plain)
-        if self(_PROBE) != whole:
-            raise InputError(f"{self.name}: tokenizer: a message cannot be encoded as text only")
+        begin = [] if tokenizer.chat_template else tokenizer("a")["input_ids"][:1]
+        self._begin = begin if begin == [tokenizer.bos_token_id] else []
+        self._plain, self._forms = _tokenizer_of(plain), {}
+        self._runs("")
 
-    def _in_time(self, work: Callable[[], Any], seconds: float = 5.0) -> Any:
-        """What work() returns. A template is a program, and can loop: then its thread is left behind."""
-        result: concurrent.futures.Future = concurrent.futures.Future()
+    def _apply(self, turns: list[dict[str, str]], seconds: float = 5.0) -> str:
+        """What the chat template makes of messages, up to where the judge answers the last of the user's.
 
-        def run() -> None:
+        A template is a program: it can raise what its author chose, and loop; then its thread is left behind.
+        """
+        fixed = datetime.date(2024, 7, 26).strftime  # a prompt does not change with the day
+        options = {"tokenize": False, "strftime_now": fixed, "enable_thinking": False}
+        options["add_generation_prompt"], shown = turns[-1]["role"] != "assistant", []
+
+        def work() -> None:
             try:
-                result.set_result(work())
-            except BaseException as error:
-                result.set_exception(error)
+                shown.append(self.tokenizer.apply_chat_template(turns, **options))
+            except Exception as error:
+                shown.append(error)
 
-        threading.Thread(target=run, daemon=True).start()
-        try:
-            return result.result(seconds)
-        except TimeoutError:
-            raise InputError(f"{self.name}: chat template: takes more than {seconds:g} seconds") from None
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if not shown or not isinstance(shown[0], str):
+            fault = short(shown[0], 200) if shown else f"takes more than {seconds:g} seconds"
+            raise InputError(f"{self.name}: chat template: {fault}")
+        return shown[0]
+
+    def _around(self, roles: Sequence[str]) -> tuple[list[str], list[int], list[bool]]:
+        """What the chat template puts around messages, in which order they stand there, which it strips.
+
+        It is seen with stand-ins for messages of these roles.
+        """
+        head = f"{self.name}: chat template:"
+        if not self.tokenizer.chat_template:
+            raise InputError(f"{self.name}: has no chat template for a prompt of several messages")
+
+        def show(*contents: str) -> str:
+            pairs = zip(roles, contents, strict=True)
+            return self._apply([{"role": role, "content": content} for role, content in pairs])
+
+        marks, mark = [f"{_MARK}{i}{_MARK}" for i in range(len(roles))], rf"{_MARK}(\d+){_MARK}"
+        parts = re.split(mark, show(*marks))
+        parts, order = parts[::2], [int(i) for i in parts[1::2]]
+        if sorted(order) != list(range(len(roles))):
+            shown = f"shows {len(order)} messages in place of {len(roles)} ({', '.join(map(short, roles))})"
+            raise InputError(f"{head} {shown}")
+        spaced = re.split(mark, show(*(f" {one}" for one in marks)))[::2]
+        trims = [spaced[order.index(i)] == parts[order.index(i)] for i in range(len(roles))]
+        for probe in (_PROBE, f"\n {_PROBE}", f"{_PROBE} \n", f"<b> & '{_PROBE}'"):
+            found = [probe.strip() if trims[i] else probe for i in order]
+            pairs = zip(parts, [*found, ""], strict=True)
+            if show(*[probe] * len(roles)) != "".join(itertools.chain(*pairs)):
+                raise InputError(f"{head} changes the message, so text cannot be told from template")
+        return parts, order, trims
 
     def _render(self) -> dict[str, Any]:
-        """What the chat template puts around a message and behind an answer, seen with stand-ins for them."""
+        """The frame: what the chat template puts around one message and behind an answer to it."""
         if not self.tokenizer.chat_template:
             return {"before": "", "after": "\n", "end": "", "trim": False}
-        head = f"{self.name}: chat template:"
-
-        def render(content: str, answer: str = "") -> str:
-            turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-            return self._apply(turns if answer else turns[:1])
-
-        plain, answered = render(_MARK), render(_MARK, _MARK)
-        before, *rest = plain.split(_MARK)
-        if len(rest) != 1:
-            raise InputError(f"{head} shows the message {len(rest)} times, not once")
-        after, trim, end = rest[0], render(f" {_MARK} ") == plain, ""
-        for probe in (_PROBE, f"\n {_PROBE}", f"{_PROBE} \n", f"<b> & '{_PROBE}'"):
-            if render(probe) != before + (probe.strip() if trim else probe) + after:
-                raise InputError(f"{head} changes the message, so text cannot be told from template")
+        (before, after), _, (trim,) = self._around(["user"])
+        answered = self._apply([{"role": role, "content": _MARK} for role in ("user", "assistant")])
+        plain, end, head = before + _MARK + after, "", f"{self.name}: chat template:"
         common = common_length(plain, answered)
         if answered.count(_MARK) == 2:
             gap, *_, end = answered[common:].split(_MARK)
@@ -745,108 +752,78 @@ class PromptEncoder:
             log.warning(text, head, short(plain[common:]))
         return {"before": before, "after": after, "end": end, "trim": trim}
 
-    def _apply(self, turns: list[dict[str, str]]) -> str:
-        """What the chat template makes of messages, up to where the judge answers the last of the user's."""
-        fixed = datetime.date(2024, 7, 26).strftime  # a prompt does not change with the day
-        asked = turns[-1]["role"] != "assistant"
-        options = {"tokenize": False, "add_generation_prompt": asked, "enable_thinking": False}
-        try:
-            return self.tokenizer.apply_chat_template(turns, strftime_now=fixed, **options)
-        except Exception as error:  # a template raises whatever its author chose to raise
-            raise InputError(f"{self.name}: chat template: {short(error, 200)}") from None
-
     def _control_spans(self, text: str) -> list[tuple[int, int]]:
         code = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(code["input_ids"], code["offset_mapping"], strict=True)
         return [span for token, span in spans if token in self.control_ids]
 
-    def _pieces(self, prompt: Messages) -> list[tuple[str, bool]]:
-        """Several messages as the chat template shows them: (text, whether it is a message).
+    def _form(self, roles: tuple[str, ...]) -> tuple[list[tuple[list, list[int] | None]], list[bool]]:
+        """How a prompt of these roles is encoded: runs of text, with the ids of those that never change.
 
-        Raises InputError if the template does not show each message once and as it is, but for the spaces
-        around it, or does not end as it does behind one message.
+        A run is a list of texts and of numbers of messages. Control tokens alone never merge with a message:
+        what stands between them and it is encoded with it. Beside the runs: which messages are stripped.
         """
-        head, turns = f"{self.name}: chat template:", prompt.turns
-        if not self.tokenizer.chat_template:
-            raise InputError(f"{self.name}: has no chat template for a prompt of several messages")
-        roles = tuple(turn["role"] for turn in turns)
-        if (parts := self._forms.get(roles)) is None:
-            marked = [turn | {"content": f"{_MARK}{i}{_MARK}"} for i, turn in enumerate(turns)]
-            parts = re.split(rf"{_MARK}(\d+){_MARK}", self._in_time(lambda: self._apply(marked)))
-            if sorted(parts[1::2], key=int) != list(map(str, range(len(turns)))):
-                raise InputError(f"{head} does not show each message of {', '.join(map(short, roles))} once")
-            self._forms[roles] = parts
-            probe = [(_PROBE if k % 2 else part, k % 2 == 1) for k, part in enumerate(parts)]
-            exact = self._encode(probe) == self._ids("".join(text for text, _ in probe))
-            if not (exact and parts[-1].endswith(self._tail)):
-                raise InputError(
-                    f"{head} messages of {', '.join(map(short, roles))} cannot be encoded as text only"
-                )
-        text, at, pieces = self._in_time(lambda: self._apply(turns)), 0, []
-        for part, number, after in zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True):
-            at += len(part)
-            content = turns[int(number)]["content"]
-            found = next((c for c in (content, content.strip()) if text.startswith(c + after, at)), None)
-            if found is None:
-                raise InputError(f"{head} changes a message of the prompt '{short(prompt)}'")
-            at, pieces = at + len(found), [*pieces, (part, False), (found, True)]
-        return [*pieces, (parts[-1], False)]
+        frame, runs, run = self.frame, [], []
+        one = [frame["before"], frame["after"]], [0], [frame["trim"]]
+        parts, order, trims = one if roles == ("user",) else self._around(roles)
+        for k, part in enumerate(parts):
+            if spans := self._control_spans(part):
+                start, stop = spans[0][0] if k else 0, spans[-1][1] if k < len(order) else len(part)
+                runs += [([*run, part[:start]], None)] if k else []
+                runs.append(([part[start:stop]], self._ids(part[start:stop])))
+                run, part = [], part[stop:]
+            run += [part, *order[k : k + 1]]
+        return runs + ([(run, None)] if run != [""] else []), trims
 
-    def _encode(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
-        """Token ids of pieces: only in the template's own do control tokens mean what they say."""
-        ids, run = [], ""
-        for text, is_message in pieces:
-            at = 0
-            for start, stop in [] if is_message else self._control_spans(text):
-                ids += self._plain.encode(run + text[at:start], add_special_tokens=False).ids
-                ids, run, at = ids + self._ids(text[start:stop]), "", stop
-            run += text[at:]
-        return ids + self._plain.encode(run, add_special_tokens=False).ids
+    def _runs(self, prompt: str) -> list[tuple[str, list[int] | None]]:
+        """The prompt as runs of text, with the token ids of those that are the template's alone."""
+        if not is_text(prompt):
+            raise InputError(f"prompt '{short(prompt)!r}' is not text that can be encoded")
+        turns = messages_of(prompt)
+        roles = tuple(turn["role"] for turn in turns)
+        if roles not in self._forms:
+            self._forms[roles] = self._form(roles)
+            probe = self._runs(Messages(json.dumps([turn | {"content": _PROBE} for turn in turns])))
+            whole = [*self._begin, *self._ids("".join(text for text, _ in probe))]
+            if self._encode([probe]) != [whole] or not probe[-1][0].endswith(self._end):
+                del self._forms[roles]
+                what = f"a message of {', '.join(map(short, roles))} cannot be encoded as text only"
+                raise InputError(f"{self.name}: tokenizer: {what}")
+        runs, trims = self._forms[roles]
+        said = [turn["content"].strip() if trims[i] else turn["content"] for i, turn in enumerate(turns)]
+        return [("".join(said[x] if isinstance(x, int) else x for x in run), ids) for run, ids in runs]
+
+    def _encode(self, prompts: Sequence[list[tuple[str, list[int] | None]]]) -> list[list[int]]:
+        texts = [text for runs in prompts for text, ids in runs if ids is None]
+        found = [code.ids for code in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        for text, ids in zip(texts, found, strict=True):
+            if not self.control_ids.isdisjoint(ids):
+                what = "would be encoded with a control token of the tokenizer"
+                raise InputError(f"prompt '{short(text)}': {what}")
+        rest = iter(found)
+        each = [[next(rest) if ids is None else ids for _, ids in runs] for runs in prompts]
+        return [[*self._begin, *itertools.chain(*some)] for some in each]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    def __call__(self, message: str, answer: str = "") -> list[int]:
+    def __call__(self, prompt: str, answer: str = "") -> list[int]:
         """Token ids of the rendered prompt, with `answer` written where the judge's answer begins."""
-        ids = self.many([message])[0]
-        if answer and self._tail:
-            return ids[: -len(self._tail_ids)] + self._ids(self._tail + answer)
-        if answer and isinstance(message, Messages):
-            return self._encode([*self._pieces(message), (answer, True)])
-        if answer:
-            text = self.render_parts(message) + answer
-            return self._head_ids + self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        *runs, (text, fixed) = self._runs(prompt)
+        return self._encode([[*runs, (text + answer, fixed and self._ids(text + answer))]])[0]
 
-    def many(self, messages: Sequence[str]) -> list[list[int]]:
+    def many(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each rendered prompt, on all cores (with TOKENIZERS_PARALLELISM=false on one)."""
         memo = {} if self.memo is None else self.memo
-        new = [message for message in dict.fromkeys(messages) if message not in memo]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in memo]
         for start in range(0, len(new), 2048):
             chunk = new[start : start + 2048]
-            if wrong := [message for message in chunk if not is_text(message)]:
-                raise InputError(f"prompt '{short(wrong[0])!r}' is not text that can be encoded")
-            several = [message for message in chunk if isinstance(message, Messages)]
-            memo.update((message, self._encode(self._pieces(message))) for message in several)
-            chunk = [message for message in chunk if not isinstance(message, Messages)]
-            texts = [self.render_parts(message) for message in chunk]
-            found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-            for message, code in zip(chunk, found, strict=True):
-                if not self.control_ids.isdisjoint(code.ids):
-                    what = "would be encoded with a control token of the tokenizer"
-                    raise InputError(f"prompt '{short(message)}': {what}")
-                memo[message] = self._head_ids + code.ids + self._tail_ids
-        return [list(memo[message]) for message in messages]
+            memo.update(zip(chunk, self._encode(list(map(self._runs, chunk))), strict=True))
+        return [list(memo[prompt]) for prompt in prompts]
 
-    def render_parts(self, message: str) -> str:
-        """The message, stripped if the template does so, with what is encoded together with it."""
-        return self._lead + (message.strip() if self.frame["trim"] else message) + self._trail
-
-    def render(self, message: str) -> str:
+    def render(self, prompt: str) -> str:
         """The prompt as text. Only token ids tell its control tokens from those that people wrote."""
-        if isinstance(message, Messages):
-            return "".join(text for text, _ in self._pieces(message))
-        return self._head + self.render_parts(message) + self._tail
+        return "".join(text for text, _ in self._runs(prompt))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -908,15 +885,16 @@ def label_tokens(
         if isinstance(spellings.get(label), str):
             raise InputError(f"spellings: label '{short(label)}': a list of texts is needed, not one text")
         for text in spellings.get(label, [label]) or [""]:
-            head = f"spellings: label '{short(label)}': '{short(text)}'"
-            if not is_text(text):
-                raise InputError(f"{head} is not text that can be encoded")
-            ids = encoder(question, text)
-            answer = tuple(ids[len(prompt) :])
-            if not text or ids[: len(prompt)] != prompt or not answer:
-                raise InputError(f"{head} {'merges with the end of the prompt' if text else 'is empty'}")
-            if not encoder.control_ids.isdisjoint(answer):
-                raise InputError(f"{head} is a control token of the tokenizer")
+            ids = encoder(question, text) if is_text(text) else []
+            answer, fault = tuple(ids[len(prompt) :]), ""
+            if not is_text(text) or not text:
+                fault = "is empty" if not text else "is not text that can be encoded"
+            elif ids[: len(prompt)] != prompt or not answer:
+                fault = "merges with the end of the prompt"
+            elif not encoder.control_ids.isdisjoint(answer):
+                fault = "is a control token of the tokenizer"
+            if fault:
+                raise InputError(f"spellings: label '{short(label)}': '{short(text)}' {fault}")
             found.append((i, answer))
     # two spellings of a label that begin alike are read once
     firsts = list(dict.fromkeys((i, answer[:1]) for i, answer in found))
@@ -1023,9 +1001,8 @@ def pack_prompts(
 ) -> list[Pack]:
     """Divides prompts into packs of at most max_tokens tokens: the fewest tokens in all, then fewest packs.
 
-    Prompts are sorted, so that those that share a beginning are neighbours, and dynamic programming over the
-    cuts finds the cheapest division. A prompt is never split; one of more than max_tokens gets a pack of its
-    own. branches: see LabelTokens. two_levels: see build_pack(); packs that it makes too large are halved.
+    Of sorted prompts, neighbours share most; dynamic programming over the cuts finds the cheapest division. A
+    prompt of more than max_tokens gets a pack of its own; packs that two_levels makes too large are halved.
     """
     order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
     inner = len({tuple(branch[:k]) for branch in branches for k in range(1, len(branch) + 1)})
@@ -1053,8 +1030,7 @@ def shuffled(token_lists: TokenLists, seed: int, keep_together: int = 16, chunk:
 
     Prompts form a tree of groups: those that share keep_together (1 or more) tokens more than all of their
     group do are a group within it. One of at most `chunk` prompts stays whole; what a larger one holds beside
-    its groups is dealt at random into chunks. Chunks, and prompts in no group, then stand in uniformly random
-    order, so that a large group (a rubric, say) is spread over the whole epoch.
+    its groups is dealt into chunks. Chunks, and prompts in no group, stand in uniformly random order.
     """
     draw = random.Random(seed)
     order = sorted(range(len(token_lists)), key=token_lists.__getitem__)
@@ -1100,9 +1076,8 @@ def block_length(device: str | torch.device) -> int:
 def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: torch.Tensor) -> Any:
     """The attention mask of a pack in the form the model takes: ends and positions (L,), see Pack.
 
-    Boolean (1, 1, L, L) for SDPA, or in blocks for block_attention(); additive for eager attention; a
-    BlockMask for flex_attention; for models with several kinds of layers a dict of masks by kind. Raises
-    NotImplementedError for kinds other than full and sliding attention.
+    Boolean (1, 1, L, L) for SDPA, or in blocks for block_attention(); additive for eager attention; else a
+    BlockMask. For several kinds of layers a dict by kind; NotImplementedError for kinds unknown to us.
     """
     implementation, length, device = config._attn_implementation, len(ends), ends.device
     at = torch.arange(length, device=device)
@@ -1200,10 +1175,8 @@ def add_label_readout(model: Any) -> None:
 
     `ends` (1, L) says that the row is a pack (see Pack) and makes its attention mask. With `answer_at` (M,
     2), rows and columns, it returns the hidden states there, (M, H); with `token_ids` (T,) too, their logits,
-    (M, T) float32; with `vocabulary` a pair of these and the logsumexp over the whole vocabulary, (M,). It
-    never makes a (positions, vocabulary) tensor. The patch sits in the model's own forward, so that PEFT,
-    autocast and DistributedDataParallel wrap it like any other. The architecture's logit scale and soft cap
-    apply.
+    (M, T) float32; with `vocabulary` a pair of these and the logsumexp over the whole vocabulary, (M,). No
+    (positions, vocabulary) tensor is made. PEFT and autocast wrap the model's own forward like any other.
     """
     plain_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
     if not head.weight.is_floating_point():
@@ -1258,39 +1231,37 @@ def collate(prompts: Sequence[list[int]], tokens: LabelTokens, pad_id: int) -> d
     tokens to read there; and reads (B * S, 2): for every prompt the rows of answer_at and the columns of
     token_ids whose log-probabilities make up its labels', in the order of `tokens.sequences`.
     """
-    rows, at, reads = [], [], []
-    column = {token: k for k, token in enumerate(tokens.token_ids)}
-    for ids in prompts:
-        for n, (_, sequence) in enumerate(tokens.sequences):
-            if n == 0 or tokens.whole:
-                first = len(at)
-                at += [(len(rows), len(ids) - 1 + k) for k in range(len(sequence))]
-                rows.append([*ids, *sequence[:-1]])
-            reads += [(first + k, column[token]) for k, token in enumerate(sequence)]
-    longest = max(map(len, rows))
+    endings = [sequence[:-1] for _, sequence in tokens.sequences] if tokens.whole else [()]
+    rows = [[*ids, *ending] for ids in prompts for ending in endings]
+    longest, per = max(map(len, rows)), len(endings)
     batch = {
         "input_ids": [row + [pad_id] * (longest - len(row)) for row in rows],
         "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
-        "answer_at": at, "token_ids": tokens.token_ids, "reads": reads,
-    }  # fmt: skip
-    return {name: torch.tensor(value) for name, value in batch.items()}
+    }
+    return _with_reads(batch, prompts, tokens, lambda i, n, at: (i * per + n % per, at))
 
 
 def collate_pack(
     prompts: Sequence[list[int]], tokens: LabelTokens, two_levels: bool = False
 ) -> dict[str, torch.Tensor]:
     """The same for one pack of the prompts as given: position_ids and ends (1, L) in the mask's place."""
-    pack, at, reads = build_pack(prompts, range(len(prompts)), tokens.branches, two_levels), {}, []
-    column = {token: k for k, token in enumerate(tokens.token_ids)}
-    branch_of = {branch: k for k, branch in enumerate(tokens.branches)}
+    pack = build_pack(prompts, range(len(prompts)), tokens.branches, two_levels)
+    branch = [tokens.branches.index(sequence[:-1]) for _, sequence in tokens.sequences]
+    path = lambda i, n: pack.paths[i * len(tokens.branches) + branch[n]]  # noqa: E731
+    batch = {"input_ids": [pack.ids], "position_ids": [pack.positions], "ends": [pack.ends]}
+    return _with_reads(batch, prompts, tokens, lambda i, n, at: (0, path(i, n)[at]))
+
+
+def _with_reads(
+    batch: dict[str, list], prompts: Sequence[list[int]], tokens: LabelTokens, place: Callable[..., tuple]
+) -> dict[str, torch.Tensor]:
+    """place(i, n, k): row and column of token k of prompt i and its n-th spelling."""
+    at, reads, column = {}, [], {token: k for k, token in enumerate(tokens.token_ids)}
     for i, ids in enumerate(prompts):
-        for _, sequence in tokens.sequences:
-            path = pack.paths[i * len(branch_of) + branch_of[sequence[:-1]]][len(ids) - 1 :]
-            reads += [(at.setdefault(path[k], len(at)), column[token]) for k, token in enumerate(sequence)]
-    batch = {
-        "input_ids": [pack.ids], "position_ids": [pack.positions], "ends": [pack.ends],
-        "answer_at": [(0, place) for place in at], "token_ids": tokens.token_ids, "reads": reads,
-    }  # fmt: skip
+        for n, (_, sequence) in enumerate(tokens.sequences):
+            for k, token in enumerate(sequence, len(ids) - 1):
+                reads.append((at.setdefault(place(i, n, k), len(at)), column[token]))
+    batch |= {"answer_at": list(at), "token_ids": tokens.token_ids, "reads": reads}
     return {name: torch.tensor(value) for name, value in batch.items()}
 
 
@@ -1329,21 +1300,21 @@ class Judge:
         model: Any,
         encoder: PromptEncoder,
         tokens: LabelTokens,
-        base: str = "",
-        max_length: int | None = None,
-        spellings: dict[str, Sequence[str]] | None = None,
+        base="",
+        max_length=None,
+        spellings=None,
     ):
-        """max_length: tokens of a prompt, at most; 2048 by default. spellings: as they were given."""
+        """base: the model's folder or hub id; max_length: tokens of a prompt, 2048 by default."""
         self.model, self.encoder, self.tokens, self.base = model, encoder, tokens, base
-        max_length, config = max_length or 2048, model.config.get_text_config()
+        self.spellings, max_length = dict(spellings or {}), max_length or 2048
+        config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or max_length
         if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
             positions = config.rope_parameters.get("original_max_position_embeddings", positions)
             if positions < max_length:
                 text = "%s: prompts may have about %d tokens, not %d: longer ones change its position codes"
-                log.warning(text, base or type(model).__name__, positions, max_length)
+                log.warning(text, self.base or type(model).__name__, positions, max_length)
         self.max_length = min(max_length, positions - max(len(ids) for _, ids in tokens.sequences) + 1)
-        self.spellings = dict(spellings or {})
         self.pack_tokens = 1024 if self.device.type == "cpu" else 8192
 
     @property
@@ -1364,23 +1335,19 @@ class Judge:
         return getattr(self.model, "backend", "transformers")
 
     def encode(self, prompts: Sequence[str], start: int = 0) -> list[list[int]]:
-        """Token ids of each rendered prompt. Raises InputError, never cuts, if one is longer than max_length.
-
-        start: the number of the first prompt, for messages.
-        """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for i, prompt in enumerate(prompts, start):
+        """Token ids of each rendered prompt, from number `start` on. InputError for one over max_length."""
+        texts = []
+        for i, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts, start):
             try:
-                prompts[i - start] = prompt_text(prompt)
+                texts.append(prompt_text(prompt))
             except ValueError as error:
                 raise InputError(f"prompts[{i}]: prompt: {error}") from None
-        encoded = self.encoder.many(prompts)
-        over = [i for i, ids in enumerate(encoded) if len(ids) > self.max_length]
-        if over:
+        encoded = self.encoder.many(texts)
+        if over := [i for i, ids in enumerate(encoded) if len(ids) > self.max_length]:
             longest = max(map(len, encoded))
-            first = f"the first is number {start + over[0] + 1}, '{short(prompts[over[0]], 40)!r}'"
+            first = f"the first is number {start + over[0] + 1}, '{short(texts[over[0]], 40)!r}'"
             limit = f"longer than max_length {self.max_length} tokens (the longest has {longest}; {first})"
-            raise InputError(f"prompts: {len(over)} of {len(prompts)} are {limit}")
+            raise InputError(f"prompts: {len(over)} of {len(texts)} are {limit}")
         return encoded
 
     def plan(self, encoded: Sequence[list[int]]) -> list[list[int]]:
@@ -1471,16 +1438,14 @@ class Judge:
     def score(self, prompts: Sequence[str], progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Label log-probabilities (N, C) and label mass (N,), float32 on the CPU, in the prompts' order.
 
-        Label mass is the probability that the model, free to say anything, begins with (or is) one of the
-        labels. All prompts are checked before the first is judged.
+        Label mass is the probability that the model, free to say anything, answers with one of the labels.
+        All prompts are checked before the first is judged.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for k, prompt in enumerate(prompts) if len(prompts) > 2048 else ():  # of one window stream() sees all
-            is_short = (
-                isinstance(prompt, str) and len(prompt.encode("utf-8", "replace")) <= self.max_length // 2
-            )
-            if not is_short or not prompt.strip():  # a token is hardly less than a byte
-                self.encode([prompt], k)
+        for k in (
+            range(0, len(prompts), 2048) if len(prompts) > 2048 else ()
+        ):  # one window stream() sees whole
+            self.encode(prompts[k : k + 2048], k)
         rows = list(self.stream(prompts, progress))
         if not rows:
             return torch.empty(0, len(self.labels)), torch.empty(0)
@@ -1500,8 +1465,7 @@ def check_model(judge: Judge) -> None:
     """Compares label scores with the model's own, and packs with single prompts, which decides judge.packs.
 
     Raises InputError where scores are not finite, or differ: then the model changes its logits in a way that
-    add_label_readout does not know. Where packs differ, or the model has a kind of window unknown to us, a
-    warning says so. The probes are longer than a sliding window of up to 1,024 tokens, on CUDA of any length.
+    add_label_readout does not know. Probes are longer than a window of up to 1,024 tokens, on CUDA of any.
     """
     model, name, dtype = judge.model, type(judge.model).__name__, next(judge.model.parameters()).dtype
     if hasattr(model, "meant_for"):  # an outline has no weights to check with
@@ -1538,8 +1502,9 @@ def check_model(judge: Judge) -> None:
         return model(**batch)[rows]
 
     try:
-        unknown = sorted(windows.keys() - {"sliding_window", "max_window_layers", "_sliding_window_pattern"})
-        if unknown:
+        if unknown := sorted(
+            windows.keys() - {"sliding_window", "max_window_layers", "_sliding_window_pattern"}
+        ):
             raise NotImplementedError(f"its {unknown[0]} is unknown to us")
         for training in (False, True) if judge.backend == "unsloth" else (False,):  # its masks differ
             model.train(training)
@@ -1577,11 +1542,10 @@ def load_judge(
     """A judge from a run folder of save_judge() or run(), or from a model (folder or hub id) and its labels.
 
     Weights are float32 on a CPU, 16-bit on CUDA, or with four_bit NF4. LoRA adapters go on all linear layers
-    of the decoder; with lora_rank=0 all weights are trained instead, in float32. Prompts may have max_length
-    tokens (2048, or what a saved judge was trained with). Only safetensors are read, and no code of the
-    model's repository is run. gradient_checkpointing: Unsloth must know it here. weights=False: an outline on
-    PyTorch's meta device, for dry runs, which cannot judge. Raises InputError for what is no model, labels
-    other than a saved judge's, changed files of it, and where check_model() does.
+    of the decoder; with lora_rank=0 all weights are trained, in float32. max_length: 2048 tokens, or what a
+    saved judge was trained with. Only safetensors are read, no code of a repository is run. weights=False: an
+    outline on PyTorch's meta device, for dry runs. Raises InputError for what is no model, labels other than
+    a saved judge's, changed files of it, and where check_model() does.
     """
     folder, path, base, adapter, saved = Path(path), str(path), str(path), None, {}
     if (folder / "judge.json").is_file():
@@ -1596,9 +1560,7 @@ def load_judge(
         raise InputError(f"{path}: labels: a model that is not a saved judge needs labels=[...]")
     elif four_bit and not lora_rank:
         raise InputError("four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more")
-    _check_folder(base)
-    if not Path(base).is_dir():
-        _reach_hub(base)
+    _check_there(base)
     trained = not (adapter or lora_rank)
     use, why = choose_backend(backend, device, trained)  # before transformers is imported
     tokenizer = load_tokenizer(str(folder / "tokenizer") if saved else path)
@@ -1613,9 +1575,9 @@ def load_judge(
         raise InputError(f"{path}: model: has {rows} tokens, its tokenizer {len(tokenizer)}")
     if adapter and saved.get("base_sample") not in (None, model.fingerprint):
         raise InputError(f"{path}: base: the weights of {base} are not those the judge was trained on")
-    made = {"base": str(Path(base).resolve()) if Path(base).is_dir() else base, "spellings": spellings}
-    made |= {"lora_rank": lora_rank, "max_length": max_length, "seed": seed, "encoder": encoder}
-    made |= {"gradient_checkpointing": gradient_checkpointing, "adapter": adapter}
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    made = {"lora_rank": lora_rank, "max_length": max_length, "seed": seed, "encoder": encoder, "base": base}
+    made |= {"gradient_checkpointing": gradient_checkpointing, "adapter": adapter, "spellings": spellings}
     return make_judge(model, tokenizer, labels, **made)
 
 
@@ -1624,32 +1586,37 @@ def make_judge(
     tokenizer: Any,
     labels: Sequence[str],
     *,
-    base: str = "",
-    spellings: dict[str, Sequence[str]] | None = None,
     lora_rank: int = 16,
-    max_length: int | None = None,
     seed: int = 0,
     gradient_checkpointing: bool = False,
     encoder: PromptEncoder | None = None,
     adapter: Path | None = None,
+    **about: Any,
 ) -> Judge:
-    """load_judge() of a causal LM in memory, which is changed in place; adapter: a trained one's folder."""
+    """load_judge() of a causal LM in memory, which is changed in place; adapter: a trained one's folder.
+
+    about: base, max_length and spellings, see Judge.
+    """
     encoder = encoder or PromptEncoder(tokenizer)
-    tokens = label_tokens(tokenizer, labels, spellings, encoder)
+    tokens = label_tokens(tokenizer, labels, about.get("spellings"), encoder)
     add_label_readout(model)
     if adapter or lora_rank:
         model = _with_adapters(model, lora_rank, seed, gradient_checkpointing, adapter)
     elif not hasattr(model, "meant_for"):  # rounded to 16 bits, small steps of its own weights would be lost
         model.float()
-    judge = Judge(model, encoder, tokens, base, max_length, spellings)
+    judge = Judge(model, encoder, tokens, **about)
     check_model(judge)
     return judge
 
 
-def _check_folder(path: str) -> None:
-    """Raises InputError if a path names something else than a folder with a model; a hub id passes."""
-    if not path.strip():
-        raise InputError("model: name a folder or a hub id")
+def _check_there(path: str) -> None:
+    """Raises InputError if a path names something else than a folder with a model, or a hub id.
+
+    One try to reach the model hub, where libraries make many; without it, what was fetched is used.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
     folder, fault = Path(path), ""
     if folder.is_file():
         fault = "is a file, not a folder"
@@ -1659,19 +1626,11 @@ def _check_folder(path: str) -> None:
         fault = "cannot be loaded: there is no config.json in it"
     elif not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
         fault = "no such folder"
-    if fault:
-        raise InputError(f"{path}: model: {fault}")
-
-
-def _reach_hub(name: str) -> None:
-    """One try to reach the model hub, where libraries make many; without it, what was fetched is used."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if constants.HF_HUB_OFFLINE:
-        return
+    if fault or not path.strip():
+        raise InputError(f"{path}: model: {fault}" if path.strip() else "model: name a folder or a hub id")
     try:
-        HfApi().model_info(name, timeout=10)
+        if not folder.is_dir() and not constants.HF_HUB_OFFLINE:
+            HfApi().model_info(path, timeout=10)
     except HfHubHTTPError:  # it answers: loading will say what is wrong
         pass
     except Exception as error:  # of whatever carries the request
@@ -1679,49 +1638,56 @@ def _reach_hub(name: str) -> None:
         log.warning(text, first_line(error))
 
 
-def _weight_files(path: str) -> list[str]:
-    """A model's weight files. ValueError if its list names one that is no safetensors file beside it."""
+def _fingerprint(path: str) -> str:
+    """A hash of 64 numbers of each stored weight, rounded to bfloat16, whatever they are loaded as.
+
+    ValueError if the list of a model's weight files names one that is no safetensors file beside it.
+    """
+    from safetensors import safe_open
     from transformers.utils import cached_file
 
-    try:
-        listing = cached_file(path, "model.safetensors.index.json")
-    except OSError:  # there is none: the weights are in one file
-        return ["model.safetensors"]
-    names = sorted(set(json.loads(Path(listing).read_text(encoding="utf-8"))["weight_map"].values()))
+    names, samples = ["model.safetensors"], {}
+    with contextlib.suppress(OSError):  # there is no list: the weights are in one file
+        listing = Path(cached_file(path, "model.safetensors.index.json")).read_text(encoding="utf-8")
+        names = sorted(set(json.loads(listing)["weight_map"].values()))
     if wrong := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
-        text = "model.safetensors.index.json names '%s'; only safetensors files beside it are read"
-        raise ValueError(text % short(wrong[0]))
-    return names
+        what = "only safetensors files beside it are read"
+        raise ValueError(f"model.safetensors.index.json names '{short(wrong[0])}'; {what}")
+    for name in names:
+        with safe_open(cached_file(path, name), "pt") as file:
+            for key in file.keys():
+                some = file.get_tensor(key).flatten()[:64]  # the rest is not read
+                samples[key] = some.to(torch.bfloat16).float().tolist()
+    return _digest(sorted(samples.items()))
 
 
 def choose_backend(wanted: str = "auto", device: str | None = None, trained: bool = False) -> tuple[str, str]:
     """Which library loads and runs the model, and why: ("unsloth" or "transformers", reason).
 
-    "auto" is Unsloth on CUDA where it imports and adapters are trained, not all weights (trained). It patches
-    what it imports, so it is imported here, before transformers. Raises InputError where it is asked for and
-    cannot be had.
+    Unsloth patches what it imports, so it is imported here, before transformers. Raises InputError where it
+    is asked for and cannot be had. trained: all weights are, not adapters.
     """
     if wanted not in ("auto", "unsloth", "transformers"):
         raise InputError(f"backend: must be auto, unsloth or transformers, not {wanted}")
+    why_not = ""
     if wanted == "transformers":
-        return "transformers", "asked for"
+        return wanted, "asked for"
     if trained:
         why_not = "all weights are trained, not adapters"
     elif not torch.cuda.is_available():
         why_not = "no CUDA device"
     elif not str(device or "cuda").startswith("cuda"):
         why_not = f"the model goes to {device}"
-    else:
+    try:
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-        try:
+        if not why_not:
             import unsloth  # noqa: F401
-
-            return "unsloth", "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
-        except Exception as error:  # it raises what its many dependencies raise
-            why_not = f"Unsloth cannot be imported: {type(error).__name__}: {first_line(error)}"
-    if wanted == "unsloth":
+    except Exception as error:  # it raises what its many dependencies raise
+        why_not = f"Unsloth cannot be imported: {type(error).__name__}: {first_line(error)}"
+    if why_not and wanted == "unsloth":
         raise InputError(f"backend: Unsloth cannot be used: {why_not}")
-    return "transformers", why_not
+    why = "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
+    return ("transformers", why_not) if why_not else ("unsloth", why)
 
 
 def _with_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: bool, saved: Path | None) -> Any:
@@ -1779,12 +1745,12 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-    what = "config.json cannot be used"
+    there, what = Path(path).is_dir(), "config.json cannot be used"
     try:
         if (Path(path) / "config.json").is_file():  # a fault in it is not the tokenizer's
             AutoConfig.from_pretrained(path, trust_remote_code=False)
-        on_hub = "no such folder, and it cannot be loaded from a model hub"
-        what = "its tokenizer cannot be loaded" if Path(path).is_dir() else on_hub
+        what = "its tokenizer" if there else "no such folder, and it"
+        what += f" cannot be loaded{'' if there else ' from a model hub'}"
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         except (OSError, ValueError):
@@ -1815,7 +1781,7 @@ def load_model(
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     dtype = dtype or (torch.float32 if device == "cpu" else half_precision(device))
     try:
-        files = _weight_files(path)
+        fingerprint = _fingerprint(path) if weights else ""
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # a folder may name one, with code to fetch: the model's own is taken
         config._attn_implementation = None
@@ -1851,7 +1817,6 @@ def load_model(
             raise ValueError("it was not loaded in 4 bits; bitsandbytes does not work here")
         if getattr(model, "_hf_peft_config_loaded", False):  # of a hub's repository
             raise ValueError("it holds a PEFT adapter, not a model by itself; merge it into its base first")
-        fingerprint = _fingerprint(path, files) if weights else ""
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged or contradictory folder can fail in any way
@@ -1901,20 +1866,6 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _fingerprint(path: str, files: Sequence[str]) -> str:
-    """A hash of 64 numbers of each stored weight, rounded to bfloat16, whatever they are loaded as."""
-    from safetensors import safe_open
-    from transformers.utils import cached_file
-
-    samples = {}
-    for name in files:
-        with safe_open(cached_file(path, name), "pt") as file:
-            for key in file.keys():
-                some = file.get_tensor(key).flatten()[:64]  # the rest is not read
-                samples[key] = some.to(torch.bfloat16).float().tolist()
-    return _digest(sorted(samples.items()))
-
-
 def _hash_file(file: Any) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 22):
@@ -1924,12 +1875,11 @@ def _hash_file(file: Any) -> str:
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of a judge's files, by their path in its folder; not of what else may lie there."""
-    found = {}
-    for part in ("adapter", "model", "tokenizer"):
-        for path in sorted((folder / part).rglob("*")):
-            if path.suffix in (".json", ".jinja", ".safetensors") and path.is_file():
-                with open(path, "rb") as file:
-                    found[path.relative_to(folder).as_posix()] = _hash_file(file)
+    found, kinds = {}, (".json", ".jinja", ".safetensors")
+    paths = (path for part in ("adapter", "model", "tokenizer") for path in (folder / part).rglob("*"))
+    for path in sorted(path for path in paths if path.suffix in kinds and path.is_file()):
+        with open(path, "rb") as file:
+            found[path.relative_to(folder).as_posix()] = _hash_file(file)
     return found
 
 
@@ -1962,7 +1912,7 @@ def _read_saved(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 5. Losses: (B, C) -> (B,), in nats
+# 5. Losses: (B, C), (B, C) -> (B,), in nats. Each is checked: see check_distributions
 # ----------------------------------------------------------------------------------------------------------
 def check_distributions(logq: torch.Tensor, p: torch.Tensor) -> None:
     """ValueError unless the rows of logq (..., C) are log-probabilities and of p probabilities, to 1e-2."""
@@ -2006,9 +1956,7 @@ def _cross(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 @_checked
 def kl_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) = sum_c p_c (log p_c - log q_c) in nats; terms with p_c = 0 are 0. (B, C), (B, C) -> (B,).
-
-    Raises ValueError for what are no distributions (see check_distributions).
+    """KL(p || q) = sum_c p_c (log p_c - log q_c) in nats; terms with p_c = 0 are 0.
 
     >>> kl_loss(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]))
     tensor([0.6931])
@@ -2018,9 +1966,7 @@ def kl_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 @_checked
 def ce_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """CE(r, q) = -sum_c r_c log q_c in nats, r the majority label of p. (B, C), (B, C) -> (B,).
-
-    Raises ValueError for what are no distributions (see check_distributions).
+    """CE(r, q) = -sum_c r_c log q_c in nats, r the majority label of p.
 
     >>> ce_loss(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.6, 0.4]]))
     tensor([1.3863])
@@ -2032,9 +1978,8 @@ def ce_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 def rps_loss(logq: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Ranked probability score of ordered labels, less its least: sum_{k<C} (Q_k - P_k)^2, cumulative Q, P.
 
-    (B, C), (B, C) -> (B,), from 0 to C - 1; columns from the lowest label to the highest. Being wrong by two
-    labels costs more than by one, which KL does not know. Source: Epstein (1969); Gneiting and Raftery
-    (2007). Raises ValueError for what are no distributions (see check_distributions).
+    From 0 to C - 1; columns from the lowest label to the highest. Being wrong by two labels costs more than
+    by one, which KL does not know. Source: Epstein (1969); Gneiting and Raftery (2007).
 
     >>> rps_loss(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[1.0, 0.0, 0.0]]))    # 0.5^2 + 0.25^2
     tensor([0.3125])
@@ -2053,8 +1998,7 @@ def hybrid_loss(
     """alpha KL(p' || q) + (1 - alpha) CE(r, q), p' = `worst` or else p; r is that of p. -> (B,), nats.
 
     alpha = 0 is single-point training, alpha = 1 drops the cross-entropy; a term of weight 0 is left out,
-    also where it is infinite. loss: another entry of LOSSES in KL's place. Source: arXiv 2505.12301, section
-    3. Raises ValueError for what are no distributions (see check_distributions).
+    also where it is infinite. loss: another entry of LOSSES in KL's place. Source: arXiv 2505.12301, sec. 3.
     """
     cross_entropy = _cross(logq, majority(p)) if alpha < 1 else 0.0
     if alpha == 0:
@@ -2081,9 +2025,9 @@ def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------
 # 6. The adversary: the worst distribution near the human one
 # ----------------------------------------------------------------------------------------------------------
-def _working(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def _working(x: torch.Tensor) -> torch.Tensor:
     """float64 where the device has it: projections then add no error of their own to float32 inputs."""
-    return [t.to(torch.float32 if t.device.type == "mps" else torch.float64) for t in tensors]
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def project_simplex(y: torch.Tensor) -> torch.Tensor:
@@ -2091,23 +2035,13 @@ def project_simplex(y: torch.Tensor) -> torch.Tensor:
 
     It is max(y - tau, 0); tau comes from one sort (Held, Wolfe and Crowder 1974; Duchi et al. 2008).
     """
-    return _project_simplex(*_working(y)).to(y.dtype)
-
-
-def _project_simplex(y: torch.Tensor) -> torch.Tensor:
-    y = y - y.max(-1, keepdim=True).values  # a shift changes nothing but the rounding
-    u = y.sort(-1, descending=True).values
+    x = _working(y)
+    x = x - x.max(-1, keepdim=True).values  # a shift changes nothing but the rounding
+    u = x.sort(-1, descending=True).values
     excess = u.cumsum(-1) - 1
-    rank = torch.arange(1, y.shape[-1] + 1, device=y.device, dtype=y.dtype)
+    rank = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
     size = (u * rank > excess).sum(-1, keepdim=True).clamp_min(1)  # 0 only for NaN, which stays NaN
-    return (y - excess.gather(-1, size - 1) / size).clamp_min(0)
-
-
-def _radius(eps: float | torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    eps = torch.as_tensor(eps, dtype=p.dtype, device=p.device)
-    if not bool((eps >= 0).all()):
-        raise ValueError("eps must be 0 or more")
-    return eps.expand(p.shape[:-1])[..., None]
+    return (x - excess.gather(-1, size - 1) / size).clamp_min(0).to(y.dtype)
 
 
 def project_ball(y: torch.Tensor, p: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
@@ -2119,24 +2053,23 @@ def project_ball(y: torch.Tensor, p: torch.Tensor, eps: float | torch.Tensor) ->
     the squared distance is increasing, concave and piecewise linear in at most C pieces: Newton's method from
     below lands on the root in at most C steps. Raises ValueError for a negative eps.
     """
-    y_, p_ = _working(y, p)
-    return _project_ball(y_, p_, _radius(eps, p_)).to(y.dtype)
-
-
-def _project_ball(y: torch.Tensor, p: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    u = y - p
+    x, p, radius = _working(y), _working(p), torch.as_tensor(eps, dtype=_working(p).dtype)
+    if not bool((radius >= 0).all()):
+        raise ValueError("eps must be 0 or more")
+    radius = radius.to(p.device)[..., None] if radius.dim() else radius
+    u = x - p
     u = u - u.mean(-1, keepdim=True)
     steepest = (u**2).sum(-1, keepdim=True).clamp_min(1e-30)
-    t = (eps / steepest.sqrt()).clamp_max(1)  # no piece is steeper than ||u||^2
+    t = (radius / steepest.sqrt()).clamp_max(1)  # no piece is steeper than ||u||^2
     for _ in range(y.shape[-1]):
-        inside = _project_simplex(p + t * u) > 0
+        inside = project_simplex(p + t * u) > 0
         size = inside.sum(-1, keepdim=True)
         mean = (u * inside).sum(-1, keepdim=True) / size
         slope = (inside * (u - mean) ** 2).sum(-1, keepdim=True)
         fixed = (1 - (p * inside).sum(-1, keepdim=True)) ** 2 / size + (~inside * p**2).sum(-1, keepdim=True)
-        root = ((eps**2 - fixed).clamp_min(0) / slope.clamp_min(1e-30)).sqrt().clamp_max(1)
+        root = ((radius**2 - fixed).clamp_min(0) / slope.clamp_min(1e-30)).sqrt().clamp_max(1)
         t = torch.where(slope > 1e-18 * steepest, torch.maximum(t, root), t)  # at a corner x no longer moves
-    return _project_simplex(p + t * u)
+    return project_simplex(p + t * u).to(y.dtype)
 
 
 @_checked
@@ -2150,18 +2083,19 @@ def worst_case(
     q is a constant: no gradient flows through the result. At a zero of p' the gradient is -inf; it is taken
     as log(1e-12 / q) + 1, so that a zero stays zero unless q is about 1e-12 or less there. A one-hot p
     therefore does not move. KL is convex in p', so no step lowers it; p is returned where rounding makes it
-    worse. eps: a number or (B,). Raises ValueError for a negative eps, and for what are no distributions (see
-    check_distributions).
+    worse. eps: a number or (B,). Raises ValueError for a negative eps.
     """
-    logq_, p_ = _working(logq.detach(), p.detach())
-    radius, kl = _radius(eps, p_), inspect.unwrap(kl_loss)
-    if not bool((radius > 0).any()):
+    radius, kl = (
+        torch.as_tensor(eps, device=p.device if torch.is_tensor(eps) else None),
+        inspect.unwrap(kl_loss),
+    )
+    if not bool((radius != 0).any()):
         return p.detach()
-    pull = 1 - logq_.clamp_min(-1e4)  # a label the model rules out (-inf) pulls hard, but not to NaN
-    x = p_
+    logq_, p_ = _working(logq.detach()), _working(p.detach())
+    pull, x = 1 - logq_.clamp_min(-1e4), p_  # a label the model rules out (-inf) pulls hard, but not to NaN
     for _ in range(steps):
-        x = _project_ball(x + step_size * (x.clamp_min(1e-12).log() + pull), p_, radius)
-    gained = (kl(logq_, x) >= kl(logq_, p_)) & (radius[..., 0] > 0)
+        x = project_ball(x + step_size * (x.clamp_min(1e-12).log() + pull), p_, eps)
+    gained = (kl(logq_, x) >= kl(logq_, p_)) & (radius > 0)
     return torch.where(gained[..., None], x, p_).to(p.dtype)
 
 
@@ -2250,29 +2184,20 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
-        least = dict.fromkeys(
-            "eps steps step_size teacher answer learning_rate epochs lora_rank eval_every".split(), 0
+        above = "eps steps step_size teacher answer learning_rate lora_rank eval_every save_every pack_tokens"
+        least = dict.fromkeys([*above.split(), "weight_decay"], 0) | dict.fromkeys(
+            ("batch_size", "max_length"), 1
         )
-        least |= dict.fromkeys(("save_every", "pack_tokens", "weight_decay"), 0) | {
-            "batch_size": 1,
-            "max_length": 1,
-        }
-        for name, low in least.items():
-            if not low <= (value := getattr(self, name)) < math.inf:
-                raise InputError(f"{name}: must be {low} or more, not {value}")
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"alpha: must be between 0 and 1, not {self.alpha}")
-        if self.epochs == 0:
-            raise InputError("epochs: must be more than 0")
+        ranges = {name: (low, math.inf, f"{low} or more") for name, low in least.items()}
+        ranges |= {"epochs": (1e-9, math.inf, "more than 0"), "alpha": (0, 1, "between 0 and 1")}
+        ranges["seed"] = 0, 2**32 - 1, "between 0 and 4294967295"
+        for name, (low, high, words) in ranges.items():
+            if not low <= (value := getattr(self, name)) <= high or value == math.inf:
+                raise InputError(f"{name}: must be {words}, not {value}")
         if not self.out.strip():
             raise InputError("out: name a folder")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed: must be between 0 and 4294967295, not {self.seed}")
-        choices = {
-            "schedule": ("linear", "cosine", "constant"),
-            "overlong": ("error", "drop"),
-            "loss": LOSSES,
-        }
+        hints = typing.get_type_hints(Config)
+        choices = {name: typing.get_args(hints[name]) for name in ("schedule", "overlong")} | {"loss": LOSSES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: must be one of {', '.join(allowed)}, not {getattr(self, name)}")
@@ -2315,8 +2240,7 @@ class Teacher:
     """A running mean of the trained weights, float32, over the last tenth of all steps so far.
 
     mean += rate * (new - mean), rate = 10 / (10 + n) with n the steps in it, weighs step t by about t^9.
-    Source: mean teachers, Tarvainen and Valpola 2017; weights that are a power of t, Karras et al. 2024. That
-    its predictions count as votes is ours.
+    Sources: Tarvainen and Valpola 2017; weights that are a power of t, Karras et al. 2024.
     """
 
     def __init__(self, judge: Judge):
@@ -2364,11 +2288,10 @@ def train(
     """Trains the judge in place with the method's objective; returns the log, a dict a step, losses in nats.
 
     The loss of a step is the mean over its batch_size items, whatever the passes and processes (torchrun)
-    they are divided into. Two runs with one seed on one machine give the same weights. on_step: called with
-    each step's number after it. Raises InputError if the items' labels are not the judge's, a prompt is too
-    long, or config.resume finds another run's checkpoints or damaged ones only; FloatingPointError when the
-    loss or the weights are no longer finite; OSError when a checkpoint cannot be written; Stopped after
-    SIGINT or SIGTERM.
+    they are divided into. on_step: called with each step's number after it. Raises InputError if the items'
+    labels are not the judge's, a prompt is too long, or config.resume finds another run's checkpoints or
+    damaged ones only; FloatingPointError when the loss or the weights are no longer finite; OSError when a
+    checkpoint cannot be written; Stopped after SIGINT or SIGTERM.
     """
     from accelerate.utils import set_seed
     from transformers import get_scheduler
@@ -2456,7 +2379,9 @@ def train(
             row = {"epoch": progress.done / per_epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             if eval_items and progress.done % eval_every == 0:
                 with teacher.in_place() if teacher else contextlib.nullcontext():
-                    row |= evaluate_judge(judge, eval_items, items)
+                    q, mass, orders = judge_items(judge, eval_items)
+                found = evaluate(q, eval_items, train_items=items, label_mass=mass, draws=0) | orders
+                row |= {f"eval_{name}": value for name, value in found.items() if value is not None}
             progress.log(row)
             if on_step:
                 on_step(progress.done)
@@ -2492,8 +2417,7 @@ def _accelerator(judge: Judge, config: Config) -> Any:
     on_cpu, loggers = judge.device.type == "cpu" and "WORLD_SIZE" in os.environ, list(config.report_to)
     try:
         accelerator = Accelerator(cpu=on_cpu, log_with=loggers or None, project_dir=config.out)
-        there = {str(getattr(name, "value", name)) for name in accelerator.log_with}
-        if lost := sorted(set(loggers) - there):
+        if lost := sorted({*loggers} - {str(getattr(name, "value", name)) for name in accelerator.log_with}):
             raise ValueError(f"{lost[0]} is not installed")
         if loggers:
             accelerator.init_trackers("distjudge", {k: str(v) for k, v in dataclasses.asdict(config).items()})
@@ -2701,13 +2625,6 @@ def _made_from(judge: Judge, items: Sequence[Item], tested: Sequence[Item], conf
     return json.loads(json.dumps(named | {"processes": int(os.environ.get("WORLD_SIZE", 1))}))
 
 
-def evaluate_judge(judge: Judge, items: Sequence[Item], train_items: Sequence[Item]) -> dict[str, float]:
-    """evaluate() of a judge in training, its names with eval_ before them; without the noise floor."""
-    q, mass, orders = judge_items(judge, items)
-    scores = evaluate(q, items, train_items=train_items, label_mass=mass, draws=0) | orders
-    return {f"eval_{name}": value for name, value in scores.items() if value is not None}
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 8. Metrics
 # ----------------------------------------------------------------------------------------------------------
@@ -2830,8 +2747,7 @@ def modes(q: Any, labels: Sequence[str]) -> list[str]:
 def credible_sets(q: Any, labels: Sequence[str], level: float = 0.9) -> list[list[str]]:
     """For each row the fewest labels that hold `level` of the probability, (N, C) -> N lists, in label order.
 
-    Of labels that tie, the first are taken; level - 1e-6 will do, for 0.7 + 0.2 in float32 is less than 0.9.
-    Raises InputError unless 0 < level <= 1.
+    Of labels that tie, the first are taken. Raises InputError unless 0 < level <= 1.
 
     >>> credible_sets([[0.3, 0.1, 0.6]], ["a", "b", "c"], 0.9)
     [['a', 'c']]
@@ -2839,7 +2755,7 @@ def credible_sets(q: Any, labels: Sequence[str], level: float = 0.9) -> list[lis
     if not 0 < level <= 1:
         raise InputError(f"level: must be above 0 and at most 1, not {level}")
     ranked, order = torch.as_tensor(q).double().sort(dim=-1, descending=True, stable=True)
-    needed = (ranked.cumsum(-1) < level - 1e-6).sum(-1) + 1
+    needed = (ranked.cumsum(-1) < level - 1e-6).sum(-1) + 1  # 0.7 + 0.2 in float32 is less than 0.9
     chosen = [sorted(row[:n]) for row, n in zip(order.tolist(), needed.tolist(), strict=True)]
     return [[labels[c] for c in row] for row in chosen]
 
@@ -3031,8 +2947,8 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 def locked(path: str | os.PathLike) -> Iterator[None]:
     """Keeps other processes off a file, or a folder that is there, while this one writes to it.
 
-    PATH.lock (of a folder: .lock in it) holds the process's number. The system frees it when the process
-    ends, killed or not. Raises InputError that names the process which has it.
+    PATH.lock (of a folder: .lock in it) holds the process's number, for the InputError that others get. The
+    system frees it when the process ends, killed or not.
     """
     from filelock import FileLock, Timeout  # torch brings it
 
@@ -3055,10 +2971,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
 
 
 def check_out(folder: str | os.PathLike, *ours: str) -> None:
-    """Raises InputError unless a folder for results is new, empty, or an earlier run's: holds one of ours.
-
-    Files and folders whose names begin with a dot do not count.
-    """
+    """InputError unless a folder is new, empty (but for .names), or an earlier run's: holds one of ours."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out: {folder} is a file, not a folder")
@@ -3154,16 +3067,15 @@ def judge_items(
     """Probabilities (N, C), label masses (N,) and, where items are pairs, what their order did (else {}).
 
     A pair gets the mean over both orders. order_flips: the share of pairs whose top label changes with the
-    order; order_variation: the mean total variation between the two.
+    order; order_variation: their mean total variation.
     """
     logq, mass = judge.score([prompt for item in items for prompt in item.prompts], progress)
     sizes = [len(item.prompts) for item in items]
     q, flips, apart = [], [], []
-    for item, both in zip(items, logq.split(sizes), strict=True):
-        q.append(both[0].exp())
+    for item, (first, *other) in zip(items, logq.exp().split(sizes), strict=True):
+        q.append(first)
         if item.swap:
-            first = q[-1]
-            q[-1], flipped = average_orders(first, both[1].exp(), item.swap.labels)
+            q[-1], flipped = average_orders(first, *other, item.swap.labels)
             flips.append(flipped)
             apart.append((first - q[-1]).abs().sum().item())  # half of what lies between the orders
     pairs = len(flips)
@@ -3174,10 +3086,7 @@ def judge_items(
 def write_results(
     judge: Judge, items: Sequence[Item], train_items: Sequence[Item], config: Config, folder: str | Path
 ) -> dict:
-    """Judges the items, writes predictions.jsonl, metrics.json and config.json, and returns the metrics.
-
-    How a table became prompts, in card.json beside the training items, goes along.
-    """
+    """Judges the items, writes predictions.jsonl, metrics.json and config.json, and returns the metrics."""
     folder, rows = Path(folder), []
     check_out(folder, *RUN_FILES)
     folder.mkdir(parents=True, exist_ok=True)
@@ -3218,9 +3127,8 @@ def run(
 ) -> dict[str, float | None]:
     """Loads, trains, judges the test items and fills the run folder; returns the metrics.
 
-    load_judge(config.out) brings the judge back. before_training: called with the judge, training and test
-    items before the first step. InputError, before training, for what cannot be used. Of torchrun's processes
-    the first does the writing, and the others return {}.
+    before_training: called with the judge, training and test items before the first step. InputError, before
+    training, for what cannot be used. Of torchrun's processes the first writes; the others return {}.
     """
     config.check()
     check_out(config.out, *RUN_FILES)
@@ -3243,8 +3151,8 @@ def run(
 def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception], ...] = ()) -> None:
     """A script's command line: tyro reads `config` for main; an error ends in a line a problem on stderr.
 
-    Exit codes: 2 for what the user got wrong, 1 for `failures` and a run that diverges, 128 + the signal's
-    number for a run that was stopped. A reader of the output that closes it ends the script quietly.
+    Exit codes: 2 for what the user got wrong, 1 for `failures` and a run that diverges, 128 + the number of
+    the signal that stopped it. A reader that closes the output ends the script quietly.
     """
     import tyro
 

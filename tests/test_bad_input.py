@@ -260,7 +260,7 @@ FLAGS = r"""
 a seed below zero     | --seed -1                     | seed: must be between 0 and 4294967295, not -1
 a seed beyond 32 bits | --seed 4294967296             | seed: must be between
 a rate of nan         | --learning_rate nan           | learning_rate: must be 0 or more, not nan
-epochs without end    | --epochs inf                  | epochs: must be 0 or more, not inf
+epochs without end    | --epochs inf                  | epochs: must be more than 0, not inf
 no epochs             | --epochs 0                    | epochs: must be more than 0
 alpha of nan          | --alpha nan                   | alpha: must be between 0 and 1, not nan
 alpha beyond 1        | --alpha 2                     | alpha: must be between 0 and 1, not 2.0
@@ -414,8 +414,8 @@ a template in UTF-16 | write(m / TEMPLATE, b"\xff\xfe{")         | model: its to
 a fault in it      | write(m / TEMPLATE, "{{ messages[0].content }") | chat template: unexpected '}'
 one that raises    | write(m / TEMPLATE, "{{ raise_exception('only\npictures') }}") | chat template: only
 one that wants Python | write(m / TEMPLATE, "{{ ''.__class__.__mro__ }}") | chat template: access to attribute
-no message in it   | write(m / TEMPLATE, "hello")              | chat template: shows the message 0 times
-the message twice  | write(m / TEMPLATE, "{{ messages[0].content * 2 }}") | chat template: shows the message 2
+no message in it   | write(m / TEMPLATE, "hello")              | chat template: shows 0 messages in place
+the message twice  | write(m / TEMPLATE, "{{ messages[0].content * 2 }}") | chat template: shows 2 messages in
 another message    | write(m / TEMPLATE, "{{ messages[0].content|upper }}") | chat template:
 no turn of a judge | write(m / TEMPLATE, USER_ALONE)           | chat template: no such role
 no answer prefix   | write(m / TEMPLATE, TURNS) | chat template: ends a prompt without '<|judge|>', which it

@@ -533,9 +533,8 @@ def test_a_run_tokenizes_every_prompt_once(tiny_model, votes, tmp_path, monkeypa
     path = write(
         tmp_path / "items.jsonl", [{"id": i.id, "prompt": i.prompt, "counts": i.counts} for i in items]
     )
-    plain = distjudge.PromptEncoder.render_parts
-    spy = lambda self, message: asked.append(message) or plain(self, message)  # noqa: E731
-    monkeypatch.setattr(distjudge.PromptEncoder, "render_parts", spy)
+    plain = distjudge.messages_of
+    monkeypatch.setattr(distjudge, "messages_of", lambda prompt: asked.append(prompt) or plain(prompt))
     distjudge.run(Config(train=(path,), model=str(tiny_model), out=str(tmp_path / "run"), epochs=1.0))
     times = {item.prompt: asked.count(item.prompt) for item in items}
     tested = {json.loads(line)["prompt"] for line in (tmp_path / "run" / "predictions.jsonl").open()}
