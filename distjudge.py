@@ -213,9 +213,7 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
             must_match = field in ("counts", "distribution") and (labels is None or complete)
             if must_match and set(given[field]) != set(order):
                 differ = f"labels {listed(given[field])} differ from {listed(order)} of {example}"
-                wrong.append(
-                    f"{head}: {field}: {differ} (write 0 for labels without votes, or name the labels)"
-                )
+                wrong.append(f"{head}: {field}: {differ} (write 0 where none voted so, or name the labels)")
             elif unknown := sorted(set(given[field]) - set(order)):
                 text = f"unknown label {listed(unknown)}; the labels are {listed(order)}"
                 wrong.append(f"{head}: {field}: {text}")
@@ -275,7 +273,7 @@ def say_unchosen(labels: Sequence[str]) -> None:
     missing = sorted({*range(found[0], min(found[-1], found[0] + 100))} - {*found})
     if missing and found[-1] - found[0] <= 100:
         text = (
-            "the labels are %s, as found in the votes: nobody chose %s. If the scale has it, name all labels"
+            "the labels are %s, as found in the votes: nobody chose %s; name all labels if the scale has it"
         )
         log.warning(text, listed(labels), listed(missing))
 
@@ -326,9 +324,9 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
     except FileNotFoundError:
         raise InputError(f"{shown}: no such file") from None
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name
-        raise (
-            error if isinstance(error, InputError) else InputError(f"{shown}: cannot be read: {error}")
-        ) from None
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{shown}: cannot be read: {error}") from None
 
 
 LONGEST = 1 << 28  # bytes of a line, or of one JSON document
@@ -514,13 +512,10 @@ def _other_order(value: Any) -> tuple[str, dict[str, str]]:
         raise ValueError(f"{part}: {error}") from None
 
 
-_VOTES = {
-    "counts": _votes,
-    "annotations": _annotations,
-    "distribution": functools.partial(_votes, shares=True),
-}
+_SHARES = functools.partial(_votes, shares=True)
+_VOTES = {"counts": _votes, "annotations": _annotations, "distribution": _SHARES}
 _PARSERS = {"prompt": prompt_text, "id": as_label, "group": as_label, "split": _side, "swap": _other_order}
-_PARSERS |= {"truth": _VOTES["distribution"], **_VOTES}
+_PARSERS |= {"truth": _SHARES, **_VOTES}
 
 
 def parse_row(row: dict[str, Any], votes: bool = True) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -1296,13 +1291,7 @@ class Judge:
     """Tokens a forward pass, at most; halved when CUDA runs out of memory."""
 
     def __init__(
-        self,
-        model: Any,
-        encoder: PromptEncoder,
-        tokens: LabelTokens,
-        base="",
-        max_length=None,
-        spellings=None,
+        self, model: Any, encoder: PromptEncoder, tokens: Any, base="", max_length=None, spellings=None
     ):
         """base: the model's folder or hub id; max_length: tokens of a prompt, 2048 by default."""
         self.model, self.encoder, self.tokens, self.base = model, encoder, tokens, base
@@ -1394,18 +1383,16 @@ class Judge:
         logq, mass = torch.empty(len(encoded), len(self.labels)), torch.ones(len(encoded))
         todo = self.plan(encoded)[::-1]
         while todo:
-            members = todo.pop()
-            batch, fits = self.batch([encoded[i] for i in members]), True
-            try:
+            members, fits = todo.pop(), False
+            batch = self.batch([encoded[i] for i in members])
+            with contextlib.suppress(torch.OutOfMemoryError):
                 q, m = label_logprobs(self.model, batch, self.tokens, with_mass)
                 logq[members], mass[members] = q.float().cpu(), 1.0 if m is None else m.exp().float().cpu()
-            except torch.OutOfMemoryError:
-                fits = False
+                fits = True
             if fits:
                 tick(len(members))
-            else:
+            else:  # the passes still waiting are too large as well
                 self.shrink(members, batch["input_ids"].numel())
-                # the passes still waiting are too large as well
                 left = [i for group in (*todo, members) for i in group]
                 todo = [[left[i] for i in group] for group in self.plan([encoded[i] for i in left])][::-1]
         return logq, mass
@@ -1444,7 +1431,7 @@ class Judge:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for k in (
             range(0, len(prompts), 2048) if len(prompts) > 2048 else ()
-        ):  # one window stream() sees whole
+        ):  # stream() sees one window whole
             self.encode(prompts[k : k + 2048], k)
         rows = list(self.stream(prompts, progress))
         if not rows:
@@ -1501,10 +1488,9 @@ def check_model(judge: Judge) -> None:
         del batch["token_ids"]
         return model(**batch)[rows]
 
+    known = {"sliding_window", "max_window_layers", "_sliding_window_pattern"}
     try:
-        if unknown := sorted(
-            windows.keys() - {"sliding_window", "max_window_layers", "_sliding_window_pattern"}
-        ):
+        if unknown := sorted(windows.keys() - known):
             raise NotImplementedError(f"its {unknown[0]} is unknown to us")
         for training in (False, True) if judge.backend == "unsloth" else (False,):  # its masks differ
             model.train(training)
@@ -2085,10 +2071,8 @@ def worst_case(
     therefore does not move. KL is convex in p', so no step lowers it; p is returned where rounding makes it
     worse. eps: a number or (B,). Raises ValueError for a negative eps.
     """
-    radius, kl = (
-        torch.as_tensor(eps, device=p.device if torch.is_tensor(eps) else None),
-        inspect.unwrap(kl_loss),
-    )
+    kl, device = inspect.unwrap(kl_loss), p.device if torch.is_tensor(eps) else None
+    radius = torch.as_tensor(eps, device=device)
     if not bool((radius != 0).any()):
         return p.detach()
     logq_, p_ = _working(logq.detach()), _working(p.detach())
@@ -2184,10 +2168,11 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
-        above = "eps steps step_size teacher answer learning_rate lora_rank eval_every save_every pack_tokens"
-        least = dict.fromkeys([*above.split(), "weight_decay"], 0) | dict.fromkeys(
-            ("batch_size", "max_length"), 1
+        least = dict.fromkeys(
+            "eps steps step_size teacher answer learning_rate lora_rank eval_every".split(), 0
         )
+        least |= dict.fromkeys("save_every pack_tokens weight_decay".split(), 0)
+        least |= {"batch_size": 1, "max_length": 1}
         ranges = {name: (low, math.inf, f"{low} or more") for name, low in least.items()}
         ranges |= {"epochs": (1e-9, math.inf, "more than 0"), "alpha": (0, 1, "between 0 and 1")}
         ranges["seed"] = 0, 2**32 - 1, "between 0 and 4294967295"
@@ -2279,11 +2264,7 @@ class Teacher:
 
 
 def train(
-    judge: Judge,
-    items: Sequence[Item],
-    config: Config,
-    eval_items: Sequence[Item] = (),
-    on_step: Callable[[int], Any] | None = None,
+    judge: Judge, items: Sequence[Item], config: Config, eval_items: Sequence[Item] = (), on_step: Any = None
 ) -> list[dict[str, float]]:
     """Trains the judge in place with the method's objective; returns the log, a dict a step, losses in nats.
 
@@ -2346,7 +2327,7 @@ def train(
         return total
 
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    with locked(config.out) if progress.writes else contextlib.nullcontext(), progress:
+    with locked(config.out) if progress.writes else contextlib.nullcontext(), progress.running():
         while progress.done < last:
             epoch, k = divmod(progress.done, per_epoch)
             if k == 0 or progress.done == progress.first:
@@ -2434,45 +2415,45 @@ class Progress:
         self.parts, self.made_from = parts, made
         self.folder, self.log_file = Path(config.out) / "checkpoints", Path(config.out) / "log.jsonl"
         self.weights = {name: w for name, w in judge.model.named_parameters() if w.requires_grad}
-        # Unsloth's layers recompute in a way of their own
-        self.recompute = config.gradient_checkpointing and judge.backend != "unsloth"
-        self.writes, self.pack_tokens = accelerator.is_main_process, judge.pack_tokens
-        self.first, self.rows, self.signals, self.handlers = 0, [], [], {}
+        self.writes, self.first, self.rows = accelerator.is_main_process, 0, []
+        self.signals, self.handlers = [], {}
         self.last_pass: tuple[Sequence[int], int] = [], 0  # members and tokens, for when memory runs out
 
-    def __enter__(self) -> Progress:
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Takes up a checkpoint where asked, and puts back at the end what training changes."""
         from tqdm.auto import tqdm
 
-        state = newest_checkpoint(self.folder, self.made_from) if self.config.resume else None
+        judge, config, pack_tokens = self.judge, self.config, self.judge.pack_tokens
+        state = newest_checkpoint(self.folder, self.made_from) if config.resume else None
         if state:
             self._take_up(state)
         if self.writes:
             write_lines(self.log_file, map(json.dumps, self.rows))
-            for path in [] if self.config.resume else self.folder.glob("step-*"):
+            for path in [] if config.resume else self.folder.glob("step-*"):
                 path.unlink()
         self.done = self.first
-        self.judge.pack_tokens = self.config.pack_tokens or self.judge.pack_tokens
-        if state:
-            self.judge.pack_tokens = state["pack_tokens"]
-        if self.recompute:
-            kind = {"use_reentrant": False}
-            self.judge.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
+        judge.pack_tokens = state["pack_tokens"] if state else config.pack_tokens or pack_tokens
+        # Unsloth's layers recompute in a way of their own
+        if recompute := config.gradient_checkpointing and judge.backend != "unsloth":
+            judge.model.gradient_checkpointing_enable({"use_reentrant": False})
         if threading.current_thread() is threading.main_thread():
             self.handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        length = {"total": self.last, "initial": self.done, "unit": "step"}
-        self.bar = tqdm(**length, desc="training", disable=not self.writes)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.close()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.judge.pack_tokens = self.pack_tokens
-        self.judge.model.eval()
-        if self.recompute:
-            self.judge.model.gradient_checkpointing_disable()
+        self.bar = tqdm(
+            total=self.last, initial=self.done, unit="step", desc="training", disable=not self.writes
+        )
+        try:
+            yield
+        finally:
+            self.bar.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            judge.pack_tokens = pack_tokens
+            judge.model.eval()
+            if recompute:
+                judge.model.gradient_checkpointing_disable()
 
     def _note(self, number: int, frame: Any) -> None:
         self.signals.append(number)
@@ -2657,8 +2638,8 @@ def noise_floor(items: Sequence[Item]) -> float | None:
     Exact where every item's `truth` is known. Else the mean entropy of the unknown truths less that of the
     votes. The former is estimated: for each label a mixture of 30 Beta distributions is fitted to its counts,
     and each item has its posterior mean of -p log p (empirical Bayes, Robbins 1956). None where no item has
-    two votes: then nothing tells disagreement from noise. On 14 kinds of simulated panels of 1,000 items it
-    was off by up to 0.11 nats with two votes an item, 0.06 with three, 0.025 with five, 0.01 with twenty.
+    two votes: then nothing tells disagreement from noise. On simulated panels it was off by up to 0.11 nats
+    with two votes an item, 0.06 with three, 0.025 with five, 0.01 with twenty.
     """
     counts, p, truth = counts_of(items), shares_of(items), truths_of(items)
     if truth is not None:
@@ -2809,9 +2790,8 @@ def bootstrap(
     The bootstrap-t: groups are drawn with replacement, the same for both methods, and a draw's distance from
     the mean is divided by its own standard error (infinitesimal jackknife, at least a fifth of the sample's).
     To it comes Student's t, S - 1 degrees of freedom, times the standard error over runs (paired by seed): so
-    the interval speaks of new items and, with two runs or more, of new seeds. With 5 to 30 groups 93 to 96 %
-    of simulated intervals held the true mean of normal groups, 90 to 95 % of skewed or uneven ones, 87 to 93
-    % of log-normal ones. Groups all alike have no width. Source: Efron and Tibshirani (1993), chapter 12.
+    the interval speaks of new items and, with two runs or more, of new seeds. Groups all alike have no width.
+    Coverage with few groups: plots/results/README.md. Source: Efron and Tibshirani (1993), chapter 12.
     """
     methods = [scores] if other is None else [scores, other]
     shapes = [list(method.shape) for method in methods]
@@ -2994,15 +2974,16 @@ def load_data(config: Config) -> tuple[list[Item], list[Item]]:
         raise InputError("train: name a file of training items")
     labels = list(config.labels) or None
     items = load_items(*config.train, labels=labels)
+    side = lambda some, name: [item for item in some if item.split == name]  # noqa: E731
     if config.test:
         test = load_items(*config.test, labels=labels or labels_of(items), complete=labels is None)
-        if wrong := [i for i in items if i.split == "test"] + [i for i in test if i.split == "train"]:
+        if wrong := side(items, "test") + side(test, "train"):
             split = wrong[0].split
             raise InputError(f"{wrong[0].named}: split: is {split}, but --{split} names the {split} items")
     elif any(item.split for item in items):
-        if unplaced := [item for item in items if not item.split]:
+        if unplaced := side(items, None):
             raise InputError(f"{unplaced[0].named}: split: missing, though other items have one")
-        items, test = [i for i in items if i.split == "train"], [i for i in items if i.split == "test"]
+        items, test = side(items, "train"), side(items, "test")
         if not items or not test:
             raise InputError(f"{config.train[0]}: split: there must be both train and test items")
     else:
@@ -3037,10 +3018,10 @@ def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) ->
         first = f"{items[over[0]].named}: prompt: {lengths[over[0]]} tokens"
         limit = f"longer than max_length {most} (the longest has {max(lengths)})"
         raise InputError(f"{first}; {found} are {limit}; raise --max_length or use --overlong drop")
-    if over:
-        print(f"dropped {found} longer than {most} tokens")
     if len(over) == len(items):
         raise InputError(f"no {what} items are left within max_length {most}")
+    if over:
+        print(f"dropped {found} longer than {most} tokens")
     return [item for item, length in zip(items, lengths, strict=True) if length <= most]
 
 
@@ -3090,20 +3071,21 @@ def write_results(
     folder, rows = Path(folder), []
     check_out(folder, *RUN_FILES)
     folder.mkdir(parents=True, exist_ok=True)
+    # how a table became prompts goes along
     card = Path(config.train[0]).with_name("card.json") if config.train else folder / "card.json"
-    about = parse_json(card.read_bytes())[0] if card.is_file() else {}
+    own = parse_json(card.read_bytes())[0].get("own") if card.is_file() else None
     (folder / "card.json").unlink(missing_ok=True)
-    if about.get("own"):
-        write_json(folder / "card.json", {"own": about["own"]})
-    probabilities, mass, orders = judge_items(judge, items, progress=True)
-    for item, q, m in zip(items, probabilities.tolist(), mass.tolist(), strict=True):
-        row = {"id": item.id, "counts": item.counts, "predicted": dict(zip(judge.labels, q, strict=True))}
-        row |= {"label_mass": m, "prompt": item.prompt}
-        row |= {name: value for name in ("group", "truth") if (value := getattr(item, name)) is not None}
+    if own:
+        write_json(folder / "card.json", {"own": own})
+    q, mass, orders = judge_items(judge, items, progress=True)
+    for item, predicted, m in zip(items, q.tolist(), mass.tolist(), strict=True):
+        predicted = dict(zip(judge.labels, predicted, strict=True))
+        row = {"id": item.id, "counts": item.counts, "predicted": predicted, "label_mass": m}
+        known = {"prompt": item.prompt, "group": item.group, "truth": item.truth}
+        row |= {name: value for name, value in known.items() if value is not None}
         rows.append(json.dumps(row, ensure_ascii=False))
     write_lines(folder / "predictions.jsonl", rows)
-    metrics = evaluate(probabilities, items, train_items=train_items, label_mass=mass)
-    metrics |= orders
+    metrics = evaluate(q, items, train_items=train_items, label_mass=mass) | orders
     write_json(folder / "metrics.json", metrics)
     about = {"labels": judge.labels, "prompt_hash": prompt_hash(judge), "versions": versions()}
     about |= {"items": {"train": len(train_items), "test": len(items)}}

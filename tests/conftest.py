@@ -131,3 +131,16 @@ def votes():
         return distjudge.load_items(rows)
 
     return make
+
+
+@pytest.fixture
+def items_file(votes, tmp_path):
+    """A factory of n items and a file of them."""
+    import json
+
+    def make(n):
+        rows = [{"id": item.id, "prompt": item.prompt, "counts": item.counts} for item in votes(n)]
+        (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return votes(n), tmp_path / "items.jsonl"
+
+    return make

@@ -35,19 +35,14 @@ def hard_cases(rows, seed):
     for labels in (2, 3, 5, 8):
         for kind in ("dense", "sparse", "one-hot", "uniform"):
             p = distributions(draw, rows, labels, kind)
-            y = (
-                p
-                + torch.randn(rows, labels, generator=draw, dtype=torch.float64)
-                * T([0.02, 0.3, 3.0, 30.0]).double()[torch.arange(rows) % 4, None]
-            )
+            width = T([0.02, 0.3, 3.0, 30.0]).double()[torch.arange(rows) % 4, None]
+            y = p + torch.randn(rows, labels, generator=draw, dtype=torch.float64) * width
             y[0] = p[0]  # nothing to do
             y[1] = 1.0  # a tie of all coordinates
             y[2] = p[2] + 5.0  # a shift alone
             y[3, :2] = y[3].max() + 1  # a tie at the top
-            eps = (
-                torch.rand(rows, generator=draw, dtype=torch.float64)
-                * T([0.0, 0.05, 0.25, 2.0]).double()[torch.randint(4, (rows,), generator=draw)]
-            )
+            eps = torch.rand(rows, generator=draw, dtype=torch.float64)
+            eps *= T([0.0, 0.05, 0.25, 2.0]).double()[torch.randint(4, (rows,), generator=draw)]
             cases.append((y, p, eps))
     return cases
 
@@ -56,9 +51,8 @@ def solver_projection(y, p, eps):
     """The same by a convex solver. Its default tolerance leaves x off by 5e-4: hence 1e-12."""
     x = cvxpy.Variable(len(y))
     limits = [x >= 0, cvxpy.sum(x) == 1] + ([cvxpy.norm(x - p) <= eps] if eps is not None else [])
-    problem = cvxpy.Problem(
-        cvxpy.Minimize(cvxpy.sum_squares(x - (y - y.mean()))), limits
-    )  # a shift of y moves no minimum
+    goal = cvxpy.Minimize(cvxpy.sum_squares(x - (y - y.mean())))  # a shift of y moves no minimum
+    problem = cvxpy.Problem(goal, limits)
     problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
     return x.value
 
@@ -94,11 +88,8 @@ def test_projections_are_in_the_set_idempotent_and_never_beaten(dtype):
 
 
 def test_projections_by_hand():
-    assert project_simplex(T([[0.6, 0.6], [2.0, 0.0], [-1.0, -3.0]])).tolist() == [
-        [0.5, 0.5],
-        [1.0, 0.0],
-        [1.0, 0.0],
-    ]
+    corners = project_simplex(T([[0.6, 0.6], [2.0, 0.0], [-1.0, -3.0]]))
+    assert corners.tolist() == [[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]
     p, y = T([[0.5, 0.5]]), T([[1.0, 0.0]])
     step = 0.1 / math.sqrt(2)
     assert project_ball(y, p, 0.1)[0].tolist() == pytest.approx([0.5 + step, 0.5 - step])
@@ -107,23 +98,18 @@ def test_projections_by_hand():
     both = project_ball(y.repeat(2, 1), p.repeat(2, 1), T([0.0, 0.1]))
     assert both[0].tolist() == [0.5, 0.5] and both[1].tolist() == pytest.approx([0.5 + step, 0.5 - step])
     # with p on an edge the way out of the simplex is cut: the third coordinate stays 0
-    assert project_ball(T([[0.8, 0.4, -9.0]]), T([[0.5, 0.5, 0.0]]), 0.1)[0].tolist() == pytest.approx(
-        [0.5 + step, 0.5 - step, 0.0]
-    )
+    edge = project_ball(T([[0.8, 0.4, -9.0]]), T([[0.5, 0.5, 0.0]]), 0.1)
+    assert edge[0].tolist() == pytest.approx([0.5 + step, 0.5 - step, 0.0])
     with pytest.raises(ValueError, match="eps must be 0 or more"):
         project_ball(y, p, -0.1)
 
 
+kinds, radii = st.sampled_from(["dense", "sparse", "one-hot", "uniform"]), st.floats(0, 1.5)
+steps, sizes, scales = st.integers(0, 8), st.sampled_from([0.01, 0.05, 1.0]), st.sampled_from([1.0, 20, 300])
+
+
 @settings(max_examples=150, deadline=None)
-@given(
-    st.integers(2, 8),
-    st.integers(0, 10**6),
-    st.sampled_from(["dense", "sparse", "one-hot", "uniform"]),
-    st.floats(0, 1.5),
-    st.integers(0, 8),
-    st.sampled_from([0.01, 0.05, 1.0]),
-    st.sampled_from([1.0, 20.0, 300.0]),
-)
+@given(st.integers(2, 8), st.integers(0, 10**6), kinds, radii, steps, sizes, scales)
 def test_the_adversary_stays_near_and_never_lowers_the_loss(labels, seed, kind, eps, steps, step_size, scale):
     draw = torch.Generator().manual_seed(seed)
     p = distributions(draw, 16, labels, kind).float()
@@ -131,17 +117,14 @@ def test_the_adversary_stays_near_and_never_lowers_the_loss(labels, seed, kind, 
     worst = worst_case(logq, p, eps, steps, step_size)
     assert torch.isfinite(worst).all() and (worst >= 0).all() and ((worst.sum(1) - 1).abs() < 1e-6).all()
     assert ((worst - p).norm(dim=1) <= eps + 1e-6).all()
-    assert (
-        kl_loss(logq.double(), worst.double()) >= kl_loss(logq.double(), p.double()) - 1e-5 * (1 + scale)
-    ).all()
+    gained = kl_loss(logq.double(), worst.double()) - kl_loss(logq.double(), p.double())
+    assert (gained >= -1e-5 * (1 + scale)).all()
 
 
 def test_each_step_of_the_ascent_is_worth_taking():
     draw = torch.Generator().manual_seed(0)
-    p, logq = (
-        distributions(draw, 500, 3, "dense"),
-        torch.randn(500, 3, generator=draw, dtype=torch.float64).log_softmax(1),
-    )
+    p = distributions(draw, 500, 3, "dense")
+    logq = torch.randn(500, 3, generator=draw, dtype=torch.float64).log_softmax(1)
     losses = [kl_loss(logq, worst_case(logq, p, 0.25, steps)) for steps in range(8)]
     assert torch.equal(losses[0], kl_loss(logq, p))
     for before, after in itertools.pairwise(losses):

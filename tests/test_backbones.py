@@ -318,12 +318,7 @@ def test_a_model_that_says_other_things_is_refused(tiny_model, nli, tmp_path, mo
     assert not (tmp_path / "run").exists() and "passes" in capsys.readouterr().out  # the page came first
     judge, items = load_judge(tiny_model, ["yes", "no"]), distjudge.load_items(nli)[:4]
     stays, learns = "so it will stay without --answer 1", "training teaches it to answer with one"
-    cases = (
-        (0.3, 0.0, 0.01, stays),
-        (0.7, 0.0, 0.01, ""),
-        (0.3, 0.0, 0.0, stays),
-        (0.001, 1.0, 0.01, learns),
-    )
+    cases = (0.3, 0.0, 0.01, stays), (0.7, 0.0, 0.01, ""), (0.3, 0.0, 0.0, stays), (0.001, 1.0, 0.01, learns)
     for mass, answer, least, warned in cases:
         monkeypatch.setattr(judge, "score", lambda prompts, mass=mass: (None, torch.full((4,), mass)))
         caplog.clear()

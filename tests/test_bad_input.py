@@ -480,9 +480,8 @@ def test_what_a_file_brings_cannot_steer_a_terminal(tiny_model, capsys, monkeypa
     with pytest.raises(SystemExit):
         distjudge.cli(main, dataclasses.make_dataclass("Nothing", []))
     said += capsys.readouterr().err
-    assert (
-        not set(said) & set(marks.replace("[31m", "").replace(" ", "")) and "no such file\nand more" in said
-    )
+    odd = set(marks.replace("[31m", "").replace(" ", ""))
+    assert not set(said) & odd and "no such file\nand more" in said
 
 
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
@@ -502,13 +501,7 @@ def test_templates_without_control_tokens_are_told_of(tiny_tokenizer, caplog):
         assert all(words in caplog.text for words in told) and bool(caplog.text) == bool(told)
 
 
-# --- the list, and what a user sees -----------------------------------------------------------------------
-def test_each_class_of_input_has_thirty_kinds_and_none_twice():
-    for table in (ITEMS + LEGAL, OWN + PUBLISHED, FLAGS, MODELS + JUDGES):
-        lines = [line.split(" | ", 1)[1] for line in table.splitlines() if line]
-        assert len(lines) >= 30 and len(set(lines)) == len(lines)
-
-
+# --- what a user sees -------------------------------------------------------------------------------------
 SEEN = """
 UTF-16     | recipes/tiny.py --train x.jsonl --out o | x.jsonl: is UTF-16 or no text at all; save it as UTF-8
 a long number | data/prepare.py own --raw t.csv --text text --label v --out o | t.csv: row 4: v: mixed

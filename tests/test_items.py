@@ -2,16 +2,12 @@
 
 import gzip
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import distjudge
 from distjudge import InputError, labels_of, load_items, split_items
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"id": "a", "prompt": "Is it?", "counts": {"yes": 3, "no": 2}}
 ONE = {"a": 1, "b": 0}
 
@@ -229,15 +225,6 @@ def test_every_problem_is_listed_twenty_at_most(tmp_path):
     again = {"id": "a", "prompt": "", "counts": {"yes": 1, "no": 0}}
     assert refusal([GOOD, again], tmp_path).count("duplicate") == 1
     assert "\n" not in refusal([GOOD | {"id": "two\nlines", "prompt": ""}], tmp_path)
-
-
-def test_the_command_line_ends_in_one_line_and_exit_code_2(tmp_path):
-    path = write(tmp_path / "votes.jsonl", [GOOD, {"id": "z", "prompt": "x", "counts": {"yes": -1, "no": 1}}])
-    command = [sys.executable, ROOT / "recipes" / "tiny.py", "--train", path, "--out", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wrong = "the value of 'yes' must be a whole number from 0 to a billion, not -1"
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert done.stderr == f"error: {path}:2: item 'z': counts: {wrong}\n"
 
 
 # --- splitting, and keeping apart -------------------------------------------------------------------------

@@ -187,6 +187,7 @@ def test_labels_on_real_tokenizers(real_tokenizer):
         (["a", "b"], {"a": [""]}, "is empty"),
         (["a", "b"], {"a": ["x"], "b": ["x"]}, "same tokens"),
         (["yes", "<|end|>"], None, "is a control token"),
+        (["yes", "no"], {"yes": "yes,yeah"}, "label 'yes': a list of texts is needed, not one text"),
     ],
 )
 def test_labels_that_cannot_be_read_are_refused(tiny_tokenizer, labels, spellings, words):
@@ -230,17 +231,6 @@ def test_whole_labels_are_read_exactly(tiny_model):
         scores = torch.tensor([one, ten, numpy.logaddexp(*two)], dtype=torch.float32)
         assert torch.allclose(logq[i], scores.log_softmax(0), atol=1e-5)
         assert torch.allclose(mass[i], scores.exp().sum(), atol=1e-6)
-
-
-def test_judgments_do_not_depend_on_batch_order_or_padding(tiny_model):
-    for labels in (["1", "10"], YES_NO):
-        judge = load_judge(tiny_model, labels)
-        one_by_one = numpy.concatenate([judge.predict([text]) for text in TEXTS])
-        for packs, tokens in ((True, 1024), (True, 60), (False, 1024), (False, 150)):
-            judge.packs, judge.pack_tokens = packs, tokens
-            assert numpy.abs(judge.predict(TEXTS) - one_by_one).max() < 1e-6
-            assert numpy.abs(judge.predict(TEXTS[::-1])[::-1] - one_by_one).max() < 1e-6
-    assert numpy.abs(one_by_one[0] - one_by_one[1]).max() > 1e-3  # and they do depend on the prompt
 
 
 def test_label_rows_equal_the_architectures_own_logits(architecture):
@@ -497,39 +487,24 @@ def test_the_saved_template_is_used_and_not_rendered_again(tiny_model, tmp_path,
     assert load_judge(tmp_path / "run").encode(["Hi"]) == judge.encode(["Hi"])
 
 
-def test_what_cannot_be_loaded_is_refused_in_one_line(tiny_model, tmp_path):
-    (tmp_path / "empty").mkdir()
-    cases = [(tmp_path / "none", "no such folder"), (tmp_path / "empty", "cannot be loaded")]
-    for path, words in [*cases, ("no-such-owner/no-such-model", "cannot be loaded")]:
-        with pytest.raises(InputError, match=words) as error:
-            load_judge(path, YES_NO)
-        assert "\n" not in str(error.value) and str(path) in str(error.value)
-    with pytest.raises(InputError, match=r"needs labels"):
+def test_a_model_needs_labels(tiny_model):
+    with pytest.raises(InputError, match="needs labels"):
         load_judge(tiny_model)
 
 
 def test_a_folder_of_another_judge_leaves_nothing_in_the_new_one(tiny_model, tiny_tokenizer, tmp_path):
     """A chat template that stayed behind would be the new judge's."""
-    import copy
-
     from transformers import Qwen2ForCausalLM
 
     save_judge(load_judge(tiny_model, ["yes", "no"], lora_rank=0), tmp_path / "run")
     assert (tmp_path / "run" / "model").is_dir()
     plain = copy.deepcopy(tiny_tokenizer)
     plain.chat_template = None
-    other = distjudge.make_judge(
-        Qwen2ForCausalLM.from_pretrained(tiny_model), plain, ["yes", "no"], lora_rank=0
-    )
+    model = Qwen2ForCausalLM.from_pretrained(tiny_model)
+    other = distjudge.make_judge(model, plain, ["yes", "no"], lora_rank=0)
     save_judge(other, tmp_path / "run")
     again = load_judge(tmp_path / "run")
-    assert (
-        again.encode(["Hi"]) == other.encode(["Hi"]) != load_judge(tiny_model, ["yes", "no"]).encode(["Hi"])
-    )
+    first = load_judge(tiny_model, YES_NO)
+    assert again.encode(["Hi"]) == other.encode(["Hi"]) != first.encode(["Hi"])
     save_judge(load_judge(tiny_model, ["yes", "no"], lora_rank=2), tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
-
-
-def test_spellings_are_lists_of_texts(tiny_model):
-    with pytest.raises(InputError, match="label 'yes': a list of texts is needed, not one text"):
-        load_judge(tiny_model, ["yes", "no"], spellings={"yes": "yes,yeah"})

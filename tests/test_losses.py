@@ -1,6 +1,5 @@
 """Losses: values by hand, zeros and one-hot targets, ties, gradients, arguments that are no distributions."""
 
-import inspect
 import math
 
 import distjudge
@@ -8,8 +7,6 @@ from distjudge import ce_loss, hybrid_loss, kl_loss, majority, rps_loss, shrink_
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 T = torch.tensor
 
@@ -19,16 +16,6 @@ def test_kl_by_hand():
     p = T([[0.5, 0.25, 0.25], [0.2, 0.3, 0.5], [0.0, 1.0, 0.0]], dtype=torch.float64)
     expected = [0.5 * math.log(2) - 0.25 * math.log(2), 0.0, math.log(10)]
     assert kl_loss(q.log(), p).tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_kl_agrees_with_scipy():
-    from scipy.stats import entropy
-
-    draw = torch.Generator().manual_seed(0)
-    p, q = (torch.rand(50, 4, generator=draw, dtype=torch.float64).pow(3) for _ in range(2))
-    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
-    theirs = entropy(p.numpy(), q.numpy(), axis=1).tolist()
-    assert kl_loss(q.log(), p).tolist() == pytest.approx(theirs, abs=1e-12)
 
 
 def test_zeros_cost_nothing_unless_people_chose_the_label():
@@ -72,9 +59,8 @@ def test_a_loss_that_gives_no_number_an_item_is_refused(monkeypatch):
     p, logq = T([[0.6, 0.3, 0.1]] * 3), T([[0.3, 0.3, 0.4]] * 3).log()
     for reduce in (torch.sum, torch.mean, lambda x: x):  # a sum would be added to every item's cross-entropy
         monkeypatch.setitem(distjudge.LOSSES, "own", lambda q, p, reduce=reduce: reduce((q.exp() - p) ** 2))
-        with pytest.raises(
-            distjudge.InputError, match=r"'own' gives a tensor \(.*one number an item, \(3,\)"
-        ):
+        message = r"'own' gives a tensor \(.*one number an item, \(3,\)"
+        with pytest.raises(distjudge.InputError, match=message):
             hybrid_loss(logq, p, 0.8, loss="own")
 
 
@@ -83,30 +69,9 @@ def test_gradient_of_kl_is_q_minus_p_also_at_one_hot_targets():
     z = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     kl_loss(z.log_softmax(1), p).sum().backward()
     assert torch.allclose(z.grad, z.detach().softmax(1) - p, atol=1e-12)
-    for loss in (lambda z: hybrid_loss(z.log_softmax(1), p, 0.7), lambda z: rps_loss(z.log_softmax(1), p)):
-        assert torch.autograd.gradcheck(loss, (z.detach().requires_grad_(),))
     sure = T([[200.0, 0.0, -200.0]], requires_grad=True)
     rps_loss(sure.log_softmax(1), T([[0.0, 0.0, 1.0]])).sum().backward()
     assert torch.isfinite(sure.grad).all()
-
-
-dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(2, 7), st.integers(0, 10**6), dtypes, st.sampled_from([1.0, 30.0]))
-def test_finite_and_not_negative_in_every_precision(labels, seed, dtype, scale):
-    draw = torch.Generator().manual_seed(seed)
-    counts = torch.randint(0, 3, (8, labels), generator=draw)
-    counts[:, seed % labels] += 1
-    p = (counts / counts.sum(1, keepdim=True)).to(dtype)
-    z = (scale * torch.randn(8, labels, generator=draw)).requires_grad_()
-    kl, ce, hybrid = (inspect.unwrap(loss) for loss in (kl_loss, ce_loss, hybrid_loss))
-    logq = z.log_softmax(1).to(dtype)  # whose rows add up to 1 only as far as the precision goes
-    for loss in (kl(logq, p), ce(logq, p), hybrid(logq, p, 0.5)):
-        assert loss.shape == (8,) and torch.isfinite(loss).all() and (loss > -0.02).all()
-    kl(logq, p).sum().backward()
-    assert torch.isfinite(z.grad).all()
 
 
 def test_rps_by_hand_and_as_the_mean_over_votes_less_its_least():
@@ -137,25 +102,14 @@ def test_shrunk_votes_by_hand_and_their_gradient():
 
 
 LOGQ, P = T([[0.5, 0.25, 0.25]] * 2).log(), T([[0.6, 0.4, 0.0], [1.0, 0.0, 0.0]])
-LOSSES = {
-    "kl_loss": kl_loss,
-    "ce_loss": ce_loss,
-    "rps_loss": rps_loss,
-    "hybrid_loss": lambda logq, p: hybrid_loss(logq, p, 0.8),
-    "worst_case": lambda logq, p: worst_case(logq, p, 0.25),
-}
+LOSSES = {"kl_loss": kl_loss, "ce_loss": ce_loss, "rps_loss": rps_loss}
+LOSSES |= {"hybrid_loss": lambda logq, p: hybrid_loss(logq, p, 0.8)}
+LOSSES |= {"worst_case": lambda logq, p: worst_case(logq, p, 0.25)}
+LOGITS, COUNTS = T([[2.0, -1.0, 0.5]] * 2), T([[3.0, 2.0, 0.0], [5.0, 0.0, 0.0]])
 WRONG = {
-    "raw logits": (
-        T([[2.0, -1.0, 0.5]] * 2),
-        P,
-        "logq: wanted are log-probabilities .* a row .2.0, -1.0, 0.5.",
-    ),
+    "raw logits": (LOGITS, P, "logq: wanted are log-probabilities .* a row .2.0, -1.0, 0.5."),
     "probabilities for log-probabilities": (LOGQ.exp(), P, "logq: wanted are log-probabilities"),
-    "counts": (
-        LOGQ,
-        T([[3.0, 2.0, 0.0], [5.0, 0.0, 0.0]]),
-        "p: wanted are probabilities .* a row .3.0, 2.0, 0.0.",
-    ),
+    "counts": (LOGQ, COUNTS, "p: wanted are probabilities .* a row .3.0, 2.0, 0.0."),
     "swapped": (P, LOGQ, r"logq: wanted are .* the order is \(logq, p\)"),
     "negative shares": (LOGQ, T([[1.2, -0.2, 0.0]] * 2), "p: wanted are probabilities"),
     "not numbers": (LOGQ, T([[math.nan, 0.5, 0.5]] * 2), "p: wanted are probabilities"),

@@ -158,9 +158,8 @@ def worth(kind, votes, size, seed, noise, group=1):
     said = draw.dirichlet([1] * 5, size // group).repeat(group, 0)
     q = (1 - noise) * truth + noise * said
     items = panel(draw.multinomial(votes, truth).tolist())
-    items = [
-        dataclasses.replace(item, group=None if group == 1 else i // group) for i, item in enumerate(items)
-    ]
+    names = [None if group == 1 else i // group for i in range(size)]
+    items = [dataclasses.replace(item, group=name) for item, name in zip(items, names, strict=True)]
     return (1 - (truth**2).sum(1)), ((q - truth) ** 2).sum(1), survey_equivalence(q, items, 400)
 
 
@@ -254,20 +253,13 @@ def test_bootstrap_agrees_with_a_bootstrap_t_in_numpy(case):
         return numpy.sqrt(((z.prod(1) - r / 2 * (z**2).sum(1)) ** 2).mean() / len(x))
 
     def error_of_ratio(x):
-        return (
-            numpy.sqrt(((x[:, 0] - x[:, 1] * x[:, 0].mean() / x[:, 1].mean()) ** 2).mean() / len(x))
-            / x[:, 1].mean()
-        )
+        a, b = x.T
+        return numpy.sqrt(((a - b * a.mean() / b.mean()) ** 2).mean() / len(x)) / b.mean()
 
-    ratio = torch.stack([scores["kl"], scores["brier"]], 1)
+    ratio, both = torch.stack([scores["kl"], scores["brier"]], 1), scores["mean_correlation"]
     for ours, x, statistic, error in (
         (scores["kl"], scores["kl"], numpy.mean, lambda x: x.std() / math.sqrt(len(x))),
-        (
-            scores["mean_correlation"],
-            scores["mean_correlation"][:, :2],
-            lambda x: stats.pearsonr(*x.T)[0],
-            error_of_r,
-        ),
+        (both, both[:, :2], lambda x: stats.pearsonr(*x.T)[0], error_of_r),
         (ratio, ratio, lambda x: x[:, 0].mean() / x[:, 1].mean(), error_of_ratio),
     ):
         found = bootstrap(ours[None], draws=4000)
@@ -304,9 +296,9 @@ def test_coverage_with_few_groups(kind, groups, least):
         effect = torch.randn(groups, generator=draw) + 1
         if kind != "normal":
             effect = -torch.rand(groups, generator=draw).log()
-        size = (
-            torch.full((groups,), 3) if kind != "uneven" else torch.randint(1, 13, (groups,), generator=draw)
-        )
+        size = torch.full((groups,), 3)
+        if kind == "uneven":
+            size = torch.randint(1, 13, (groups,), generator=draw)
         name = torch.arange(groups).repeat_interleave(size)
         found = bootstrap(effect[name][None].double(), groups=name.tolist(), draws=400)
         covered += found["low"] <= 1 <= found["high"]
@@ -363,8 +355,7 @@ def test_bootstrap_without_two_groups_or_with_other_shapes():
             bootstrap(*wrong)
 
 
-def test_training_items_with_labels_in_another_order_are_refused():
-    """Their marginal would be read with the wrong columns."""
+def test_training_items_with_labels_in_another_order_are_refused():  # else the wrong columns would be read
     rows = [{"prompt": "p", "counts": {"a": 3, "b": 1}}]
     items, turned = (distjudge.load_items(rows, labels=labels) for labels in (["a", "b"], ["b", "a"]))
     assert evaluate([[0.5, 0.5]], items, train_items=items, draws=0)["kl_marginal"] == pytest.approx(0)

@@ -305,6 +305,7 @@ def test_training_with_packs_without_and_in_small_ones_is_the_same(tiny_model, v
         judge = load_judge(tiny_model, ["1", "2", "3"], lora_rank=4)
         judge.packs = packs
         after.append(trained(judge, votes(20), out=str(tmp_path), epochs=2.0, **changes))
+        assert not judge.model.is_gradient_checkpointing
     for weights, losses in after[1:]:
         assert torch.allclose(weights, after[0][0], atol=2e-5)
         assert losses == pytest.approx(after[0][1], abs=1e-5)

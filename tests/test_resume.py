@@ -46,6 +46,17 @@ def go(tiny_model, votes, tmp_path):
     return run
 
 
+@pytest.fixture
+def stopped(go):
+    """go(), stopped after so many steps."""
+
+    def run(out, stop, **changes):
+        with pytest.raises(KeyboardInterrupt):
+            go(out, stop, **changes)
+
+    return run
+
+
 def checkpoints(folder):
     return distjudge.checkpoints_in(folder / "checkpoints")
 
@@ -58,23 +69,21 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_stopped_anywhere_it_goes_on_to_the_same_bits(go, tmp_path):
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(go, stopped, tmp_path):
     whole, log = go("whole")
     assert steps(tmp_path / "whole") == [10, 9] and log == lines(tmp_path / "whole")
     assert [row["step"] for row in log] == list(range(1, 11))
     for stop in (1, 2, 4, 5, 9):  # before the first checkpoint, at an epoch's last step, and between
-        with pytest.raises(KeyboardInterrupt):
-            go(f"s{stop}", stop)
+        stopped(f"s{stop}", stop)
         again, log_again = go(f"s{stop}", resume=True)
         assert torch.equal(again, whole) and log_again == log == lines(tmp_path / f"s{stop}")
 
 
 @pytest.mark.parametrize("method", [{}, TEACHER])
-def test_with_checkpoints_now_and_then(go, tmp_path, method):
+def test_with_checkpoints_now_and_then(go, stopped, tmp_path, method):
     settings = {"schedule": "cosine", **method, "save_every": 3}
     whole, log = go("whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        go("stopped", 8, **settings)
+    stopped("stopped", 8, **settings)
     assert steps(tmp_path / "stopped") == [6, 3]
     again, log_again = go("stopped", **settings, resume=True)
     assert torch.equal(again, whole) and log_again == log
@@ -84,31 +93,28 @@ def test_with_checkpoints_now_and_then(go, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", [{}, TEACHER])
-def test_dropout_goes_on_with_the_numbers_it_would_have_drawn(go, method):
+def test_dropout_goes_on_with_the_numbers_it_would_have_drawn(go, stopped, method):
     whole, log = go("whole", dropout=0.5, **method)
     assert not torch.equal(whole, go("without", **method)[0])
-    with pytest.raises(KeyboardInterrupt):
-        go("stopped", 6, dropout=0.5, **method)
+    stopped("stopped", 6, dropout=0.5, **method)
     again, log_again = go("stopped", dropout=0.5, **method, resume=True)
     assert torch.equal(again, whole) and log_again == log
 
 
-def test_passes_that_have_shrunk_stay_small(go):
+def test_passes_that_have_shrunk_stay_small(go, stopped):
     """As after running out of memory; other passes would be other roundings."""
     seen = {}
     at = {3: lambda judge: setattr(judge, "pack_tokens", 40)}
     whole, log = go("whole", at=at)
-    with pytest.raises(KeyboardInterrupt):
-        go("stopped", 6, at=at)
+    stopped("stopped", 6, at=at)
     look = {10: lambda judge: seen.update(tokens=judge.pack_tokens)}
     again, log_again = go("stopped", at=look, resume=True)
     assert seen == {"tokens": 40} and torch.equal(again, whole) and log_again == log
 
 
-def test_a_new_run_does_not_see_the_checkpoints_of_the_last(go, tmp_path):
+def test_a_new_run_does_not_see_the_checkpoints_of_the_last(go, stopped, tmp_path):
     go("run")
-    with pytest.raises(KeyboardInterrupt):
-        go("run", 1)
+    stopped("run", 1)
     assert steps(tmp_path / "run") == []
 
 
@@ -119,21 +125,23 @@ def plant(path, content):
     (path.parent / name).write_bytes(content)
 
 
+def overwrite(path, at, content):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + content + whole[at:][len(content) :])
+
+
 DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "changed": lambda path: path.write_bytes((b := path.read_bytes())[:-1] + bytes([b[-1] ^ 1])),
-    "changed within a tensor": lambda path: path.write_bytes(
-        (b := path.read_bytes())[:4096] + b"xx" + b[4098:]
-    ),
+    "changed": lambda path: overwrite(path, -1, bytes([path.read_bytes()[-1] ^ 1])),
+    "changed within a tensor": lambda path: overwrite(path, 4096, b"xx"),
     "no checkpoint": lambda path: plant(path, b"hello"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(go, tmp_path, caplog, damage):
+def test_a_damaged_checkpoint_is_passed_over(go, stopped, tmp_path, caplog, damage):
     whole, _ = go("whole")
-    with pytest.raises(KeyboardInterrupt):
-        go("run", 6)
+    stopped("run", 6)
     assert steps(tmp_path / "run") == [5, 4]
     DAMAGES[damage](checkpoints(tmp_path / "run")[0])
     again, _ = go("run", resume=True)
@@ -156,10 +164,9 @@ class Trap:
 
 
 @pytest.mark.parametrize("by", ["pickle", "torch"])
-def test_no_code_of_a_planted_checkpoint_is_run(go, tmp_path, caplog, by):
+def test_no_code_of_a_planted_checkpoint_is_run(go, stopped, tmp_path, caplog, by):
     whole, _ = go("whole")
-    with pytest.raises(KeyboardInterrupt):
-        go("run", 6)
+    stopped("run", 6)
     newest, sprung, content = checkpoints(tmp_path / "run")[0], tmp_path / "sprung", tmp_path / "content"
     state = torch.load(newest, weights_only=True) | {"random": Trap(str(sprung))}
     if by == "torch":
@@ -176,9 +183,8 @@ def test_no_code_of_a_planted_checkpoint_is_run(go, tmp_path, caplog, by):
     assert sprung.exists()  # the trap does work
 
 
-def test_resuming_another_run_is_refused_by_name(go, votes, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        go("run", 6)
+def test_resuming_another_run_is_refused_by_name(go, stopped, votes, tmp_path):
+    stopped("run", 6)
     four = ("1", "2", "4")
     for changes, message in (
         ({"alpha": 0.5}, "alpha differs: 0.8 then, 0.5 now"),
@@ -197,9 +203,8 @@ def test_resuming_another_run_is_refused_by_name(go, votes, tmp_path):
 def test_the_map_of_a_pair_s_labels_decides_what_is_resumed(tiny_model, tmp_path):
     def go(labels, **more):
         swap = {"prompt": "second, first", "labels": labels}
-        items = distjudge.load_items(
-            [{"prompt": f"p{i}", "counts": {"a": 2, "b": 1, "tie": 1}, "swap": swap} for i in range(3)]
-        )
+        rows = [{"prompt": f"p{i}", "counts": {"a": 2, "b": 1, "tie": 1}, "swap": swap} for i in range(3)]
+        items = distjudge.load_items(rows)
         judge = load_judge(tiny_model, ["a", "b", "tie"], lora_rank=2)
         train(judge, items, Config(out=str(tmp_path / "run"), epochs=1.0, **more))
 
@@ -265,36 +270,26 @@ SCRIPT = "import distjudge; distjudge.cli(distjudge.run, distjudge.Config)"
 
 
 def start(tmp_path, model, out, *more):
-    settings = (
-        f"--train {tmp_path}/items.jsonl --model {model} --out {tmp_path}/{out} --lora_rank 4 --epochs 6"
-    )
-    settings += " --batch_size 3 --learning_rate 0.01 --save_every 1"
+    settings = f"--train {tmp_path}/items.jsonl --model {model} --out {tmp_path}/{out} --lora_rank 4"
+    settings += " --epochs 6 --batch_size 3 --learning_rate 0.01 --save_every 1"
     command = [sys.executable, "-c", SCRIPT, *settings.split(), *more]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, **pipe, env=environment)
 
 
-@pytest.fixture
-def written(tmp_path, votes):
-    rows = [{"id": item.id, "prompt": item.prompt, "counts": item.counts} for item in votes(37)]
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.mark.slow
-def test_killed_at_twenty_random_points(tiny_model, written, tmp_path):
+def test_killed_at_twenty_random_points(tiny_model, items_file, tmp_path):
     """SIGKILL somewhere between the start and the end, writing of checkpoints and results included."""
+    items_file(37)
     process = start(tmp_path, tiny_model, "whole")
     assert process.wait() == 0, process.stdout.read()
     draw, killed = random.Random(0), 0
     for n in range(20):
         out, process = tmp_path / f"run{n}", start(tmp_path, tiny_model, f"run{n}")
-        step = draw.randint(
-            0, 61
-        )  # 60 steps; 0 is before the first, 61 after the last, when results are written
-        there = lambda out=out, step=step: (  # noqa: E731
-            (out / "judge.json").exists() if step > 60 else max(steps(out), default=0) >= step
-        )
+        step = draw.randint(0, 61)  # of 60; 61: after the last, when results are written
+        done = lambda out=out: (out / "judge.json").exists()  # noqa: E731
+        there = done if step > 60 else lambda out=out, k=step: max(steps(out), default=0) >= k
         while process.poll() is None and not there():
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.08))  # a step and its checkpoint take about as long
@@ -309,7 +304,8 @@ def test_killed_at_twenty_random_points(tiny_model, written, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigint_to_the_command_ends_in_130(tiny_model, written, tmp_path):
+def test_sigint_to_the_command_ends_in_130(tiny_model, items_file, tmp_path):
+    items_file(37)
     process = start(tmp_path, tiny_model, "run", "--epochs", "300")
     while not steps(tmp_path / "run"):
         time.sleep(0.05)
@@ -320,7 +316,8 @@ def test_sigint_to_the_command_ends_in_130(tiny_model, written, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(tiny_model, written, tmp_path):
+def test_a_disk_that_is_really_full(tiny_model, items_file, tmp_path):
+    items_file(37)
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]

@@ -70,13 +70,9 @@ def by_hand(judge, items, config, steps):
 def test_training_is_that_of_a_loop_written_out_by_hand(tiny_model, tmp_path, answer):
     """Losses, gradient norms (clipped) and weights after five steps of all weights, with weight decay."""
     counts = [(4, 1, 0), (1, 4, 2), (0, 1, 5), (3, 0, 1), (2, 5, 1), (5, 0, 0)]
-    rows = [
-        {"prompt": f"soup {i}", "counts": dict(zip(LABELS, c, strict=True))} for i, c in enumerate(counts)
-    ]
-    items, judges = (
-        distjudge.load_items(rows),
-        [load_judge(tiny_model, LABELS, lora_rank=0) for _ in range(2)],
-    )
+    named = [dict(zip(LABELS, c, strict=True)) for c in counts]
+    items = distjudge.load_items([{"prompt": f"soup {i}", "counts": c} for i, c in enumerate(named)])
+    judges = [load_judge(tiny_model, LABELS, lora_rank=0) for _ in range(2)]
     with torch.no_grad():
         for judge in judges:
             judge.model.lm_head.weight *= 4  # a model sure of itself: gradients longer than 1
@@ -85,47 +81,35 @@ def test_training_is_that_of_a_loop_written_out_by_hand(tiny_model, tmp_path, an
     log = train(judges[0], items, config)
     losses, norms = by_hand(judges[1], items, config, 5)
     assert [row["loss"] for row in log] == pytest.approx(losses, rel=1e-4)
-    assert (
-        [row["grad_norm"] for row in log] == pytest.approx(norms, rel=1e-3)
-        and max(norms) > 1
-        and min(norms) < max(norms) / 1.05
-    )
+    assert [row["grad_norm"] for row in log] == pytest.approx(norms, rel=1e-3)
+    assert max(norms) > 1 and min(norms) < max(norms) / 1.05
     assert (weights(judges[0]) - weights(judges[1])).abs().max() < 2e-5
     assert (weights(judges[0]) - weights(load_judge(tiny_model, LABELS, lora_rank=0))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("labels", [LABELS, ["1", "10", "2"]])
 def test_a_step_s_loss_is_the_mean_over_its_items_whatever_the_passes(tiny_model, votes, tmp_path, labels):
-    items, after = votes(22, sorted(labels, key=float)), []  # 22 = 8 + 8 + 6: the last step is a short one
+    labels = sorted(labels, key=float)
+    items, after = votes(22, labels), []  # 22 = 8 + 8 + 6: the last step is a short one
     for pack_tokens in (0, 1, 60):
-        judge = load_judge(tiny_model, sorted(labels, key=float))
-        log = train(
-            judge,
-            items,
-            settings(tmp_path, batch_size=8, epochs=2.0, learning_rate=1e-3, pack_tokens=pack_tokens),
-        )
+        judge, more = load_judge(tiny_model, labels), {"learning_rate": 1e-3, "pack_tokens": pack_tokens}
+        log = train(judge, items, settings(tmp_path, batch_size=8, epochs=2.0, **more))
         after.append((weights(judge), [row["loss"] for row in log]))
-    assert (after[0][0] - weights(load_judge(tiny_model, sorted(labels, key=float)))).abs().max() > 1e-3
+    assert (after[0][0] - weights(load_judge(tiny_model, labels))).abs().max() > 1e-3
     for other, losses in after[1:]:
-        assert torch.allclose(after[0][0], other, atol=2e-5) and losses == pytest.approx(
-            after[0][1], rel=1e-4
-        )
-    judge = load_judge(tiny_model, LABELS)
-    p = torch.tensor([item.distribution for item in items])
-    if labels == LABELS:
-        logq, mass = judge.score([item.prompt for item in items])
-        loss = (distjudge.kl_loss(logq, p) - 0.5 * mass.log()).mean().item()
-        log = train(judge, items, settings(tmp_path, batch_size=22, alpha=1.0, eps=0.0, answer=0.5))
-        assert log[0]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert torch.allclose(after[0][0], other, atol=2e-5)
+        assert losses == pytest.approx(after[0][1], rel=1e-4)
 
 
 def test_a_short_last_step_is_the_mean_over_its_items_too(tiny_model, votes, tmp_path):
     judge, items = load_judge(tiny_model, LABELS), votes(6)
     p = torch.tensor([item.distribution for item in items])
     logq, mass = judge.score([item.prompt for item in items])
-    loss = (distjudge.kl_loss(logq, p) - mass.log()).sum().item()
-    log = train(judge, items, settings(tmp_path, batch_size=4, alpha=1.0, eps=0.0, learning_rate=0.0))
-    assert 4 * log[0]["loss"] + 2 * log[1]["loss"] == pytest.approx(loss, rel=1e-5)
+    for answer in (1.0, 0.5):
+        loss = (distjudge.kl_loss(logq, p) - answer * mass.log()).sum().item()
+        more = {"alpha": 1.0, "eps": 0.0, "learning_rate": 0.0, "answer": answer}
+        log = train(judge, items, settings(tmp_path, batch_size=4, **more))
+        assert 4 * log[0]["loss"] + 2 * log[1]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_two_runs_with_one_seed_agree_to_the_bit_and_other_seeds_do_not(tiny_model, votes, tmp_path):
@@ -168,9 +152,7 @@ def test_warm_up_and_schedules_by_hand(tiny_model, votes, tmp_path):
     assert rates(schedule="constant") == [0.8] * 40
 
 
-def test_the_teacher_is_a_mean_of_weights_without_dropout_and_its_votes_count(
-    tmp_path, tiny_model, votes, monkeypatch
-):
+def test_the_teacher_is_a_mean_of_weights_and_its_votes_count(tmp_path, tiny_model, votes, monkeypatch):
     """Two items, one step an epoch: the target of each step, and the mean, worked by hand."""
     items, k = votes(2), 3.0
     judge = load_judge(tiny_model, LABELS, lora_rank=0)
@@ -179,26 +161,18 @@ def test_the_teacher_is_a_mean_of_weights_without_dropout_and_its_votes_count(
     plain = judge.judge_encoded
 
     def spy(encoded, *args, **kwargs):
-        modes.append((judge.model.training, kwargs))
+        modes.append(judge.model.training)
         out = plain(encoded, *args, **kwargs)
         order = [judge.encode([item.prompt for item in items]).index(ids) for ids in encoded]
         said.append(torch.empty_like(out[0]).index_copy_(0, torch.tensor(order), out[0].exp()))
         return out
 
     monkeypatch.setattr(judge, "judge_encoded", spy)
-    config = settings(
-        tmp_path, lora_rank=0, teacher=k, alpha=1.0, eps=0.0, epochs=4.0, batch_size=2, learning_rate=1e-3
-    )
-    targets = [n / n.sum(1, keepdim=True)]
-
-    def on_step(step):
-        seen.append(weights(judge))
-
+    more = {"teacher": k, "alpha": 1.0, "eps": 0.0, "epochs": 4.0, "batch_size": 2, "learning_rate": 1e-3}
+    config, targets = settings(tmp_path, lora_rank=0, **more), [n / n.sum(1, keepdim=True)]
     start = load_judge(tiny_model, LABELS, lora_rank=0)
-    log = train(judge, items, config, on_step=on_step)
-    assert len(modes) == 3 and all(
-        not training for training, _ in modes
-    )  # from the second step on, dropout off
+    log = train(judge, items, config, on_step=lambda step: seen.append(weights(judge)))
+    assert modes == [False] * 3  # from the second step on, dropout off
     mean, means = torch.zeros_like(seen[0]), []
     for step, w in enumerate(seen):
         mean = mean + 10 / (10 + step) * (w - mean)
@@ -257,21 +231,15 @@ def test_what_the_settings_mean(tiny_model, tmp_path):
 
     With the answer term it says a label and nothing else; without it, it says what it said before.
     """
-    items = distjudge.load_items(
-        [
-            {"id": "a", "prompt": "good soup", "counts": {"1": 3, "2": 2, "3": 0}},
-            {"id": "b", "prompt": "bad service", "counts": {"1": 0, "2": 2, "3": 8}},
-        ]
-    )
-    for alpha, expected in (
-        (1.0, [[0.6, 0.4, 0.0], [0.0, 0.2, 0.8]]),
-        (0.0, [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]),
-    ):
+    counts = [("good soup", {"1": 3, "2": 2, "3": 0}), ("bad service", {"1": 0, "2": 2, "3": 8})]
+    items = distjudge.load_items([{"prompt": text, "counts": c} for text, c in counts])
+    expected = {1.0: [[0.6, 0.4, 0.0], [0.0, 0.2, 0.8]], 0.0: [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]}
+    for alpha in expected:
         judge = load_judge(tiny_model, LABELS, lora_rank=0)
         more = {"lora_rank": 0, "epochs": 80.0, "eps": 0.0, "learning_rate": 5e-3, "batch_size": 2}
         train(judge, items, settings(tmp_path, alpha=alpha, answer=alpha, **more))
         logq, mass = judge.score([item.prompt for item in items])
-        assert numpy.abs(logq.exp() - torch.tensor(expected)).max() < 0.05
+        assert numpy.abs(logq.exp() - torch.tensor(expected[alpha])).max() < 0.05
         assert mass.min() > 0.98 if alpha else mass.max() < 0.5
 
 
@@ -282,27 +250,12 @@ def test_lora_trains_adapters_only_and_lora_rank_0_everything(tiny_model, votes,
     train(judge, votes(6), settings(tmp_path))
     after = (p for p in judge.model.parameters() if not p.requires_grad)
     assert all(torch.equal(a, b) for a, b in zip(frozen, after, strict=True))
-    assert not torch.equal(start, weights(judge)) and weights(judge).numel() < 0.3 * sum(
-        p.numel() for p in frozen
-    )
+    assert not torch.equal(start, weights(judge))
+    assert weights(judge).numel() < 0.3 * sum(p.numel() for p in frozen)
     assert all(p.requires_grad for p in load_judge(tiny_model, LABELS, lora_rank=0).model.parameters())
 
 
-def test_gradient_checkpointing_changes_nothing_and_is_off_afterwards(tiny_model, votes, tmp_path):
-    after = []
-    for recompute in (False, True):
-        judge = load_judge(tiny_model, LABELS, lora_rank=0)
-        train(
-            judge,
-            votes(8),
-            settings(tmp_path, lora_rank=0, gradient_checkpointing=recompute, learning_rate=1e-3),
-        )
-        after.append(weights(judge))
-        assert not judge.model.is_gradient_checkpointing
-    assert torch.allclose(after[0], after[1], atol=1e-6)
-
-
-def test_judgments_after_training_in_bfloat16_are_those_after_loading(
+def test_judgments_after_training_in_16_bits_are_those_after_loading(
     tiny_model, votes, tmp_path, monkeypatch
 ):
     """Training computes in 16 bits; the judge must not stay so."""
@@ -320,34 +273,13 @@ def test_judgments_after_training_in_bfloat16_are_those_after_loading(
         modes.clear()
 
 
-def test_a_diverging_run_stops(tiny_model, votes, tmp_path):
-    judge = load_judge(tiny_model, LABELS, lora_rank=0)
-    with torch.no_grad():
-        judge.model.lm_head.weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="not finite at step 1"):
-        train(judge, votes(4), settings(tmp_path, lora_rank=0))
-    with pytest.raises(FloatingPointError, match="NaN"):
-        judge.predict(["Hi"])
-
-
-def test_training_refuses_other_labels_long_prompts_and_impossible_settings(tiny_model, votes, tmp_path):
+def test_training_refuses_other_labels_long_prompts_and_loggers(tiny_model, votes, tmp_path):
     judge = load_judge(tiny_model, LABELS, max_length=20)
     with pytest.raises(InputError, match="are not the judge's"):
         train(judge, votes(4, ("a", "b", "c")), settings(tmp_path))
     long = distjudge.load_items([{"prompt": "soup " * 30, "counts": {"1": 1, "2": 0, "3": 0}}])
     with pytest.raises(InputError, match="longer than max_length 20"):
         train(judge, long, settings(tmp_path))
-    wrong = {
-        "alpha": 1.1,
-        "eps": -1.0,
-        "batch_size": 0,
-        "learning_rate": math.nan,
-        "epochs": math.inf,
-        "teacher": -1.0,
-    }
-    for name, value in [*wrong.items(), ("epochs", 0), ("schedule", "no_such"), ("loss", "no_such")]:
-        with pytest.raises(InputError, match=f"^{name}: must be"):
-            train(judge, votes(4), settings(tmp_path, **{name: value}))
     for name, message in (("no_such_logger", "no_such_logger"), ("swanlab", "swanlab is not installed")):
         with pytest.raises(InputError, match=f"report_to: .*{message}"):
             train(judge, votes(4), settings(tmp_path, report_to=(name,)))
@@ -412,9 +344,8 @@ def test_one_process_at_a_time_trains_in_a_folder(tiny_model, votes, tmp_path):
 
 
 def test_a_run_folder_holds_everything(tiny_model, files, tmp_path):
-    config = settings(
-        tmp_path, train=files[:1], test=files[1:], model=str(tiny_model), eval_every=2, batch_size=4
-    )
+    config = settings(tmp_path, train=files[:1], test=files[1:], model=str(tiny_model))
+    config = dataclasses.replace(config, eval_every=2, batch_size=4)
     Path(files[0]).with_name("card.json").write_text('{"notes": ["Ann"], "own": {"text": "a"}}')
     metrics, out, test = run(config), tmp_path / "run", distjudge.load_items(files[1])
     names = "config.json judge.json adapter tokenizer predictions.jsonl metrics.json log.jsonl".split()
@@ -424,10 +355,8 @@ def test_a_run_folder_holds_everything(tiny_model, files, tmp_path):
     assert json.loads((tmp_path / "run" / "card.json").read_text()) == {"own": {"text": "a"}}
     saved = json.loads((out / "config.json").read_text())
     assert saved["labels"] == LABELS and saved["alpha"] == 0.8 and len(saved["prompt_hash"]) == 64
-    assert torch.__version__.startswith(saved["versions"]["torch"]) and saved["items"] == {
-        "train": 14,
-        "test": 6,
-    }
+    assert torch.__version__.startswith(saved["versions"]["torch"])
+    assert saved["items"] == {"train": 14, "test": 6}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3, 4] and all("loss" in row for row in log)
     assert [row["step"] for row in log if "eval_kl" in row and "eval_accuracy" in row] == [2, 4]
@@ -439,20 +368,6 @@ def test_a_run_folder_holds_everything(tiny_model, files, tmp_path):
     first = (out / "predictions.jsonl").read_bytes()
     run(config)
     assert (out / "predictions.jsonl").read_bytes() == first
-
-
-def test_four_bit_run(tmp_path, files, tiny_tokenizer):
-    pytest.importorskip("bitsandbytes")
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Qwen2Config(vocab_size=len(tiny_tokenizer), num_key_value_heads=1, **size)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "m")
-    tiny_tokenizer.save_pretrained(tmp_path / "m")
-    more = {"model": str(tmp_path / "m"), "four_bit": True, "epochs": 12.0, "answer": 0.0}
-    run(settings(tmp_path, train=files[:1], test=files[1:], **more))
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert len(losses) == 24 and sum(losses[-8:]) < 0.95 * sum(losses[:8])
 
 
 def test_overlong_items_stop_the_run_or_are_dropped_on_request(tiny_model, files, tmp_path, capsys):
@@ -484,13 +399,10 @@ def test_where_test_items_come_from(files, tmp_path):
         (files[:1], (split,), r"labels {a, b} differ from {1, 2, 3}"),
         ((split,), (other,), "item '0': split: is test, but --test names the test items"),
         ((one_group,), (), "group: also in the training items"),
-        ((), (), "train: name a file"),
     ):
         with pytest.raises(InputError, match=message):
             distjudge.load_data(Config(train=train_files, test=test_files))
     assert distjudge.parse_spellings(["a=x, y,z"]) == {"a": ["x", " y", "z"]}
-    with pytest.raises(InputError, match="not LABEL=TEXT"):
-        distjudge.parse_spellings(["a:x"])
 
 
 def pairs(n):
@@ -528,14 +440,11 @@ def test_pairs_are_trained_in_both_orders_and_judged_in_both(tiny_model, tmp_pat
     assert distjudge.judge_items(judge, load(apart[:3]))[2] == {}
 
 
-def test_a_run_tokenizes_every_prompt_once(tiny_model, votes, tmp_path, monkeypatch):
-    items, asked = votes(12), []
-    path = write(
-        tmp_path / "items.jsonl", [{"id": i.id, "prompt": i.prompt, "counts": i.counts} for i in items]
-    )
+def test_a_run_tokenizes_every_prompt_once(tiny_model, items_file, tmp_path, monkeypatch):
+    (items, path), asked = items_file(12), []
     plain = distjudge.messages_of
     monkeypatch.setattr(distjudge, "messages_of", lambda prompt: asked.append(prompt) or plain(prompt))
-    distjudge.run(Config(train=(path,), model=str(tiny_model), out=str(tmp_path / "run"), epochs=1.0))
+    distjudge.run(Config(train=(str(path),), model=str(tiny_model), out=str(tmp_path / "run"), epochs=1.0))
     times = {item.prompt: asked.count(item.prompt) for item in items}
     tested = {json.loads(line)["prompt"] for line in (tmp_path / "run" / "predictions.jsonl").open()}
     assert {prompt for prompt, n in times.items() if n > 1} <= tested  # once more, to be judged at the end
