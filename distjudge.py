@@ -11,8 +11,6 @@ The method is that of "Distributional LLM-as-a-Judge" (Chen et al., NeurIPS 2025
 
 p is the human distribution of an item (votes as shares), r its majority label, E(p) what lies within eps of
 p, and q the model's probabilities of the label tokens where its answer begins. Losses are in nats. The file
-p is the human distribution of an item (votes as shares), r its majority label, E(p) what lies within eps of
-p, and q the model's probabilities of the label tokens where its answer begins. Losses are in nats. The file
 can be copied alone; it needs torch, and inside functions transformers, peft, accelerate, tyro and SciPy.
 """
 

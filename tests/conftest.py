@@ -59,16 +59,25 @@ def tiny_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, tiny_tokenizer):
-    """A saved Qwen2 model with random weights, large enough for its predictions to differ between prompts."""
+def qwen2(tiny_tokenizer):
+    """A factory of Qwen2 models with random weights, large enough for predictions to differ by prompt."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    def make(**changes):
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes |= {"num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.1}
+        more = {"vocab_size": len(tiny_tokenizer), "tie_word_embeddings": False}
+        torch.manual_seed(0)
+        return Qwen2ForCausalLM(Qwen2Config(**(sizes | more | changes)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, qwen2, tiny_tokenizer):
+    """The folder of a small model."""
     folder = tmp_path_factory.mktemp("tiny_model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    more = {"num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.1}
-    config = Qwen2Config(vocab_size=len(tiny_tokenizer), tie_word_embeddings=False, **sizes, **more)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    qwen2().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
 

@@ -146,18 +146,14 @@ an open quote        | V + '"z,1\n'                             | t.csv: ... une
 text behind a quote  | V + '"z"z,1\n'                           | t.csv: ... expected after
 too many cells       | V + "a,b,c\n"                            | t.csv: row 4: more fields than columns
 5,000 digits         | V + f"z,{NINES}\n"                       | t.csv: row 4: v: mixed scales: '9999
-30 digits            | V + f"z,{NINES[:30]}\n"                  | t.csv: row 4: v: mixed scales: '9999
-a superscript digit  | V + "z,\u00b2\n"                         | t.csv: row 4: v: mixed scales: '²'
 not a number         | V + "z,nan\n"                            | t.csv: row 4: v: mixed scales: 'nan'
 lists too deep       | 'text,n\nx,"' + "[" * 100_000 + '"\n', *N | t.csv: row 2: n: must be an object
-400 digits           | f'text,n\nx,"{{""1"": 1{ZEROS}}}"\n', *N | t.csv: row 2: 1: a number of votes is needed
 a count of 5,000     | f'text,n\nx,"{{""1"": {NINES}}}"\n', *N  | t.csv: row 2: n: must be an object
 an infinite count    | 'text,n\nx,"{""1"": 1e400, ""2"": 1}"\n', *N | t.csv: row 2: 1: ... not 'inf'
 an object as a count | 'text,n\nx,"{""1"": {""a"": 1}}"\n', *N  | t.csv: row 2: 1: a number of votes is needed
 a label twice        | 'text,n\nx,"{""1"": 1, ""1"": 5}"\n', *N | t.csv: row 2: n: ... '1' stands twice in it
 too many votes | 'text,n\nx,"{""1"": 2000000000}"\n', *N | t.csv: row 2: n: more than a billion votes for '1'
 a column of digits   | f"text,a,b\nx,{NINES},1\n", *AB          | t.csv: row 2: a: a number of votes is needed
-a superscript count  | "text,a,b\nx,\u00b2,1\n", *AB            | t.csv: row 2: a: a number of votes is needed
 a scale of digits    | V, "--labels", "1-" + NINES, "2"         | t.csv: row 2: v: ... is not one of
 a scale without an end | V, "--labels", "1-5000000000000"         | labels: ... is not a range
 a label named twice  | V, "--labels", "1", "1.0"                | labels: ... names a label twice
@@ -258,11 +254,9 @@ FILES = {
 }
 FLAGS = r"""
 a seed below zero     | --seed -1                     | seed: must be between 0 and 4294967295, not -1
-a seed beyond 32 bits | --seed 4294967296             | seed: must be between
 a rate of nan         | --learning_rate nan           | learning_rate: must be 0 or more, not nan
 epochs without end    | --epochs inf                  | epochs: must be more than 0, not inf
 no epochs             | --epochs 0                    | epochs: must be more than 0
-alpha of nan          | --alpha nan                   | alpha: must be between 0 and 1, not nan
 alpha beyond 1        | --alpha 2                     | alpha: must be between 0 and 1, not 2.0
 a radius below zero   | --eps -0.1                    | eps: must be 0 or more, not -0.1
 steps below zero      | --steps -1                    | steps: must be 0 or more, not -1
@@ -381,12 +375,10 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
 MODELS = r"""
 no config.json     | (m / CONFIG).unlink() | model: cannot be loaded: there is no config.json
 a broken config.json | write(m / CONFIG, "{")                    | model: config.json cannot be used
-a list for it      | write(m / CONFIG, "[1]")                  | model: config.json cannot be used
 one in Latin-1     | write(m / CONFIG, b'{"model_type": "caf\xe9"}') | model: config.json cannot be used
 no model type      | fields(m / CONFIG, model_type=..., architectures=...) | model: ... model_type
 an unknown type    | fields(m / CONFIG, model_type="nonesuch") | model: ... nonesuch
 an encoder-decoder | fields(m / CONFIG, model_type="t5") | model: cannot be loaded: Unrecognized configuration
-a size in words    | fields(m / CONFIG, hidden_size="many")    | model: config.json cannot be used: Validation
 a layer too many   | fields(m / CONFIG, num_hidden_layers=3)   | model: config.json cannot be used
 another width | fields(m / CONFIG, hidden_size=48) | model: ... are missing or of another shape, the first
 no attention heads | fields(m / CONFIG, num_attention_heads=0) | model: ... cannot be
@@ -421,7 +413,6 @@ no turn of a judge | write(m / TEMPLATE, USER_ALONE)           | chat template: 
 no answer prefix   | write(m / TEMPLATE, TURNS) | chat template: ends a prompt without '<|judge|>', which it
 """
 JUDGES = r"""
-a cut judge.json  | cut(m / JUDGE)                     | run/judge.json: not a judge written by distjudge (
 a list            | write(m / JUDGE, "[]")             | run/judge.json: not a judge written ... (TypeError
 an empty object   | write(m / JUDGE, "{}")             | run/judge.json: not a judge written ... (KeyError
 another encoding  | write(m / JUDGE, b"\xff\xfe")      | run/judge.json: not a judge ... (UnicodeDecode
@@ -504,11 +495,7 @@ def test_templates_without_control_tokens_are_told_of(tiny_tokenizer, caplog):
 # --- what a user sees -------------------------------------------------------------------------------------
 SEEN = """
 UTF-16     | recipes/tiny.py --train x.jsonl --out o | x.jsonl: is UTF-16 or no text at all; save it as UTF-8
-a long number | data/prepare.py own --raw t.csv --text text --label v --out o | t.csv: row 4: v: mixed
-a seed     | recipes/tiny.py --seed -1 --out o       | seed: must be between 0 and 4294967295, not -1
-a template | recipes/tiny.py --model m --out o --lora_rank 2 | m: chat template: ends a prompt without '<|
 a loop     | recipes/tiny.py --model loop --out o --lora_rank 2 | loop: chat template: takes more than 5
-a model    | recipes/tiny.py --model m --out m          | out: m holds other files, such as chat_templ
 a judge    | recipes/judge.py --run run --items i.jsonl --out j.jsonl | run/tokenizer/chat_template.jinja: has
 """
 
@@ -518,8 +505,6 @@ a judge    | recipes/judge.py --run run --items i.jsonl --out j.jsonl | run/toke
 def test_as_a_user_sees_it(tmp_path, tiny_model, saved_run, given, words):
     write(tmp_path / "x.jsonl", GOOD.encode("utf-16"))
     write(tmp_path / "i.jsonl", GOOD)
-    write(tmp_path / "t.csv", V + f"z,{NINES}\n")
-    write(shutil.copytree(tiny_model, tmp_path / "m") / TEMPLATE, TURNS)
     write(shutil.copytree(tiny_model, tmp_path / "loop") / TEMPLATE, LOOP)
     write(shutil.copytree(saved_run, tmp_path / "run") / "tokenizer" / TEMPLATE, TURNS)
     before = sorted(tmp_path.rglob("*"))

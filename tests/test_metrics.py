@@ -84,13 +84,6 @@ def test_marginal_comes_from_the_training_items_and_is_the_best_constant():
     assert own < by_hand and own <= min(others) + 1e-12
 
 
-def test_kl_to_a_known_truth():
-    items = panel([[3, 1]], truth=[[0.5, 0.5]])
-    by_hand = math.log(0.5) - 0.5 * math.log(0.8 * 0.2)
-    assert evaluate([[0.8, 0.2]], items, draws=0)["kl_truth"] == pytest.approx(by_hand)
-    assert evaluate([[0.5, 0.5]], items, draws=0)["kl_truth"] == 0
-
-
 def simulated(kind, size, seed):
     """True distributions (size, C) of one kind: nominal, or ordinal ones that no Dirichlet fits."""
     draw = numpy.random.default_rng(seed)
@@ -106,7 +99,9 @@ def simulated(kind, size, seed):
 def test_noise_floor_of_known_truths_is_what_they_score():
     items = panel([[1, 1], [2, 0]], truth=[[0.5, 0.5], [0.5, 0.5]])
     assert noise_floor(items) == pytest.approx(0.5 * math.log(2))
-    assert evaluate([[0.5, 0.5]] * 2, items)["kl_corrected"] == pytest.approx(0)
+    half, by_hand = evaluate([[0.5, 0.5]] * 2, items), math.log(0.5) - 0.5 * math.log(0.8 * 0.2)
+    assert half["kl_corrected"] == pytest.approx(0) and half["kl_truth"] == 0
+    assert evaluate([[0.8, 0.2]] * 2, items, draws=0)["kl_truth"] == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("kind", ["dirichlet", "latent", "mixture"])

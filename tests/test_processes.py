@@ -14,30 +14,31 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["1", "2", "3"]
 
-TRAIN = """
-import json, os, sys
+HEAD = """
+import json, os, signal, sys
 sys.path.insert(0, {root!r})
 import torch, distjudge
 torch.set_num_threads(1)
+rank, trouble = os.environ.get("RANK", "0"), sys.argv[2:]
 items = distjudge.load_items("items.jsonl")
-judge, given = distjudge.load_judge({model!r}, distjudge.labels_of(items), lora_rank=4), []
+judge = distjudge.load_judge({model!r}, distjudge.labels_of(items), lora_rank=4)
+settings = {{"batch_size": 8, "epochs": 2.0, "learning_rate": 1e-2, "schedule": "constant"}}
+"""
+TRAIN = """
+given = []
 plan = judge.plan
 seen = lambda encoded: [tuple(ids) for ids in encoded]
 # a teacher plans them too
 judge.plan = lambda encoded: given[-1:] != [seen(encoded)] and given.append(seen(encoded)) or plan(encoded)
-settings = {{"batch_size": 8, "epochs": 2.0, "learning_rate": 1e-2, "schedule": "constant"}}
 log = distjudge.train(judge, items, distjudge.Config(out=sys.argv[1], teacher=float(sys.argv[2]), **settings))
 number = {{tuple(ids): i for i, ids in enumerate(judge.encode([item.prompt for item in items]))}}
 weights = torch.cat([p.detach().flatten() for p in judge.model.parameters() if p.requires_grad])
-with open(sys.argv[1] + "/rank" + os.environ.get("RANK", "0") + ".json", "w") as file:
+with open(sys.argv[1] + "/rank" + rank + ".json", "w") as file:
     given = [[number[ids] for ids in step] for step in given]
     json.dump({{"losses": [line["loss"] for line in log], "given": given,
                "weights": weights.tolist()}}, file)
 """
 RUN = """
-import sys
-sys.path.insert(0, {root!r})
-import distjudge
 config = distjudge.Config(train=("items.jsonl",), model={model!r}, out=sys.argv[1], epochs=1.0, batch_size=6)
 found = distjudge.run(config)
 print("metrics", len(found))
@@ -50,7 +51,8 @@ def launch(tiny_model, items_file, tmp_path):
     items_file(25)  # steps of 8, 8, 8 and 1: in the last one a process of two has nothing to do
 
     def run(script, out, processes, *arguments):
-        (tmp_path / "script.py").write_text(script.format(root=str(ROOT), model=str(tiny_model)))
+        script = (HEAD + script).format(root=str(ROOT), model=str(tiny_model))
+        (tmp_path / "script.py").write_text(script)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -89,33 +91,25 @@ def test_processes_train_as_one_does(launch, tmp_path, processes, teacher):
 
 
 TROUBLE = """
-import json, os, signal, sys
-sys.path.insert(0, {root!r})
-import torch, distjudge
-torch.set_num_threads(1)
-rank, trouble = int(os.environ.get("RANK", "0")), sys.argv[2]
-items = distjudge.load_items("items.jsonl")
-judge = distjudge.load_judge({model!r}, distjudge.labels_of(items), lora_rank=4)
 layer, calls = judge.model.get_decoder().layers[-1], []
 
 def out_of_memory(*unused):  # once, in the second step of the second process
     calls.append(1)
-    if trouble == "memory" and rank == 1 and len(calls) == 3:
+    if trouble == ["memory"] and rank == "1" and len(calls) == 3:
         raise torch.OutOfMemoryError("played")
 
 layer.register_forward_hook(out_of_memory)
 
 def on_step(n):
-    if trouble == "signal" and rank == 1 and n == 2:
+    if trouble == ["signal"] and rank == "1" and n == 2:
         os.kill(os.getpid(), signal.SIGTERM)
 
-settings = {{"batch_size": 8, "epochs": 2.0, "learning_rate": 1e-2, "schedule": "constant"}}
 try:
     config = distjudge.Config(out=sys.argv[1], **settings, pack_tokens=200)
     log = distjudge.train(judge, items, config, on_step=on_step)
 except distjudge.Stopped as stopped:
     log = [{{"loss": str(stopped)[:31]}}]
-with open(sys.argv[1] + "/rank" + str(rank) + ".json", "w") as file:
+with open(sys.argv[1] + "/rank" + rank + ".json", "w") as file:
     json.dump([row["loss"] for row in log], file)
 """
 
