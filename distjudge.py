@@ -174,10 +174,9 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
 
     A row holds "prompt", a text or a list of messages {"role": ..., "content": ...}, and the votes, as
     "counts": {label: votes} with every label, as "annotations": [label, ...], one a person, or as
-    "distribution": {label: share} with "votes", the number of people. It may hold "id" (by default a hash of
-    the prompt), "group" (items that stay on one side of a split), "split" ("train" or "test"), "truth"
-    ({label: probability}) and, for a pair, "swap": {"prompt": the pair in the other order, "labels": {label:
-    the one that means the same there}}. Other fields are ignored.
+    "distribution": {label: share} with "votes", the number of people. It may hold "id" (else a hash of the
+    prompt), "group" (items that stay on one side of a split), "split" ("train" or "test"), "truth" ({label:
+    probability}) and, for a pair, "swap": {"prompt": the other order, "labels": {label: its like there}}.
 
     Label order: `labels` where given (an item may then leave out labels without votes, unless `complete`);
     else numeric labels by value; else that of the first item with the commonest label set; else, with
@@ -603,8 +602,7 @@ def keep_apart(
     """Training items that share nothing with a test item, and how many do, by what they share first.
 
     They may share a prompt (to the letter, or as `plain` makes it; a pair's in either order), a group (one
-    premise, article or question, which data/prepare.py names alike in every data set) or an id. overlap:
-    "remove" leaves such items out, "refuse" raises InputError.
+    premise, article or question) or an id. overlap: "remove" leaves them out, "refuse" raises InputError.
     """
     test = {key: item for item in reversed(test_items) for key in _keys(item, plain)}
     kept, lines, shared = [], [], {"prompt": 0, "group": 0, "id": 0}
@@ -916,8 +914,8 @@ class Pack:
     """Prompts in one row of tokens, a tree in depth-first order: a beginning that several share stands once.
 
     ids, positions (L,): tokens and their positions in their own prompt. ends (L,): token i sees token j if
-    j <= i < ends[j], which is a causal mask within each prompt. members: indices of the prompts. paths: where
-    the tokens of each prompt stand, a list for every prompt and branch (inner tokens of whole labels).
+    j <= i < ends[j]. members: indices of the prompts. paths: where the tokens of each prompt stand, a list
+    for every prompt and branch (inner tokens of whole labels).
     """
 
     ids: list[int]
@@ -1106,8 +1104,7 @@ def tree_mask(config: Any, dtype: torch.dtype, ends: torch.Tensor, positions: to
 def block_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
     """transformers' SDPA; for a pack, one block of queries at a time against the keys that any of them sees.
 
-    query, key, value (1, heads, L, D) -> (1, L, heads, D), None. In one call, SDPA would compute all L x L
-    pairs and throw most away: half the time of a step at L = 1,000.
+    query, key, value (1, heads, L, D) -> (1, L, heads, D), None. One call would compute all L x L pairs.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
@@ -1119,18 +1116,6 @@ def block_attention(module: Any, query: Any, key: Any, value: Any, attention_mas
         keys, values = key.index_select(2, columns), value.index_select(2, columns)
         out.append(sdpa(module, part, keys, values, seen, **kwargs)[0])
     return torch.cat(out, dim=1), None
-
-
-def use_block_attention(model: Any) -> None:
-    """Switches a model that runs SDPA to block_attention; some older architectures keep a dense mask."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(BLOCKS, block_attention)
-    AttentionMaskInterface.register(BLOCKS, sdpa_mask)
-    if model.config.get_text_config()._attn_implementation == "sdpa":
-        with contextlib.suppress(ValueError, AttributeError):
-            model.set_attn_implementation(BLOCKS)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1171,6 +1156,9 @@ def add_label_readout(model: Any) -> None:
     (M, T) float32; with `vocabulary` a pair of these and the logsumexp over the whole vocabulary, (M,). No
     (positions, vocabulary) tensor is made. PEFT and autocast wrap the model's own forward like any other.
     """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     plain_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
     if not head.weight.is_floating_point():
         quantized = "its output layer is quantized; label rows cannot be read from it"
@@ -1179,8 +1167,11 @@ def add_label_readout(model: Any) -> None:
     model.two_levels = type(decoder).forward.__module__.startswith("unsloth.")
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
-    if not model.two_levels:
-        use_block_attention(model)
+    if not model.two_levels and config._attn_implementation == "sdpa":
+        AttentionInterface.register(BLOCKS, block_attention)
+        AttentionMaskInterface.register(BLOCKS, sdpa_mask)
+        with contextlib.suppress(ValueError, AttributeError):  # some older architectures keep a dense mask
+            model.set_attn_implementation(BLOCKS)
 
     def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         logits = F.linear(hidden, weight.float(), None if bias is None else bias.float()) * scale

@@ -4,21 +4,15 @@ import dataclasses
 import math
 
 import distjudge
-from distjudge import (
-    InputError,
-    bootstrap,
-    evaluate,
-    item_scores,
-    load_items,
-    noise_floor,
-    survey_equivalence,
-)
+from distjudge import InputError, bootstrap, evaluate, item_scores, load_items, noise_floor
 
 import numpy
 import pytest
 import torch
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
+
+survey_equivalence = distjudge.survey_equivalence
 
 
 def panel(counts, truth=None):

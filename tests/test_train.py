@@ -35,10 +35,8 @@ def by_hand(judge, items, config, steps):
     """The paper's method in plain PyTorch, one prompt at a time: losses and gradient norms."""
     trained = [w for w in judge.model.parameters() if w.requires_grad]
     matrices, vectors = ([w for w in trained if (w.dim() > 1) == large] for large in (True, False))
-    decay = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    decay = [{"params": matrices, "weight_decay": config.weight_decay}]
+    decay += [{"params": vectors, "weight_decay": 0.0}]
     optimizer, found = torch.optim.AdamW(decay, lr=config.learning_rate), []
     p = torch.tensor([item.distribution for item in items])
     r = torch.nn.functional.one_hot(p.argmax(1), p.shape[1]).float()
@@ -248,9 +246,7 @@ def test_lora_trains_adapters_only_and_lora_rank_0_everything(tiny_model, votes,
     assert all(p.requires_grad for p in load_judge(tiny_model, LABELS, lora_rank=0).model.parameters())
 
 
-def test_judgments_after_training_in_16_bits_are_those_after_loading(
-    tiny_model, votes, tmp_path, monkeypatch
-):
+def test_judgments_after_training_in_16_bits(tiny_model, votes, tmp_path, monkeypatch):
     """Training computes in 16 bits; the judge must not stay so."""
     monkeypatch.setattr(distjudge, "autocast_type", lambda judge: torch.bfloat16)
     plain, modes = distjudge.label_logprobs, []
