@@ -1654,8 +1654,8 @@ def choose_backend(wanted: str = "auto", device: str | None = None, trained: boo
     elif not str(device or "cuda").startswith("cuda"):
         why_not = f"the model goes to {device}"
     try:
-        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
         if not why_not:
+            os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
             import unsloth  # noqa: F401
     except Exception as error:  # it raises what its many dependencies raise
         why_not = f"Unsloth cannot be imported: {type(error).__name__}: {first_line(error)}"
@@ -1861,23 +1861,20 @@ def checksums(folder: Path) -> dict[str, str]:
 def _read_saved(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
     """judge.json of a saved judge. Raises InputError, a line for each file that is not as it was saved."""
     about, since, wrong = folder / "judge.json", "compared with when the judge was saved", []
-    try:
-        saved = json.loads(about.read_text(encoding="utf-8"))
-        whole = saved.pop("digest") == _digest(saved)
-    except (OSError, KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{about}: not a judge written by distjudge ({why})") from None
-    if not whole:
+    saved, fault = parse_json(about.read_bytes())
+    if not (digest := saved.pop("digest", None)):
+        raise InputError(f"{about}: not a judge written by distjudge ({fault or 'no digest'})")
+    if digest != _digest(saved):
         raise InputError(f"{about}: has changed, {since}")
     here, then = checksums(folder), saved["sha256"]
     for name in sorted({**here, **then}):
         if here.get(name) != then.get(name):
             change = "is missing" if name not in here else "has changed" if name in then else "was not there"
             wrong.append(f"{folder / name}: {change}, {since}")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a judge alone has no config.json
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config["prompt_hash"] != saved["prompt_hash"]:
-            wrong.append(f"{folder / 'config.json'}: prompt_hash: is that of another judge than judge.json's")
+    config = folder / "config.json"  # a judge alone has none
+    about_run = parse_json(config.read_bytes())[0] if config.is_file() else {}
+    if about_run.get("prompt_hash", saved["prompt_hash"]) != saved["prompt_hash"]:
+        wrong.append(f"{config}: prompt_hash: is that of another judge than judge.json's")
     if wrong:
         raise InputError("\n".join(wrong))
     if labels and [str(label) for label in labels] != saved["labels"]:

@@ -413,12 +413,10 @@ no turn of a judge | write(m / TEMPLATE, USER_ALONE)           | chat template: 
 no answer prefix   | write(m / TEMPLATE, TURNS) | chat template: ends a prompt without '<|judge|>', which it
 """
 JUDGES = r"""
-a list            | write(m / JUDGE, "[]")             | run/judge.json: not a judge written ... (TypeError
-an empty object   | write(m / JUDGE, "{}")             | run/judge.json: not a judge written ... (KeyError
-another encoding  | write(m / JUDGE, b"\xff\xfe")      | run/judge.json: not a judge ... (UnicodeDecode
-nested too deep   | write(m / JUDGE, "[" * 100_000)    | run/judge.json: not a judge ... (RecursionError
-a length in words | fields(m / JUDGE, max_length="no") | run/judge.json: has changed
-no adapter        | (m / ADAPTER).unlink()             | run/adapter/adapter_model.safetensors: is missing
+a list            | write(m / JUDGE, "[]")             | run/judge.json: not a judge written ... not a JSON
+an empty object   | write(m / JUDGE, "{}")             | run/judge.json: not a judge written ... (no digest
+another encoding  | write(m / JUDGE, b"\xff\xfe")      | run/judge.json: not a judge ... (broken JSON
+nested too deep   | write(m / JUDGE, "[" * 100_000)    | run/judge.json: not a judge ... (broken JSON
 no tokenizer      | (m / "tokenizer/tokenizer.json").unlink() | run/tokenizer/tokenizer.json: is missing
 half an adapter   | cut(m / ADAPTER)                   | run/adapter/adapter_model.safetensors: has changed
 """
