@@ -621,6 +621,7 @@ def keep_apart(
 # 2. Prompts and label tokens
 # ----------------------------------------------------------------------------------------------------------
 _MARK = "XQZPROMPTXQZ"
+_STRIPS = {"": str, "l": str.lstrip, "r": str.rstrip, "lr": str.strip}  # sides of a message
 _PROBE = "Is 2 + 2 = 4? One\n\ntwo, three: I'M 12345 -- don't."
 
 
@@ -697,8 +698,8 @@ class PromptEncoder:
             raise InputError(f"{self.name}: chat template: {fault}")
         return shown[0]
 
-    def _around(self, roles: Sequence[str]) -> tuple[list[str], list[int], list[bool]]:
-        """What the chat template puts around messages, in which order they stand there, which it strips.
+    def _around(self, roles: Sequence[str]) -> tuple[list[str], list[int], list[str]]:
+        """What the chat template puts around messages, their order there, and how each is stripped (_STRIPS).
 
         It is seen with stand-ins for messages of these roles.
         """
@@ -716,12 +717,17 @@ class PromptEncoder:
         if sorted(order) != list(range(len(roles))):
             shown = f"shows {len(order)} messages in place of {len(roles)} ({', '.join(map(short, roles))})"
             raise InputError(f"{head} {shown}")
-        spaced = re.split(mark, show(*(f" {one}" for one in marks)))[::2]
-        trims = [spaced[order.index(i)] == parts[order.index(i)] for i in range(len(roles))]
+        left = re.split(mark, show(*(f" {one}" for one in marks)))[::2]
+        right = re.split(mark, show(*(f"{one} " for one in marks)))[::2]
+        kept = {
+            i: "l" * (left[k] == parts[k]) + "r" * (right[k + 1] == parts[k + 1]) for k, i in enumerate(order)
+        }
+        trims = [kept[i] for i in range(len(roles))]
         for probe in (_PROBE, f"\n {_PROBE}", f"{_PROBE} \n", f"<b> & '{_PROBE}'"):
-            found = [probe.strip() if trims[i] else probe for i in order]
+            found = [_STRIPS[trims[i]](probe) for i in order]
             pairs = zip(parts, [*found, ""], strict=True)
-            if show(*[probe] * len(roles)) != "".join(itertools.chain(*pairs)):
+            half = roles == ["user"] and len(trims[0]) == 1  # of one message it strips both sides or none
+            if half or show(*[probe] * len(roles)) != "".join(itertools.chain(*pairs)):
                 raise InputError(f"{head} changes the message, so text cannot be told from template")
         return parts, order, trims
 
@@ -741,21 +747,21 @@ class PromptEncoder:
         if plain[common:].strip():
             text = "%s ends a prompt with %r, which it puts before no given answer; labels are read behind it"
             log.warning(text, head, short(plain[common:]))
-        return {"before": before, "after": after, "end": end, "trim": trim}
+        return {"before": before, "after": after, "end": end, "trim": trim == "lr"}
 
     def _control_spans(self, text: str) -> list[tuple[int, int]]:
         code = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(code["input_ids"], code["offset_mapping"], strict=True)
         return [span for token, span in spans if token in self.control_ids]
 
-    def _form(self, roles: tuple[str, ...]) -> tuple[list[tuple[list, list[int] | None]], list[bool]]:
+    def _form(self, roles: tuple[str, ...]) -> tuple[list[tuple[list, list[int] | None]], list[str]]:
         """How a prompt of these roles is encoded: runs of text, with the ids of those that never change.
 
         A run is a list of texts and of numbers of messages. Control tokens alone never merge with a message:
-        what stands between them and it is encoded with it. Beside the runs: which messages are stripped.
+        what stands between them and it is encoded with it. Beside the runs: how each message is stripped.
         """
         frame, runs, run = self.frame, [], []
-        one = [frame["before"], frame["after"]], [0], [frame["trim"]]
+        one = [frame["before"], frame["after"]], [0], ["lr" if frame["trim"] else ""]
         parts, order, trims = one if roles == ("user",) else self._around(roles)
         for k, part in enumerate(parts):
             if spans := self._control_spans(part):
@@ -781,7 +787,7 @@ class PromptEncoder:
                 what = f"a message of {', '.join(map(short, roles))} cannot be encoded as text only"
                 raise InputError(f"{self.name}: tokenizer: {what}")
         runs, trims = self._forms[roles]
-        said = [turn["content"].strip() if trims[i] else turn["content"] for i, turn in enumerate(turns)]
+        said = [_STRIPS[trims[i]](turn["content"]) for i, turn in enumerate(turns)]
         return [("".join(said[x] if isinstance(x, int) else x for x in run), ids) for run, ids in runs]
 
     def _encode(self, prompts: Sequence[list[tuple[str, list[int] | None]]]) -> list[list[int]]:
