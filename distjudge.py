@@ -698,10 +698,10 @@ class PromptEncoder:
             raise InputError(f"{self.name}: chat template: {fault}")
         return shown[0]
 
-    def _around(self, roles: Sequence[str]) -> tuple[list[str], list[int], list[str]]:
-        """What the chat template puts around messages, their order there, and how each is stripped (_STRIPS).
+    def _around(self, roles: Sequence[str]) -> tuple[list[str], list[tuple[int, str]]]:
+        """What the chat template puts around messages of these roles, and which stands between, how stripped.
 
-        It is seen with stand-ins for messages of these roles.
+        It is seen with stand-ins; (number of a message, key of _STRIPS).
         """
         head = f"{self.name}: chat template:"
         if not self.tokenizer.chat_template:
@@ -711,31 +711,27 @@ class PromptEncoder:
             pairs = zip(roles, contents, strict=True)
             return self._apply([{"role": role, "content": content} for role, content in pairs])
 
-        marks, mark = [f"{_MARK}{i}{_MARK}" for i in range(len(roles))], rf"{_MARK}(\d+){_MARK}"
-        parts = re.split(mark, show(*marks))
+        marks = [f"{_MARK}{i}{_MARK}" for i in range(len(roles))]
+        plain = show(*marks)
+        parts = re.split(rf"{_MARK}(\d+){_MARK}", plain)
         parts, order = parts[::2], [int(i) for i in parts[1::2]]
         if sorted(order) != list(range(len(roles))):
             shown = f"shows {len(order)} messages in place of {len(roles)} ({', '.join(map(short, roles))})"
             raise InputError(f"{head} {shown}")
-        left = re.split(mark, show(*(f" {one}" for one in marks)))[::2]
-        right = re.split(mark, show(*(f"{one} " for one in marks)))[::2]
-        kept = {
-            i: "l" * (left[k] == parts[k]) + "r" * (right[k + 1] == parts[k + 1]) for k, i in enumerate(order)
-        }
-        trims = [kept[i] for i in range(len(roles))]
+        same = lambda i, text: show(*marks[:i], text, *marks[i + 1 :]) == plain  # noqa: E731
+        between = [(i, "l" * same(i, f" {marks[i]}") + "r" * same(i, f"{marks[i]} ")) for i in order]
         for probe in (_PROBE, f"\n {_PROBE}", f"{_PROBE} \n", f"<b> & '{_PROBE}'"):
-            found = [_STRIPS[trims[i]](probe) for i in order]
-            pairs = zip(parts, [*found, ""], strict=True)
-            half = roles == ["user"] and len(trims[0]) == 1  # of one message it strips both sides or none
+            pairs = zip(parts, [*(_STRIPS[sides](probe) for _, sides in between), ""], strict=True)
+            half = roles == ["user"] and len(between[0][1]) == 1  # of one message both sides or none
             if half or show(*[probe] * len(roles)) != "".join(itertools.chain(*pairs)):
                 raise InputError(f"{head} changes the message, so text cannot be told from template")
-        return parts, order, trims
+        return parts, between
 
     def _render(self) -> dict[str, Any]:
         """The frame: what the chat template puts around one message and behind an answer to it."""
         if not self.tokenizer.chat_template:
             return {"before": "", "after": "\n", "end": "", "trim": False}
-        (before, after), _, (trim,) = self._around(["user"])
+        (before, after), ((_, sides),) = self._around(["user"])
         answered = self._apply([{"role": role, "content": _MARK} for role in ("user", "assistant")])
         plain, end, head = before + _MARK + after, "", f"{self.name}: chat template:"
         common = common_length(plain, answered)
@@ -747,30 +743,30 @@ class PromptEncoder:
         if plain[common:].strip():
             text = "%s ends a prompt with %r, which it puts before no given answer; labels are read behind it"
             log.warning(text, head, short(plain[common:]))
-        return {"before": before, "after": after, "end": end, "trim": trim == "lr"}
+        return {"before": before, "after": after, "end": end, "trim": sides == "lr"}
 
     def _control_spans(self, text: str) -> list[tuple[int, int]]:
         code = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(code["input_ids"], code["offset_mapping"], strict=True)
         return [span for token, span in spans if token in self.control_ids]
 
-    def _form(self, roles: tuple[str, ...]) -> tuple[list[tuple[list, list[int] | None]], list[str]]:
+    def _form(self, roles: tuple[str, ...]) -> list[tuple[list, list[int] | None]]:
         """How a prompt of these roles is encoded: runs of text, with the ids of those that never change.
 
-        A run is a list of texts and of numbers of messages. Control tokens alone never merge with a message:
-        what stands between them and it is encoded with it. Beside the runs: how each message is stripped.
+        A run is a list of texts and, for messages, pairs as in _around(). Control tokens alone never merge
+        with a message: what stands between them and it is encoded with it.
         """
         frame, runs, run = self.frame, [], []
-        one = [frame["before"], frame["after"]], [0], ["lr" if frame["trim"] else ""]
-        parts, order, trims = one if roles == ("user",) else self._around(roles)
+        one = [frame["before"], frame["after"]], [(0, "lr" if frame["trim"] else "")]
+        parts, between = one if roles == ("user",) else self._around(roles)
         for k, part in enumerate(parts):
             if spans := self._control_spans(part):
-                start, stop = spans[0][0] if k else 0, spans[-1][1] if k < len(order) else len(part)
+                start, stop = spans[0][0] if k else 0, spans[-1][1] if k < len(between) else len(part)
                 runs += [([*run, part[:start]], None)] if k else []
                 runs.append(([part[start:stop]], self._ids(part[start:stop])))
                 run, part = [], part[stop:]
-            run += [part, *order[k : k + 1]]
-        return runs + ([(run, None)] if run != [""] else []), trims
+            run += [part, *between[k : k + 1]]
+        return runs + ([(run, None)] if run != [""] else [])
 
     def _runs(self, prompt: str) -> list[tuple[str, list[int] | None]]:
         """The prompt as runs of text, with the token ids of those that are the template's alone."""
@@ -786,9 +782,8 @@ class PromptEncoder:
                 del self._forms[roles]
                 what = f"a message of {', '.join(map(short, roles))} cannot be encoded as text only"
                 raise InputError(f"{self.name}: tokenizer: {what}")
-        runs, trims = self._forms[roles]
-        said = [_STRIPS[trims[i]](turn["content"]) for i, turn in enumerate(turns)]
-        return [("".join(said[x] if isinstance(x, int) else x for x in run), ids) for run, ids in runs]
+        text = lambda x: x if isinstance(x, str) else _STRIPS[x[1]](turns[x[0]]["content"])  # noqa: E731
+        return [("".join(map(text, run)), ids) for run, ids in self._forms[roles]]
 
     def _encode(self, prompts: Sequence[list[tuple[str, list[int] | None]]]) -> list[list[int]]:
         texts = [text for runs in prompts for text, ids in runs if ids is None]
