@@ -1373,18 +1373,16 @@ class Judge:
         logq, mass = torch.empty(len(encoded), len(self.labels)), torch.ones(len(encoded))
         todo = self.plan(encoded)[::-1]
         while todo:
-            members, fits = todo.pop(), False
+            members = todo.pop()
             batch = self.batch([encoded[i] for i in members])
             with contextlib.suppress(torch.OutOfMemoryError):
                 q, m = label_logprobs(self.model, batch, self.tokens, with_mass)
                 logq[members], mass[members] = q.float().cpu(), 1.0 if m is None else m.exp().float().cpu()
-                fits = True
-            if fits:
                 tick(len(members))
-            else:  # the passes still waiting are too large as well
-                self.shrink(members, batch["input_ids"].numel())
-                left = [i for group in (*todo, members) for i in group]
-                todo = [[left[i] for i in group] for group in self.plan([encoded[i] for i in left])][::-1]
+                continue
+            self.shrink(members, batch["input_ids"].numel())  # the passes still waiting are too large as well
+            left = [i for group in (*todo, members) for i in group]
+            todo = [[left[i] for i in group] for group in self.plan([encoded[i] for i in left])][::-1]
         return logq, mass
 
     def stream(
@@ -1419,10 +1417,9 @@ class Judge:
         All prompts are checked before the first is judged.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for k in (
-            range(0, len(prompts), 2048) if len(prompts) > 2048 else ()
-        ):  # stream() sees one window whole
-            self.encode(prompts[k : k + 2048], k)
+        if len(prompts) > 2048:  # of one window stream() checks all
+            for k in range(0, len(prompts), 2048):
+                self.encode(prompts[k : k + 2048], k)
         rows = list(self.stream(prompts, progress))
         if not rows:
             return torch.empty(0, len(self.labels)), torch.empty(0)
