@@ -1626,6 +1626,8 @@ def _fingerprint(path: str) -> str:
     if wrong := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
         what = "only safetensors files beside it are read"
         raise ValueError(f"model.safetensors.index.json names '{short(wrong[0])}'; {what}")
+    if lost := [name for name in names if Path(path).is_dir() and not (Path(path) / name).is_file()]:
+        raise ValueError(f"there is no file named {lost[0]}")
     for name in names:
         with safe_open(cached_file(path, name), "pt") as file:
             for key in file.keys():

@@ -390,7 +390,7 @@ no weights         | (m / WEIGHTS).unlink()                    | model: ... no f
 pickled weights | (m / WEIGHTS).unlink(), write(m / "pytorch_model.bin", b"\x80\x04}.") | model: cannot be
 weights of nan     | weights(m / WEIGHTS, lambda t: t[LAYER].fill_(float("nan"))) | model: its scores are not
 a lost layer       | weights(m / WEIGHTS, lambda t: t.pop(LAYER)) | model: ... 1 of its weights are missing
-a lost shard       | sharded(m)[1].unlink()                    | model: ... No such file
+a lost shard       | sharded(m)[1].unlink()                    | model: ... no file named model-00002-of-
 a cut shard        | cut(sharded(m)[1])                        | model: ... file not fully covered
 a broken index     | write(sharded(m)[-1], "{")                | model: cannot be loaded
 an index to elsewhere | write(sharded(m)[-1], INDEX % "../x.safetensors") | model: ... names '../x.safetensors
