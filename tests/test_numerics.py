@@ -332,6 +332,13 @@ def test_a_learning_rate_without_measure_ends_in_one_line(run_command, tmp_path,
     assert not (tmp_path / "run" / "judge.json").exists() and not (tmp_path / "run" / "metrics.json").exists()
 
 
+def test_a_judge_whose_weights_are_no_numbers_does_not_judge(tiny_model):
+    judge = distjudge.load_judge(tiny_model, ["yes", "no"], lora_rank=0)
+    judge.model.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the model gives NaN for 1 of 1 prompts"):
+        judge.predict(["Hi"])
+
+
 @pytest.mark.parametrize(("save_every", "kept"), [(1.0, r"step-000000002-\w{64}\.pt"), (0.0, "none")])
 def test_weights_that_are_no_numbers_are_never_saved(tiny_model, votes, tmp_path, save_every, kept):
     """Neither into a checkpoint nor, after the last step, by a run that looks finished."""

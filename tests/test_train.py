@@ -269,6 +269,9 @@ def test_training_refuses_other_labels_long_prompts_and_loggers(tiny_model, vote
     long = distjudge.load_items([{"prompt": "soup " * 30, "counts": {"1": 1, "2": 0, "3": 0}}])
     with pytest.raises(InputError, match="longer than max_length 20"):
         train(judge, long, settings(tmp_path))
+    for name in ("schedule", "overlong"):
+        with pytest.raises(InputError, match=f"^{name}: must be one of"):
+            train(judge, votes(4), settings(tmp_path, **{name: "no_such"}))
     for name, message in (("no_such_logger", "no_such_logger"), ("swanlab", "swanlab is not installed")):
         with pytest.raises(InputError, match=f"report_to: .*{message}"):
             train(judge, votes(4), settings(tmp_path, report_to=(name,)))
