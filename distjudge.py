@@ -3080,12 +3080,12 @@ def write_results(
     return metrics
 
 
-def judge_of(config: Config, labels: Sequence[str], weights: bool = True) -> Judge:
-    """load_judge() of config.model, with the settings of a run."""
+def judge_of(config: Config, labels: Sequence[str], **options: Any) -> Judge:
+    """load_judge() of config.model, with the settings of a run and these options."""
     names = ("lora_rank", "four_bit", "max_length", "seed", "backend", "gradient_checkpointing")
     settings = {name: getattr(config, name) for name in names}
     settings["spellings"] = parse_spellings(config.spellings)
-    judge = load_judge(config.model, labels, weights=weights, **settings)
+    judge = load_judge(config.model, labels, **settings, **options)
     judge.pack_tokens = config.pack_tokens or judge.pack_tokens
     return judge
 

@@ -1,6 +1,6 @@
 """What the recipes of real backbones share: presets, a dry run, a page before the first step.
 
-A recipe names a model, and main() makes its command line. In Python:
+A recipe's page names a model, and main() makes its command line. In Python:
 
     config = common.FourBitConfig(train=("votes.jsonl",), model="Qwen/Qwen3-4B", out="runs/qwen3_4b")
     metrics = common.run(config)
@@ -8,7 +8,8 @@ A recipe names a model, and main() makes its command line. In Python:
 
 import argparse
 import dataclasses
-import datetime
+import functools
+import itertools
 import math
 import os
 import sys
@@ -23,7 +24,6 @@ from distjudge import Config, InputError, Item, Judge, log
 
 import torch
 
-ASSUMED_RATES = {"cuda": 50e12, "cpu": 0.1e12}  # FLOP/s, for a first idea of how long a run takes
 FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; it does the talking
 
 
@@ -31,10 +31,14 @@ FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; it does t
 class RunConfig(Config):
     """The settings of a run, and what its command adds."""
 
-    preset: Literal["", "paper", "single", "kl", "teacher"] = ""
-    """The method's settings by name; flags beside it win. In Python: **distjudge.PRESETS["kl"]."""
+    train: tuple[str, ...] = ()
+    """REQUIRED: training items, one or more .jsonl or .jsonl.gz files."""
+    preset: Literal["default", "paper", "single", "kl", "teacher"] = "default"
+    """The method's settings by name; flags beside it win."""
     dry_run: bool = False
     """Print what a run would do, and stop. Needs config.json and the tokenizer; no weights, no GPU."""
+    card_gib: float = 0.0
+    """With --dry_run: plan for a card with so many GiB, here or not, and say which settings fit into it."""
     min_mass: float = 0.01
     """With --answer 0: refuse a model whose labels hold less of its probability before training."""
 
@@ -43,6 +47,8 @@ class RunConfig(Config):
         super().check()
         if not 0 <= self.min_mass <= 1:
             raise InputError(f"min_mass: must be between 0 and 1, not {self.min_mass}")
+        if not 0 <= self.card_gib < math.inf or (self.card_gib and not self.dry_run):
+            raise InputError(f"card_gib: goes with --dry_run and is 0 or more, not {self.card_gib}")
 
 
 @dataclasses.dataclass
@@ -57,19 +63,25 @@ class FourBitConfig(RunConfig):
     batch_size: int = 16
 
 
+def with_defaults(config_class: type[RunConfig], **values: Any) -> type[RunConfig]:
+    """The same settings with other defaults."""
+    hints = get_type_hints(config_class)
+    changed = [(name, hints[name], value) for name, value in values.items()]
+    return dataclasses.make_dataclass(config_class.__name__, changed, bases=(config_class,))
+
+
+def recipe(page: str, model: str, kind: type[RunConfig] = FourBitConfig, **defaults: Any) -> type[RunConfig]:
+    """The settings of a recipe's page; its file's name is that of the run folder."""
+    return with_defaults(kind, model=model, out=f"runs/{Path(page).stem}", **defaults)
+
+
 def main(config_class: type[RunConfig]) -> None:
     """The command line of a recipe: a flag for each setting; --preset changes their defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
     preset = parser.parse_known_args()[0].preset
-    distjudge.cli(run, with_preset(config_class, preset) if preset in distjudge.PRESETS else config_class)
-
-
-def with_preset(config_class: type[RunConfig], preset: str) -> type[RunConfig]:
-    """The same settings with those of distjudge.PRESETS[preset] as defaults."""
-    hints, values = get_type_hints(config_class), distjudge.PRESETS[preset] | {"preset": preset}
-    changed = [(name, hints[name], value) for name, value in values.items()]
-    return dataclasses.make_dataclass(config_class.__name__, changed, bases=(config_class,))
+    changed = {"preset": preset, **distjudge.PRESETS[preset]} if preset in distjudge.PRESETS else {}
+    distjudge.cli(run, with_defaults(config_class, **changed))
 
 
 def run(config: RunConfig) -> dict[str, float | None]:
@@ -78,38 +90,46 @@ def run(config: RunConfig) -> dict[str, float | None]:
     With config.dry_run only the first: then it reads no weights, writes nothing and returns {}. Raises
     InputError for what cannot be used. Of several processes (torchrun) the first does the talking.
     """
+    say = functools.partial(print, flush=True) if FIRST else lambda *_: None
 
     def look(judge: Judge, items: Sequence[Item], test: Sequence[Item]) -> None:
         if FIRST:
-            lines = plan_lines(judge, items, test, config)
-            print("\n".join(f"{name:<11} {text}" for name, text in lines.items()), flush=True)
+            plan = plan_lines(judge, items, test, config)
+            say("\n".join(f"{name:<11} {text}" for name, text in plan.items()))
         if not config.dry_run:
-            mass = check_mass(judge, items, config.answer, config.min_mass)
-            if FIRST:
-                print(f"{'label mass':<11} {mass}", flush=True)
+            say(f"{'label mass':<11} {check_mass(judge, items, config.answer, config.min_mass)}")
 
     config.check()
     if not config.dry_run:
         metrics = distjudge.run(config, before_training=look)
-        if FIRST:
-            print(outcome(metrics, config.out))
+        say(outcome(metrics, config.out) if metrics else "")
         return metrics
     items, test = distjudge.load_data(config)
-    judge = distjudge.judge_of(config, distjudge.labels_of(items), weights=False)
+    judge = outline(config, distjudge.labels_of(items))
     items = distjudge.keep_short(judge, items, config.overlong, "training")
     look(judge, items, distjudge.keep_short(judge, test, config.overlong, "test"))
     return {}
 
 
+def outline(config: RunConfig, labels: Sequence[str]) -> Judge:
+    """The judge of a run without its weights; with card_gib it is planned for a card."""
+    return distjudge.judge_of(config, labels, weights=False, device="cuda" if config.card_gib else None)
+
+
+def worth(people: float | None, low: float | None, high: float | None) -> str:
+    """evaluate()'s: "31.5 [17.2, 152.0]"; inf: votes cannot tell the judge from the truth; "–": unknown."""
+    return "–" if low is None else f"{people or math.inf:.1f} [{low:.1f}, {high or math.inf:.1f}]"
+
+
 def outcome(metrics: dict[str, float | None], out: str) -> str:
     """What a run came to: people and KL beside its rivals, what was written, and the next command."""
-    floor, beside = metrics["kl_noise_floor"], f"{metrics['kl_marginal']:.3f} of the mean distribution"
-    beside += f", {floor:.3f} of the truth" if floor else ""
-    kl, right = f"{metrics['kl']:.3f} nats (beside it: {beside})", f"accuracy {metrics['accuracy']:.3f}"
-    low, high = metrics["people_low"], metrics["people_high"] or math.inf
-    worth = f"worth {metrics['people'] or math.inf:.1f} people [{low:.1f}, {high:.1f}]\n" if low else ""
+    beside = f"{metrics['kl_marginal']:.3f} of the mean distribution"
+    beside += f", {floor:.3f} of the truth" if (floor := metrics["kl_noise_floor"]) else ""
+    people = worth(*(metrics[name] for name in ("people", "people_low", "people_high")))
     return (
-        f"\n{worth}KL to the votes of {metrics['items']} test items: {kl}; {right}\n"
+        f"\nworth {people} people\n"
+        f"KL to the votes of {metrics['items']} test items: {metrics['kl']:.3f} nats (beside it: {beside}); "
+        f"accuracy {metrics['accuracy']:.3f}\n"
         f"wrote {out}: the judge, predictions.jsonl, metrics.json, log.jsonl\n"
         f"next: python recipes/judge.py --run {out} --items new.csv --out judged.csv"
     )
@@ -133,24 +153,23 @@ def check_mass(judge: Judge, items: Sequence[Item], answer: float, least: float 
         )
     if mean < 0.5 and FIRST:
         then = "training teaches it to answer with one" if answer else "so it will stay without --answer 1"
-        log.warning(
-            "label mass: under a half, the model would rather say something else than a label; %s", then
-        )
+        log.warning("label mass: under a half, it would rather say something else than a label; %s", then)
     return said
 
 
 # --- what a run would do ------------------------------------------------------------------------------------
-def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config: Config) -> dict[str, str]:
+def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunConfig) -> dict[str, str]:
     """What run() prints before the first step, a text a name: settings with their reasons, labels, sizes.
 
     Goes through the first epoch as train() will, pass for pass; of several processes (torchrun) for the share
-    of the first. Counts are exact but for Unsloth's packs, which a dry run plans like the others. Memory and
-    time are estimates.
+    of the first. Counts are exact but for Unsloth's packs, which a dry run plans like the others; memory is
+    an estimate.
     """
     model, on, adapters = judge.model, judge.device.type, hasattr(judge.model, "peft_config")
     encoded = distjudge.training_rows(judge, items)[0]
     turned = f" (and {len(encoded) - len(items):,} turned round)" if len(encoded) > len(items) else ""
     passes, largest = first_epoch(judge, encoded, config)
+    steps = math.ceil(math.ceil(len(encoded) / config.batch_size) * config.epochs)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(weight_sizes(model).values()) - trained * adapters
     planned = f", none of them loaded, planned for {'CUDA' if on == 'cuda' else 'a CPU'}"
@@ -179,9 +198,9 @@ def plan_lines(judge: Judge, items: Sequence[Item], test: Sequence[Item], config
         f"{max(map(len, encoded)):,} tokens",
         "tokens": f"{sum(map(len, encoded)):,} an epoch, {sum(passes):,} after packing, in {len(passes):,} "
         f"passes of up to {max(passes):,}",
-        "memory": memory_text(judge, estimate_memory(judge, config, largest)),
-        "time": time_text(judge, config, len(encoded), sum(passes)),
-    }
+        "memory": memory_text(judge, estimate_memory(judge, config, largest), config.card_gib),
+        "steps": f"{steps:,} of {config.batch_size} items",
+    } | ({"fits": fit_text(judge, items, config)} if config.card_gib else {})
 
 
 def first_epoch(judge: Judge, encoded: Sequence[list[int]], config: Config) -> tuple[list[int], dict]:
@@ -199,36 +218,43 @@ def first_epoch(judge: Judge, encoded: Sequence[list[int]], config: Config) -> t
     return passes, largest
 
 
-def memory_text(judge: Judge, memory: dict[str, float]) -> str:
-    """The estimate beside the memory there is; warns where that is less."""
-    needed, there, place = sum(memory.values()), math.inf, "no card here to compare with"
-    if judge.device.type == "cpu":
+def memory_text(judge: Judge, memory: dict[str, float], card_gib: float) -> str:
+    """The estimate beside the memory there is, or is planned for; warns where that is less."""
+    needed, there, place = sum(memory.values()) / 2**30, card_gib, "--card_gib"
+    if not there and judge.device.type == "cpu":
         import psutil
 
-        there, place = psutil.virtual_memory().total, "main memory"
-    elif torch.cuda.is_available():
+        there, place = psutil.virtual_memory().total / 2**30, "main memory"
+    elif not there and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(judge.device)
-        there, place = card.total_memory, card.name
-    if needed > there:
-        log.warning(
-            "memory: more than there is: try a lower --pack_tokens, --gradient_checkpointing, --four_bit"
-        )
-    compared = place if there == math.inf else f"of {there / 2**30:.1f} ({place})"
+        there, place = card.total_memory / 2**30, card.name
+    if there and needed > there:
+        log.warning("memory: more than there is; --dry_run --card_gib %.3g says what would fit", there)
+    compared = f"of {there:.1f} ({place})" if there else "no card here to compare with (--card_gib names one)"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
-    return f"about {needed / 2**30:.1f} GiB by estimate, {compared}: {parts}"
+    return f"about {needed:.1f} GiB by estimate, {compared}: {parts}"
 
 
-def time_text(judge: Judge, config: Config, prompts: int, tokens: int) -> str:
-    """Steps, operations and time for so many prompts an epoch, computed as so many tokens."""
-    steps = math.ceil(math.ceil(prompts / config.batch_size) * config.epochs)
-    linear = (m for m in judge.model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
-    turns = 2 if hasattr(judge.model, "peft_config") else 3  # forward, backward to activations, to weights
-    turns += config.gradient_checkpointing + (config.teacher > 0)  # forward again; the teacher's forward
-    flop = 2.0 * turns * tokens * config.epochs * sum(m.in_features * m.out_features for m in linear)
-    rate = ASSUMED_RATES[judge.device.type]
-    took = datetime.timedelta(seconds=math.ceil(flop / rate))
-    said = f"{steps:,} steps of {config.batch_size} items, {flop / 1e15:.2g} PFLOP: {took} at {rate / 1e12:g}"
-    return f"{said} TFLOP/s, an assumption: the progress bar will know better"
+def fit_text(judge: Judge, items: Sequence[Item], config: RunConfig) -> str:
+    """The first settings estimated to fit into card_gib: as given, then what is slower, then 4 bits."""
+    judges, encoded = {config.four_bit: judge}, distjudge.training_rows(judge, items)[0]
+    if config.lora_rank and not config.four_bit:
+        judges[True] = outline(dataclasses.replace(config, four_bit=True), judge.labels)
+    own, recomputing, needed = judge.pack_tokens, sorted({config.gradient_checkpointing, True}), []
+    sizes = [own, *(size for size in (4096, 2048, 1024, 512, 1) if size < own)]
+    for four_bit, recomputed, size in itertools.product(judges, recomputing, sizes):
+        flags = [f"--pack_tokens {size}"] * (size != own)
+        flags += ["--gradient_checkpointing"] * (recomputed != config.gradient_checkpointing)
+        flags += ["--four_bit"] * (four_bit != config.four_bit)
+        changed = dataclasses.replace(config, gradient_checkpointing=recomputed)
+        judges[four_bit].pack_tokens = size
+        largest = first_epoch(judges[four_bit], encoded, config)[1]
+        needed.append(sum(estimate_memory(judges[four_bit], changed, largest).values()) / 2**30)
+        if needed[-1] <= config.card_gib:
+            break
+    else:
+        return f"nothing does: it takes at least {min(needed):.1f} GiB, with the smallest settings"
+    return f"{' '.join(flags) or 'as it is'}: about {needed[-1]:.1f} GiB"
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -242,21 +268,18 @@ def weight_sizes(model: Any) -> dict[int, int]:
 def estimate_memory(judge: Judge, config: Config, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     """An estimate of the most memory that training takes, in bytes by what takes it.
 
-    batch: its largest pass, see Judge.batch(). For decoders of Llama's kind, with b bytes a number computed
-    with (2 in 16 bits, 4 in float32) and L tokens in the pass:
+    batch: its largest pass, see Judge.batch(). For decoders of Llama's kind; b: bytes of a number computed
+    with (2 in 16 bits, 4 in float32), L: tokens in the pass.
 
-      weights      4-bit matrices n/2 and, quantized twice, a byte for 64 weights and a float32 for 256 of
-                   those; all others, embeddings and the output layer among them, as they are held
-      training     trained weights, their gradients and AdamW's two moments, in float32 or, the moments,
-                   8 bits; the teacher's weights; where all are trained in 16 bits, autocast's copies
-      activations  what layers keep for the backward pass, all of them or, recomputed, one beside every
-                   layer's input: b L (inputs of the matrices, once for each where adapters cast them to 16
-                   bits, + 3 widths of the MLP + queries and outputs of attention + ranks of the adapters)
-                   + 4 L (inputs of the norms) + for each block of queries its mask and the keys and values
-                   it sees (see block_attention); and the gradients of one MLP
+      weights      as held; 4-bit ones, quantized twice, have a byte for 64 and a float32 for 256 of those
+      training     trained weights, gradients and AdamW's moments, in float32 or, the moments, 8 bits; the
+                   teacher's weights; where all are trained in 16 bits, autocast's copies
+      activations  of all layers or, recomputed, of one beside every layer's input: b L (inputs of the
+                   matrices, 3 widths of the MLP, queries and outputs of attention, ranks of the adapters)
+                   + 4 L (inputs of the norms) + the mask, keys and values of each block of queries; and the
+                   gradients of one MLP
       label rows   the answers' hidden states, and a slice of the output layer with its logits, in float32
-      the rest     the largest matrix in b bytes (4-bit ones are unpacked one by one), and 1 GiB for CUDA's
-                   context, for workspaces and fragmentation: a guess
+      the rest     the largest matrix in b bytes, as 4-bit ones are unpacked, and 1 GiB for CUDA: a guess
 
     Unsloth keeps less. Weights are exact, and layers keep what autograd saves on a CPU; no GPU was measured.
     """

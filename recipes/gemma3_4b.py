@@ -13,16 +13,9 @@ into float16: on a card without bfloat16 transformers computes in float32, slowl
 where float16 does not fit. A folder with the text model alone (Gemma3ForCausalLM) works too.
 """
 
-import dataclasses
-
 import common
 
-
-@dataclasses.dataclass
-class Gemma3Config4B(common.FourBitConfig):
-    model: str = "google/gemma-3-4b-it"
-    out: str = "runs/gemma3_4b"
-
+Recipe = common.recipe(__file__, "google/gemma-3-4b-it")
 
 if __name__ == "__main__":
-    common.main(Gemma3Config4B)
+    common.main(Recipe)

@@ -12,16 +12,9 @@ The chat template tells the date. It is always 26 Jul 2024 here, so that a promp
 day. Numbers of up to three digits are single tokens.
 """
 
-import dataclasses
-
 import common
 
-
-@dataclasses.dataclass
-class Llama8BConfig(common.FourBitConfig):
-    model: str = "meta-llama/Llama-3.1-8B-Instruct"
-    out: str = "runs/llama8b"
-
+Recipe = common.recipe(__file__, "meta-llama/Llama-3.1-8B-Instruct")
 
 if __name__ == "__main__":
-    common.main(Llama8BConfig)
+    common.main(Recipe)

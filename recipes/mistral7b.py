@@ -12,16 +12,9 @@ are read as whole labels, closed by </s>; words are read by their first token. v
 Apache-2.0.
 """
 
-import dataclasses
-
 import common
 
-
-@dataclasses.dataclass
-class Mistral7BConfig(common.FourBitConfig):
-    model: str = "mistralai/Mistral-7B-Instruct-v0.3"
-    out: str = "runs/mistral7b"
-
+Recipe = common.recipe(__file__, "mistralai/Mistral-7B-Instruct-v0.3")
 
 if __name__ == "__main__":
-    common.main(Mistral7BConfig)
+    common.main(Recipe)

@@ -11,17 +11,9 @@ Queries, keys and values are one matrix (qkv_proj), and so are gate and up (gate
 adapter. Numbers of up to three digits are single tokens. Prompts may have up to 16,384 tokens. MIT licence.
 """
 
-import dataclasses
-
 import common
 
-
-@dataclasses.dataclass
-class Phi4Config(common.FourBitConfig):
-    model: str = "microsoft/phi-4"
-    out: str = "runs/phi4"
-    pack_tokens: int = 2048
-
+Recipe = common.recipe(__file__, "microsoft/phi-4", pack_tokens=2048)
 
 if __name__ == "__main__":
-    common.main(Phi4Config)
+    common.main(Recipe)

@@ -12,16 +12,9 @@ and labels are read behind it. Digits are single tokens: "10" begins like "1", a
 whole. Apache-2.0.
 """
 
-import dataclasses
-
 import common
 
-
-@dataclasses.dataclass
-class Qwen3Config8B(common.FourBitConfig):
-    model: str = "Qwen/Qwen3-8B"
-    out: str = "runs/qwen3_8b"
-
+Recipe = common.recipe(__file__, "Qwen/Qwen3-8B")
 
 if __name__ == "__main__":
-    common.main(Qwen3Config8B)
+    common.main(Recipe)

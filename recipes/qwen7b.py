@@ -11,16 +11,9 @@ The chat template begins with Qwen's own system turn. Digits are single tokens: 
 such labels are read whole. Apache-2.0.
 """
 
-import dataclasses
-
 import common
 
-
-@dataclasses.dataclass
-class Qwen7BConfig(common.FourBitConfig):
-    model: str = "Qwen/Qwen2.5-7B-Instruct"
-    out: str = "runs/qwen7b"
-
+Recipe = common.recipe(__file__, "Qwen/Qwen2.5-7B-Instruct")
 
 if __name__ == "__main__":
-    common.main(Qwen7BConfig)
+    common.main(Recipe)

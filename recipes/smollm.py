@@ -7,22 +7,14 @@
 Memory in GiB, estimated (--dry_run does that for your items) and not measured: 2.1 for NLI prompts, 3.4 for
 SummEval's with their articles; 1.8 and 3.3 with --pack_tokens 1.
 
-Weights are float32 on a CPU and 16 bits on CUDA, adapters always float32. Digits are single tokens: "10"
+Weights are float32 on a CPU and 16 bits on CUDA, adapters always float32. The learning
+rate is 3e-4: the paper's 5e-5 is for 7B and 10,000 items. Digits are single tokens: "10"
 begins like "1", and such labels are read whole. Apache-2.0.
 """
 
-import dataclasses
-
 import common
 
-
-@dataclasses.dataclass
-class SmolLMConfig(common.RunConfig):
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    learning_rate: float = 3e-4
-    """Peak learning rate of AdamW. The paper's 5e-5 is for 7B and 10,000 items."""
-    out: str = "runs/smollm"
-
+Recipe = common.recipe(__file__, "HuggingFaceTB/SmolLM2-135M-Instruct", common.RunConfig, learning_rate=3e-4)
 
 if __name__ == "__main__":
-    common.main(SmolLMConfig)
+    common.main(Recipe)

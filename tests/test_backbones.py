@@ -138,7 +138,7 @@ def call(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", fast("mistral7b"))
 def test_a_dry_run_says_what_a_run_would_do(name, outline, nli, call, tmp_path, monkeypatch):
     command = [name, "--train", nli, "--model", outline(name), "--dry_run"]
-    names = "backend model weights trained optimizer passes labels items tokens memory time"
+    names = "backend model weights trained optimizer passes labels items tokens memory steps"
     said = call(*command)
     assert list(said) == names.split() and not (tmp_path / "runs").exists()  # nothing is written
     billions = float(said["model"].split(": ")[1].split()[0])
@@ -160,6 +160,13 @@ def test_a_dry_run_says_what_a_run_would_do(name, outline, nli, call, tmp_path, 
         assert "packs of at most 4,096 tokens (asked for), attention by SDPA in blocks" in said["passes"]
         spelled = "entailment: 'ent', neutral: 'neutral', contradiction: 'contrad'"
         assert f"by the first token of the answer: {spelled}" in said["labels"]
+        command.append("--no_gradient_checkpointing")
+        needed = float(re.search(r"about (\S+) GiB", call(*command)["memory"])[1])
+        for card, fits in ((24, "as it is: "), (needed - 0.1, "--"), (2, "nothing does: ")):
+            planned = call(*command, "--card_gib", card)
+            assert f"of {card:.1f} (--card_gib)" in planned["memory"] and planned["fits"].startswith(fits)
+            least = float(re.search(r"(\S+) GiB", planned["fits"])[1])
+            assert (least <= card) == (card > 2) and least <= needed
         rows = [{"prompt": f"Rate {i}.", "counts": {"1": 1, "2": i % 2, "10": 1}} for i in range(10)]
         Path(nli).write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert "2: '▁' '2' '</s>', 10: '▁' '1' '0' '</s>'" in call(*command)["labels"]
@@ -178,7 +185,7 @@ def test_help_is_the_page_and_the_settings(tmp_path):
 
 def test_the_page_counts_what_training_computes(tiny_model, votes, tmp_path, monkeypatch):
     """An outline counts what a loaded model counts, and training takes the passes that were planned."""
-    config = Config(out=str(tmp_path), lora_rank=4, epochs=1.0, save_every=0, pack_tokens=60)
+    config = common.RunConfig(out=str(tmp_path), lora_rank=4, epochs=1.0, save_every=0, pack_tokens=60)
     items, batch, computed = votes(20), distjudge.Judge.batch, []
     judges = [load_judge(tiny_model, ["1", "2", "3"], lora_rank=4, weights=w) for w in (True, False)]
     for judge in judges:
@@ -215,7 +222,7 @@ def test_presets_come_before_flags(monkeypatch):
     assert parse("--preset", "kl", "--alpha", "0.9") == ("kl", 0.9, 0.0, 0.0, "linear")
     assert parse("--alpha", "0.9", "--preset=paper") == ("paper", 0.9, 0.25, 0.0, "linear")
     assert parse("--preset", "teacher") == ("teacher", 1.0, 0.0, 5.0, "constant")
-    assert parse() == ("", 0.8, 0.25, 0.0, "linear")
+    assert parse() == ("default", 0.8, 0.25, 0.0, "linear")
     for preset in distjudge.PRESETS.values():
         Config(**preset).check()
     for wrong in (["--preset", "nonesuch"], ["--preset"]):
