@@ -31,7 +31,7 @@ import torch
 
 from plots import figures
 
-SAMPLE = str(ROOT / "data" / "panel.jsonl")
+SAMPLE = str(ROOT / "data" / "panel.jsonl")  # 1,200 items to train on, 300 to test on
 TEMPLATE = (
     "{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|judge|>') + m.content + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}<|judge|>{% endif %}"
@@ -49,17 +49,14 @@ SAID = {
     "teacher": "with a teacher",
 }
 ORDER = ["marginal", "untrained", *METHODS, "noise_floor"]
-COLUMNS = {
-    "people": "worth, people",
-    "kl_votes": "KL to votes",
-    "kl_truth": "KL to truth",
-    "accuracy": "accuracy",
-}
+COLUMNS = {"people": "worth, people", "kl_votes": "KL to votes", "kl_truth": "KL to truth"}
+COLUMNS["accuracy"] = "accuracy"
 
 
 @dataclasses.dataclass
 class TinyConfig(Config):
-    train: tuple[str, ...] = (SAMPLE,)
+    train: tuple[str, ...] = ()
+    """Training items: .jsonl or .jsonl.gz files. Default: the embedded sample, data/panel.jsonl."""
     out: str = "runs/tiny"
     """The folder for the table, the figures and a run folder for each method and seed."""
     model: str = ""
@@ -81,6 +78,9 @@ class TinyConfig(Config):
     """Layers of the model."""
     vocabulary: int = 2000
     """Tokens of the tokenizer, at most."""
+
+    def __post_init__(self) -> None:
+        self.train = self.train or (SAMPLE,)
 
     def check(self) -> None:
         super().check()
@@ -109,18 +109,11 @@ def build_base(folder: Path, items: list[Item], config: TinyConfig, seed: int) -
 
     tokenizer = build_tokenizer([item.prompt for item in items] + labels_of(items), config.vocabulary)
     torch.manual_seed(seed)
-    shape = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden,
-        intermediate_size=3 * config.hidden,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.hidden // 16,
-        num_key_value_heads=config.hidden // 16,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": config.hidden, "intermediate_size": 3 * config.hidden}
+    sizes |= {"vocab_size": len(tokenizer), "num_hidden_layers": config.layers}
+    sizes |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), config.hidden // 16)
+    more = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    shape = Qwen2Config(**sizes, **more, max_position_embeddings=4096, tie_word_embeddings=True)
     Qwen2ForCausalLM(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -135,44 +128,48 @@ def load_base(base: str, labels: list[str], config: TinyConfig) -> Judge:
 
 
 def row(method: str, seed: int, metrics: dict) -> dict:
-    names = zip(COLUMNS, ("people", "kl", "kl_truth", "accuracy"), strict=True)
-    return {"method": method, "seed": seed} | {column: metrics[name] for column, name in names}
+    names = ("people", "people_low", "people_high", "kl_truth", "accuracy")
+    known = {name: metrics.get(name) for name in names}
+    return {"method": method, "seed": seed, "kl_votes": metrics["kl"], **known}
 
 
 def reference_rows(train_items: list[Item], test: list[Item], seed: int) -> list[dict]:
     """What needs no judge: the mean of the training votes for every item, and the truth against the votes."""
     mean = distjudge.marginal_distribution(train_items).expand(len(test), -1)
     marginal = evaluate(mean, test, train_items=train_items)
-    floor = {"people": None, "kl": marginal["kl_noise_floor"], "kl_truth": None, "accuracy": None}
+    floor = {"kl": marginal["kl_noise_floor"]}
     if (truth := distjudge.truths_of(test)) is not None:
-        floor = evaluate(truth, test, draws=0) | {"people": None}
+        floor = {name: evaluate(truth, test, draws=0)[name] for name in ("kl", "kl_truth", "accuracy")}
     rows = [row("marginal", seed, marginal), row("noise_floor", seed, floor)]
     return [r for r in rows if r["kl_votes"] is not None]
 
 
-def table_lines(rows: list[dict]) -> list[str]:
-    """A Markdown table in aligned columns: mean over seeds and, with several, their standard deviation."""
-    cells = [["method", *COLUMNS.values()]]
-    for method, own in pd.DataFrame(rows).groupby("method", sort=False):
-        cells.append([method])
-        for column in COLUMNS:
-            values, digits = own[column].astype(float), 1 if column == "people" else 3
-            spread = f" ± {values.std():.{digits}f}" if values.std() > 0 else ""
-            mean = f"{max(0.0, values.mean()):.{digits}f}"
-            cells[-1].append(f"{mean}{spread}" if values.notna().all() else "–")
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
+def cells_of(own: list[dict]) -> list[str]:
+    """A method's cells by COLUMNS: of one seed, people with an interval; or means ± deviations."""
+    if len(own) == 1:
+        (only,) = own
+        numbers = ["–" if only[name] is None else f"{max(0.0, only[name]):.3f}" for name in COLUMNS]
+        return [common.worth(only["people"], only["people_low"], only["people_high"]), *numbers[1:]]
+    table = pd.DataFrame(own)[[*COLUMNS]].astype(float)
+    pairs = zip(table.mean(), table.std(), table.notna().all(), (1, 3, 3, 3), strict=True)
+    return [f"{mean:.{n}f} ± {std:.{n}f}" if known else "–" for mean, std, known, n in pairs]
+
+
+def table_lines(cells: dict[str, list[str]]) -> list[str]:
+    """A Markdown table in aligned columns."""
+    lines = [["method", *COLUMNS.values()], *([name, *own] for name, own in cells.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
     pad = lambda line: [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]  # noqa: E731
-    return [f"| {' | '.join(pad(line))} |" for line in cells]
+    return [f"| {' | '.join(pad(line))} |" for line in lines]
 
 
-def meaning(rows: list[dict]) -> str:
+def meaning(cells: dict[str, list[str]]) -> str:
     """What the table means, in two sentences, as far as the judges' worth is known."""
-    worth = pd.DataFrame(rows).groupby("method")["people"].mean()
-    said = "A judge is worth n people if it is as near to what everybody thinks as a panel of n is."
-    if worth.reindex(["full", "single_point"]).notna().all():
-        said += f" Trained on all votes the paper's method is worth {worth['full']:.1f} of them,"
-        said += f" on the majority label alone {worth['single_point']:.1f}."
+    said = "A judge is worth n people if it is as near to what everybody thinks as a panel of n is "
+    said += "[95 % interval] (or means ± standard deviations over seeds)."
+    if "–" not in (full := cells["full"][0], single := cells["single_point"][0]):
+        said += f" Trained on all votes the paper's method is worth {full}, on the majority label {single}."
     return said
 
 
@@ -205,9 +202,7 @@ def main(config: TinyConfig) -> None:
     config.check()
     if config.teacher:
         raise InputError("teacher: each row here has its own; the recipes of one backbone take it")
-    distjudge.check_out(
-        config.out, "table.json", *(f"{name}-{config.seed}" for name in ("base", "untrained"))
-    )
+    distjudge.check_out(config.out, "table.json", f"base-{config.seed}", f"untrained-{config.seed}")
     items, test = distjudge.load_data(config)
     if not config.model and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a model this small is faster on one, several times so on a busy machine
@@ -221,15 +216,14 @@ def main(config: TinyConfig) -> None:
             shutil.rmtree(out)
         raise
     rows.sort(key=lambda r: (ORDER.index(r["method"]), r["seed"]))
-    lines = table_lines(rows)
+    cells = {name: cells_of(own) for name in ORDER if (own := [r for r in rows if r["method"] == name])}
+    lines = table_lines(cells)
     distjudge.write_json(out / "table.json", rows)
     distjudge.write_lines(out / "table.md", lines)
     runs = {method: out / f"{method}-{config.seed}" for method in METHODS}
     drawn = [figures.compare(runs, out / "plots"), *figures.draw_all(runs["full"], out / "plots")]
     print(f"\n{len(items):,} items to train on, {len(test):,} to test on; KL in nats\n\n" + "\n".join(lines))
-    if len(test) < 100:
-        print("\nFew items to test on, so the first column is rough: metrics.json has its interval.")
-    print(f"\n{meaning(rows)}\n\nwrote {out / 'table.md'}, a folder for each judge, and {drawn[0]}")
+    print(f"\n{meaning(cells)}\n\nwrote {out / 'table.md'}, a folder for each judge, and {drawn[0]}")
     judged = os.path.relpath((config.test or config.train)[0])
     print(f"next: python recipes/judge.py --run {runs['full']} --items {judged} --out judged.jsonl")
 
