@@ -45,6 +45,7 @@ sys.path[:0] = [str(ROOT / part) for part in ("", "recipes", "data")]
 import distjudge
 from distjudge import InputError, Item, Judge
 
+import common
 import prepare
 import tiny
 import torch
@@ -57,8 +58,6 @@ BACKBONES = {  # family, SIZES, vocabulary, whether input and output embeddings 
     "toy": ("qwen2", (32, 64, 2, 2, 2), 4096, True),  # only shows that this script runs
     "small": ("qwen2", (512, 1408, 8, 8, 8), 151_936, True),  # what two CPU cores can bear
     "middle": ("qwen2", (1024, 2816, 8, 16, 4), 151_936, False),
-    "qwen0.5b": ("qwen2", (896, 4864, 24, 14, 2), 151_936, True),
-    "qwen1.5b": ("qwen2", (1536, 8960, 28, 12, 2), 151_936, True),
     "qwen7b": ("qwen2", (3584, 18_944, 28, 28, 4), 152_064, False),
     "llama8b": ("llama", (4096, 14_336, 32, 32, 8), 128_256, False),
 }
@@ -71,7 +70,7 @@ class BenchConfig:
     """The folder for bench.json and bench.md."""
     parts: tuple[Literal["train", "judge", "rate", "memory"], ...] = tuple(PARTS)
     """What to measure."""
-    backbone: Literal["toy", "small", "middle", "qwen0.5b", "qwen1.5b", "qwen7b", "llama8b"] = "small"
+    backbone: Literal["toy", "small", "middle", "qwen7b", "llama8b"] = "small"
     """The architecture, with random weights."""
     tasks: tuple[Literal["snli", "summeval", "mtbench", "sample"], ...] = TASKS
     """Which prompts. Default: those of the first three that DISTJUDGE_DATA has, else the sample."""
@@ -85,6 +84,19 @@ class BenchConfig:
     """Repeats of each measurement."""
     seed: int = 0
     """Seed of weights and items."""
+
+
+def in_new_process(action: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function at the top of a module returns, called in a process that has computed nothing yet."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(action, *arguments).result()
+
+
+def resident(field: str, pid: int | str = "self") -> float:
+    """MiB of VmRSS, what a process holds, or VmHWM, its peak, from Linux's /proc; 0 where that has ended."""
+    with contextlib.suppress(OSError):
+        return int(re.search(rf"{field}:\s+(\d+)|$", Path(f"/proc/{pid}/status").read_text())[1] or 0) / 1024
+    return 0.0
 
 
 def now() -> float:
@@ -256,25 +268,15 @@ def bench_train(task: str, config: BenchConfig) -> dict[str, Any]:
         STOCK: lambda: stock(best),
     }
     times = take_turns(ways, config.repeats, warm_up=0)
-    encoded, tokens = judge.encode([item.prompt for item in items]), []
-    order = distjudge.epoch_order(encoded, distjudge.Config(batch_size=config.batch_size), 0)
-    for start in range(0, len(order), config.batch_size):
-        step = [encoded[i] for i in order[start : start + config.batch_size]]
-        passes = [judge.batch([step[i] for i in members], "cpu") for members in judge.plan(step)]
-        tokens += [batch["input_ids"].numel() for batch in passes]
+    encoded = judge.encode([item.prompt for item in items])
+    tokens, _ = common.first_epoch(judge, encoded, distjudge.Config(batch_size=config.batch_size))
     passes = len(tokens) * config.batch_size / len(items)
     adversary = passes * adversary_seconds(judge, config.batch_size)
-    return {
-        "task": task,
-        "items_a_step": config.batch_size,
-        "tokens_a_prompt": statistics.mean(map(len, encoded)),
-        "shared_tokens": 1 - sum(tokens) / sum(map(len, encoded)),
-        "passes_a_step": passes,
-        "seconds_a_step": times,
-        "stock_rows": best,
-        "stock_rows_tried": tried,
-        "adversary_share": adversary / times[OURS]["median"],
-    }
+    found = {"task": task, "items_a_step": config.batch_size}
+    found |= {"tokens_a_prompt": statistics.mean(map(len, encoded))}
+    found |= {"shared_tokens": 1 - sum(tokens) / sum(map(len, encoded)), "passes_a_step": passes}
+    found |= {"seconds_a_step": times, "stock_rows": best, "stock_rows_tried": tried}
+    return found | {"adversary_share": adversary / times[OURS]["median"]}
 
 
 def bench_judge(task: str, config: BenchConfig) -> dict[str, Any]:
@@ -391,20 +393,16 @@ def memory_of(way: str | int, task: str, config: BenchConfig) -> dict[str, float
         train()
         return {"before": before / 2**20, "peak": torch.cuda.max_memory_allocated() / 2**20}
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of building the model
-    found = {}
-    for when, action in (("before", gc.collect), ("peak", train)):
-        action()
-        status = Path("/proc/self/status").read_text()
-        found[when] = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
-    return found
+    before = resident("VmHWM")
+    train()
+    return {"before": before, "peak": resident("VmHWM")}
 
 
 def bench_memory(task: str, config: BenchConfig) -> dict[str, Any]:
     found = {}
     for way in (OURS, UNPACKED, *config.stock_rows):
         name = f"{STOCK}, {way} rows a pass" if isinstance(way, int) else way
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            found[name] = fresh.submit(memory_of, way, task, config).result()
+        found[name] = in_new_process(memory_of, way, task, config)
     above = {name: mib["peak"] - mib["before"] for name, mib in found.items()}
     return {"task": task, "mib": found, "mib_above_the_loaded_model": above}
 

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -28,14 +27,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import distjudge
 from distjudge import InputError
 
+import bench
 import tiny
 import torch
 
 
 @dataclasses.dataclass
 class ScalingConfig:
-    items: str = tiny.SAMPLE
-    """What to train on and to judge."""
+    items: str = ""
+    """What to train on and to judge. Default: the embedded sample."""
     number: int = 960
     """So many of them."""
     processes: tuple[int, ...] = (1, 2)
@@ -52,10 +52,14 @@ class ScalingConfig:
     """The folder for model, table and judgments; it is replaced."""
 
 
+def items_of(config: ScalingConfig) -> list[distjudge.Item]:
+    return distjudge.load_items(config.items or tiny.SAMPLE)[: config.number]
+
+
 def work(config: ScalingConfig) -> None:
     """One process of one run: trains, and writes the seconds from its second step on and its tokens."""
     torch.set_num_threads(1)
-    out, items, tokens, ends = Path(config.out), distjudge.load_items(config.items)[: config.number], [], []
+    out, items, tokens, ends = Path(config.out), items_of(config), [], []
     judge = distjudge.load_judge(out / "base", distjudge.labels_of(items), lora_rank=0)
     batch = judge.batch
 
@@ -76,8 +80,7 @@ def call(*command: Any) -> str:
     command, environment = [sys.executable, *map(str, command)], os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        why = done.stderr.strip().splitlines()[-1:]
-        raise InputError(f"{' '.join(command[:4])} ... ended with {done.returncode}: {why}")
+        raise InputError(f"{' '.join(command[:4])} ...: {done.stderr.strip().rpartition(chr(10))[2]}")
     return done.stderr
 
 
@@ -85,13 +88,10 @@ def train_once(config: ScalingConfig, processes: int) -> dict[str, float]:
     out = Path(config.out)
     for old in out.glob("rank-*.json"):
         old.unlink()
-    own = dataclasses.asdict(config)
-    del own["processes"], own["repeats"]
-    own = [f"--{name}={value}" for name, value in own.items()]
+    given = dataclasses.asdict(config).items()
+    own = [f"--{name}={value}" for name, value in given if name not in ("processes", "repeats")]
     call("-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone", __file__, *own)
-    ranks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("rank-*.json"))]
-    if len(ranks) != processes:
-        raise InputError(f"{out}: {processes} processes were started, {len(ranks)} wrote what they measured")
+    ranks = [json.loads(path.read_text()) for path in out.glob("rank-*.json")]
     slowest = max(rank["seconds"] for rank in ranks)
     return {"rate": ranks[0]["items"] / slowest, "tokens": sum(rank["tokens"] for rank in ranks)}
 
@@ -103,38 +103,32 @@ def judge_once(config: ScalingConfig, processes: int) -> dict[str, float]:
     sizes = ("--judges", processes, "--batch_size", size, "--blocks", 12)
     said = call(ROOT / "recipes" / "judge_ray.py", *files, *sizes)
     found = re.search(r"judged (\d+) items .* ([0-9.]+) s of them after the first batch", said)
-    if not found:
-        raise InputError(f"recipes/judge_ray.py did not say how long it took: {said[-300:]}")
     return {"rate": (int(found[1]) - size) / float(found[2])}
 
 
-def line_of(name: str, processes: int, found: list[dict[str, float]], base: list[dict[str, float]]) -> str:
-    """A row of the table: median (least to most), and the same of the ratios run by run."""
-    rates = [run["rate"] for run in found]
-    ratios = [rate / run["rate"] for rate, run in zip(rates, base, strict=True)]
-    cells = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (rates, ratios)]
-    tokens = f"{found[0]['tokens']:,.0f}" if "tokens" in found[0] else ""
-    return f"| {' | '.join([name, str(processes), *cells, tokens])} |"
+def row_of(what: str, n: int, found: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, Any]:
+    """A row of the table: rates, and their ratios to those of the first count, run by run."""
+    rates, first = ([run["rate"] for run in runs] for runs in (found, base))
+    ratios = [rate / one for rate, one in zip(rates, first, strict=True)]
+    row = {"what": what, "processes": n, "items a second": bench.spread(rates)}
+    return row | {"times the first": bench.spread(ratios), "tokens computed": found[0].get("tokens", "")}
 
 
 def main(config: ScalingConfig) -> None:
     if "RANK" in os.environ:  # started by torchrun
         return work(config)
-    items, out = distjudge.load_items(config.items)[: config.number], Path(config.out)
-    values = dataclasses.asdict(config) | {"processes": min(config.processes, default=0)}
-    for name, low in {"repeats": 1, "batch_size": 1, "layers": 1, "hidden": 16, "processes": 1}.items():
-        if values[name] < low:
-            raise InputError(f"{name}: must be {low} or more, not {values[name]}")
+    items, out = items_of(config), Path(config.out)
+    size = tiny.TinyConfig(hidden=config.hidden, layers=config.layers)
+    size.check()
+    if min(config.repeats, config.batch_size, *config.processes or [0]) < 1:
+        raise InputError("repeats, batch_size, processes: must be 1 or more")
     if len(items) < 3 * config.batch_size:
-        raise InputError(f"{config.items}: {len(items)} items are under three steps of {config.batch_size}")
-    if out.exists() and any(out.iterdir()) and not (out / "scaling.json").exists():
-        raise InputError(f"{out}: holds something else than an earlier run of this; name another folder")
+        raise InputError(f"items: {len(items)} are under three steps of {config.batch_size}")
+    distjudge.check_out(out, "scaling.json")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    size = tiny.TinyConfig(hidden=config.hidden, layers=config.layers)
     base = tiny.build_base(out / "base", items, size, 0)
-    rows = [json.dumps({"id": item.id, "prompt": item.prompt}) for item in items]
-    distjudge.write_lines(out / "items.jsonl", rows)
+    distjudge.write_lines(out / "items.jsonl", [json.dumps({"prompt": item.prompt}) for item in items])
     distjudge.save_judge(distjudge.load_judge(base, distjudge.labels_of(items), lora_rank=0), out / "run")
     kinds = {"training, torchrun": train_once}
     if importlib.util.find_spec("ray"):
@@ -147,14 +141,12 @@ def main(config: ScalingConfig) -> None:
             for n, found in runs[name].items():
                 found.append(once(config, n))
                 print(f"{turn + 1}: {name}, {n} processes: {found[-1]['rate']:.1f} items/s", flush=True)
-    lines = ["| what | processes | items a second (least to most) | times the first | tokens computed |"]
-    lines.append("| --- " * 5 + "|")
-    for name, counts in runs.items():
-        lines += [line_of(name, n, found, counts[config.processes[0]]) for n, found in counts.items()]
+    first = config.processes[0]
+    rows = [row_of(what, n, found[n], found[first]) for what, found in runs.items() for n in found]
     about = {"settings": dataclasses.asdict(config), "versions": distjudge.versions(), "runs": runs}
     distjudge.write_json(out / "scaling.json", about | {"cores": os.cpu_count()})
-    distjudge.write_lines(out / "scaling.md", lines)
-    print("\n".join(lines) + f"\nwrote {out / 'scaling.md'}")
+    distjudge.write_lines(out / "scaling.md", lines := bench.table(rows))
+    print("\n".join([*lines, f"wrote {out / 'scaling.md'}"]))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ PART.md into --out (the repository's own are in plots/results/load). Memory is r
 /proc: VmHWM is its peak, VmRSS its present size. Times depend on other work; CPU seconds do not.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -73,20 +71,12 @@ def write_items(path: Path, number: int, seed: int, groups: bool = False) -> Non
             file.write(json.dumps(row) + "\n")
 
 
-def memory(field: Literal["VmHWM", "VmRSS", "Threads"], pid: int | str = "self") -> float:
-    """A field of /proc/PID/status: MiB, or a number of threads; 0 for a process that has ended."""
-    with contextlib.suppress(OSError):
-        found = re.search(rf"^{field}:\s+(\d+)( kB)?", Path(f"/proc/{pid}/status").read_text(), re.M)
-        return int(found[1]) / (1024 if found[2] else 1) if found else 0.0
-    return 0.0
-
-
 def watch(command: list[str], file: Path, kill_at: float = 0) -> dict[str, float]:
     """Runs a command: its seconds, CPU seconds and peak memory. Kills it once `file` has kill_at bytes."""
     start, peak = time.monotonic(), 0.0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-        peak = max(peak, memory("VmHWM", process.pid))
+        peak = max(peak, bench.resident("VmHWM", process.pid))
         if kill_at and file.exists() and file.stat().st_size >= kill_at:
             process.kill()
         time.sleep(0.05)
@@ -146,7 +136,7 @@ def open_stages(path: Path, base: str, out: Path) -> list[dict[str, Any]]:
         start, cpu = time.monotonic(), time.process_time()
         yield
         times = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
-        rows.append({"stage": what, **times, "peak_mib": memory("VmHWM")})
+        rows.append({"stage": what, **times, "peak_mib": bench.resident("VmHWM")})
 
     with stage("start (imports)"):
         torch.set_num_threads(1)
@@ -174,8 +164,7 @@ def open_stages(path: Path, base: str, out: Path) -> list[dict[str, Any]]:
 
 def open_part(config: LoadConfig, work: Path, base: str) -> list[dict[str, Any]]:
     write_items(work / "train.jsonl", config.train_items, config.seed, groups=True)
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(open_stages, work / "train.jsonl", base, work / "opened").result()
+    return bench.in_new_process(open_stages, work / "train.jsonl", base, work / "opened")
 
 
 def soak_cycle(number: int, base: str, work: Path) -> None:
@@ -208,8 +197,15 @@ def soak_part(config: LoadConfig, work: Path, base: str) -> list[dict[str, Any]]
     write_items(work / "in.jsonl", 200, config.seed)
     while len(rows) < 4 or time.monotonic() - start < 60 * config.minutes:
         bench.quietly(lambda: soak_cycle(len(rows), base, work))
-        row = {"cycle": len(rows) + 1, "seconds": time.monotonic() - start, "rss_mib": memory("VmRSS")}
-        row |= {"threads": int(memory("Threads")), "open_files": len(os.listdir("/proc/self/fd")) - 1}
+        row = {
+            "cycle": len(rows) + 1,
+            "seconds": time.monotonic() - start,
+            "rss_mib": bench.resident("VmRSS"),
+        }
+        row |= {
+            "threads": len(os.listdir("/proc/self/task")),
+            "open_files": len(os.listdir("/proc/self/fd")) - 1,
+        }
         rows.append(row | {"cpu_seconds": time.process_time(), "blocks": sys.getallocatedblocks()})
         if len(rows) % 20 == 1:
             print(rows[-1], file=sys.stderr, flush=True)
@@ -231,7 +227,7 @@ def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main(config: LoadConfig) -> None:
-    if not memory("VmHWM"):
+    if not bench.resident("VmHWM"):
         raise distjudge.InputError("load: memory is read from /proc, which this system does not have")
     out, parts = Path(config.out), {"judge": judge_part, "open": open_part, "soak": soak_part}
     out.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import distjudge
 from distjudge import InputError
@@ -48,25 +49,17 @@ def test_a_stage_that_dies_or_hangs_leaves_a_report(config, tmp_path, monkeypatc
     assert json.loads((tmp_path / "report.json").read_text())["stages"] == results
 
 
-def skips(config):
-    raise report.Skip("no such card")
-
-
-def fails(config):
-    raise ZeroDivisionError("by zero")
-
-
-STAGES = [
-    (skips, {"status": "skipped", "why": "no such card"}),
-    (fails, {"status": "failed", "why": "ZeroDivisionError: by zero"}),
-    (lambda config: {"a": 1}, {"status": "ok", "result": {"a": 1}}),
-    (lambda config: {"a": 1, "problem": "far"}, {"status": "failed", "result": {"a": 1}, "why": "far"}),
+STAGES = [  # what a stage does, and what is told of it
+    (report.Skip("no such card"), {"status": "skipped", "why": "no such card"}),
+    (ZeroDivisionError("by zero"), {"status": "failed", "why": "ZeroDivisionError: by zero"}),
+    ([{"a": 1}], {"status": "ok", "result": {"a": 1}}),
+    ([{"a": 1, "problem": "far"}], {"status": "failed", "result": {"a": 1}, "why": "far"}),
 ]
 
 
 @pytest.mark.parametrize(("stage", "expected"), STAGES)
 def test_what_a_stage_says_of_itself(config, tmp_path, monkeypatch, stage, expected):
-    monkeypatch.setitem(report.STAGES, "tests", stage)
+    monkeypatch.setitem(report.STAGES, "tests", Mock(side_effect=stage))
     report.run_stage(dataclasses.replace(config, stage="tests"))
     assert read(tmp_path, "tests") == expected
 
@@ -76,13 +69,14 @@ def test_two_backends_that_disagree_are_a_problem():
     one["after"] = [[0.6, 0.4], [0.1, 0.9]]
     found = report.compared(one, one | {"after": [[0.57, 0.43], [0.1, 0.9]]})
     assert "problem" not in found and found["apart"]["after"] == pytest.approx(0.03, abs=1e-6)
-    assert found["moved_by_training"] == pytest.approx(0.1) and found["spread_of_prompts"] == pytest.approx(
-        0.3
-    )
-    found = report.compared(one, one | {"losses": [1.0, 0.8]})
-    assert found["problem"] == "beyond the tolerance: losses 0.1"
-    found = report.compared(one, one | {"before": [[float("nan"), 0.5], [0.2, 0.8]]})
-    assert found["problem"] == "beyond the tolerance: before nan"
+    told = [found["moved_by_training"], found["spread_of_prompts"]]
+    assert told == pytest.approx([0.1, 0.3])
+    wrong = {
+        "losses 0.1": {"losses": [1.0, 0.8]},
+        "before nan": {"before": [[float("nan"), 0.5], [0.2, 0.8]]},
+    }
+    for words, change in wrong.items():
+        assert report.compared(one, one | change)["problem"] == f"beyond the tolerance: {words}"
 
 
 def test_targets():
@@ -163,17 +157,8 @@ def test_the_command_runs_stages_in_processes_of_their_own(tmp_path):
 @pytest.mark.slow
 def test_the_gpu_tests_themselves_run_on_a_cpu():
     """All but those of CUDA's memory, of compiled flex_attention and of Unsloth."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-k",
-        "not memory and not flex",
-        "tests/gpu",
-    ]
+    options = "-q -m gpu tests/gpu -k".split()
+    command = [sys.executable, "-m", "pytest", *options, "not memory and not flex"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=NO_CARD)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) >= 15
