@@ -375,27 +375,9 @@ def upload(folder: Path, repository: str) -> None:
         raise ExportError(f"push_to_hub: {repository}: {first_line(error)}; {folder} is whole") from error
 
 
-# --- the model card ---------------------------------------------------------------------------------------
-def model_card(folder: Path) -> str:
-    """The model card of a run folder, in Markdown. Raises InputError for broken JSON.
-
-    It names files, not the folders they lie in, and shows no item. What the folder does not hold is left out.
-    """
-    saved, tokenizer = read(folder / "judge.json"), distjudge.load_tokenizer(str(folder / "tokenizer"))
-    base, adapter, local = saved["base"], saved["adapter"], Path(saved["base"]).is_dir()
-    shown = Path(base).name if local else base or "not named"
-    how = "LoRA adapters" if adapter else "all weights trained"
-    how, n = how + ", on 4-bit (NF4) weights" * saved["four_bit"], len(saved["labels"])
-    hub = "" if local or not base else f"base_model: {json.dumps(base)}\n"
-    reading = "where the answer begins, by a softmax over their first tokens; spellings are added up"
-    if any(len(ids) > 1 for _, ids in saved["sequences"]):
-        reading = "as a whole, each closed by the end of the turn"
-    rows = []
-    for label, ids in saved["sequences"]:
-        pieces = " ".join(cell(repr(tokenizer.decode([token]))) for token in ids)
-        rows.append([cell(saved["labels"][label]), pieces, " ".join(map(str, ids))])
-    return f"""---
-library_name: {"peft" if adapter else "transformers"}
+# --- the model card -----------------------------------------------------------------------------------------
+CARD = """---
+library_name: {library}
 {hub}tags: ["distjudge", "llm-as-a-judge", "label-distribution"]
 ---
 
@@ -404,19 +386,17 @@ library_name: {"peft" if adapter else "transformers"}
 Given a prompt, it gives the probabilities of {n} labels, trained to be the shares of people who would choose
 each. Trained with distjudge, as in *Distributional LLM-as-a-Judge* (NeurIPS 2025).
 
-- base model: {cell(shown)}{" (a local folder)" * local}, {how}
-- labels: {", ".join(map(cell, saved["labels"]))}
-- longest prompt: {saved["max_length"]} tokens, chat template included
+{about}
 
-{metrics_section(folder)}
-## Prompt and label tokens
+{metrics}## Prompt and label tokens
 
-{fenced(saved["frame"]["before"] + "{prompt}" + saved["frame"]["after"])}
+{frame}
 
 What stands for `{{prompt}}` is encoded as text: control tokens written in it stay characters. Labels are read
-{reading}.
+{reading}. Each label, its tokens and their ids:
 
-{table(["label", "tokens", "ids"], rows)}
+{tokens}
+
 ## How to load
 
 The folder of this card, here `RUN`, is all it takes (`huggingface_hub.snapshot_download` fetches one):
@@ -428,14 +408,11 @@ judge = distjudge.load_judge("RUN")
 judge.predict([prompt])      # (1, {n}) probabilities, in the order of the labels above
 ```
 
-{PEFT.format(json.dumps(shown)) if adapter else ""}{exports_section(folder)}{settings_section(folder)}
-## Limits
+{peft}{more}## Limits
 
 It repeats the judgments of the people it learned from, on prompts like theirs, with the same instructions.
 Licences of the base model and of the data apply.
 """
-
-
 PEFT = """or, with PEFT alone, the model whose last position gives the labels' logits:
 
 ```python
@@ -449,30 +426,58 @@ model = PeftModel.from_pretrained(base, "RUN/adapter")
 """
 
 
-def ticks(text: str, least: int) -> str:
-    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+def fenced(content: Any) -> str:
+    """Text from elsewhere, or anything as JSON, as a block of code, so that it is nothing else."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False)
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}\n{text}\n{ticks}"
 
 
-def fenced(text: str) -> str:
-    return f"{ticks(text, 3)}\n{text}\n{ticks(text, 3)}"
+def model_card(folder: Path) -> str:
+    """The model card of a run folder, in Markdown. Raises InputError for broken JSON.
 
-
-def cell(text: Any) -> str:
-    """Text from elsewhere as one cell of a table: as code, so that it is nothing else."""
-    shown = " ".join(str(text).split()).replace("|", "\\|")
-    mark, pad = ticks(shown, 1), " " if "`" in shown else ""
-    return f"{mark}{pad}{shown}{pad}{mark}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *rows])
+    It names files, not the folders they lie in, and shows no item. What the folder does not hold is left out.
+    """
+    saved, tokenizer = read(folder / "judge.json"), distjudge.load_tokenizer(str(folder / "tokenizer"))
+    base, adapter, local = saved["base"], saved["adapter"], Path(saved["base"]).is_dir()
+    shown, labels = Path(base).name if local else base or "not named", saved["labels"]
+    how = "LoRA adapters" if adapter else "all weights trained"
+    about = f"base model: {shown}{' (a local folder)' * local}, {how}"
+    about += f"{', on 4-bit (NF4) weights' * saved['four_bit']}\nlabels: {', '.join(labels)}"
+    reading = "where the answer begins, by a softmax over their first tokens; spellings are added up"
+    if any(len(ids) > 1 for _, ids in saved["sequences"]):
+        reading = "as a whole, each closed by the end of the turn"
+    tokens = [
+        f"{labels[label]}: {' '.join(repr(tokenizer.decode([token])) for token in ids)} {ids}"
+        for label, ids in saved["sequences"]
+    ]
+    more, config = "", read(folder / "config.json")
+    for name in ("merged", "gguf"):
+        if report := export_of(folder, name):
+            said = "Read back and compared with" if report["compared_items"] else "**Not compared with**"
+            own = {field: report[field] for field in report if field not in ("judge", "versions")}
+            more += f"## `{name}`\n\n{said} the judge.\n\n{fenced(own)}\n\n"
+    if config:
+        own = {name: config[name] for name in config if name not in ("out", "model", "resume", "prompt_hash")}
+        own |= {side: [Path(name).name for name in config.get(side, ())] for side in ("train", "test")}
+        more += f"## Data and settings\n\n{fenced(own)}\n\n"
+    return CARD.format(
+        library="peft" if adapter else "transformers",
+        hub="" if local or not base else f"base_model: {json.dumps(base)}\n",
+        n=len(labels),
+        about=fenced(f"{about}\nlongest prompt: {saved['max_length']} tokens, chat template included"),
+        metrics=metrics_section(folder),
+        frame=fenced(saved["frame"]["before"] + "{prompt}" + saved["frame"]["after"]),
+        reading=reading,
+        tokens=fenced("\n".join(tokens)),
+        peft=PEFT.format(json.dumps(shown)) * adapter,
+        more=more,
+    )
 
 
 def metrics_section(folder: Path) -> str:
     """The metrics, with 95 % intervals where predictions.jsonl is there to draw from."""
     metrics, path, ends = read(folder / "metrics.json"), folder / "predictions.jsonl", {}
-    if not metrics:
-        return ""
     if path.is_file():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         items = [distjudge.Item(r["id"], "", r["counts"], r.get("group"), truth=r.get("truth")) for r in rows]
@@ -481,33 +486,20 @@ def metrics_section(folder: Path) -> str:
             found = distjudge.bootstrap(values[None], groups=[item.group for item in items])
             ends[name] = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
     known = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    shown = [[cell(name), f"{value:.3f}", ends.get(name, "")] for name, value in known.items()]
-    return f"""## Metrics
+    lines = [f"| `{name}` | {value:.3f} | {ends.get(name, '')} |\n" for name, value in known.items()]
+    return (
+        ""
+        if not metrics
+        else f"""## Metrics
 
-{table([f"on {metrics['items']:,} test items", "", "95 % interval"], shown)}
+| on {metrics["items"]:,} test items | | 95 % interval |
+| --- | --- | --- |
+{"".join(lines)}
 `kl` is KL(votes ‖ judge) in nats; it cannot fall much below `kl_noise_floor`, for votes scatter around the
 truth. `kl_marginal` is that of the training votes' mean. Intervals: a bootstrap over groups of items.
 
 """
-
-
-def exports_section(folder: Path) -> str:
-    sections = ""
-    for name in ("merged", "gguf"):
-        if report := export_of(folder, name):
-            said = "Read back and compared with" if report["compared_items"] else "**Not compared with**"
-            shown = {field: report[field] for field in report if field not in ("judge", "versions")}
-            sections += f"## `{name}`\n\n{said} the judge.\n\n{fenced(json.dumps(shown, indent=1))}\n\n"
-    return sections
-
-
-def settings_section(folder: Path) -> str:
-    config = read(folder / "config.json")
-    shown = {name: config[name] for name in config if name not in ("out", "model", "resume", "prompt_hash")}
-    for side in {"train", "test"} & set(config):
-        shown[side] = [Path(name).name for name in config[side]]
-    text = fenced(json.dumps(shown, indent=1, ensure_ascii=False))
-    return f"## Data and settings\n\n{text}\n\n" if config else ""
+    )
 
 
 def main(config: ExportConfig) -> None:

@@ -146,31 +146,33 @@ def test_a_judge_on_4_bit_weights_is_merged_into_the_unrounded_base(tiny_model, 
     assert not list(tmp_path.glob("again*"))
 
 
-def test_a_run_of_all_weights_and_labels_that_would_break_a_table(tiny_model, tmp_path):
-    save_tuned(tiny_model, tmp_path, ["a|b", "`x`", "<b>no</b>"], lora_rank=0)
+def test_a_run_of_all_weights_and_labels_that_would_break_the_page(tiny_model, tmp_path):
+    labels = ["a|b", "```", "<b>no</b>"]
+    save_tuned(tiny_model, tmp_path, labels, lora_rank=0)
     report, card = do(tmp_path, "merged"), (tmp_path / "README.md").read_text()
     assert "changed_by_training" not in report and report[TO_JUDGE][LARGEST] < 1e-6
-    rows = card.split("## Prompt and label tokens")[1].split("## How")[0].splitlines()
-    assert r"`a\|b`" in card and "`` `x` ``" in card and "`<b>no</b>`" in card
-    assert all(line.replace(r"\|", "").count("|") == 4 for line in rows if line.startswith("|"))
-    assert "all weights trained" in card and "## Metrics" not in card and "## Data" not in card  # not a run
+    base, tokens = card.split("\n````\n")[1::2][:2]  # longer fences than what they hold
+    assert "all weights trained\nlabels: a|b, ```, <b>no</b>\n" in base
+    assert [line.split(": '")[0] for line in tokens.splitlines()] == labels
+    assert "<b>" not in card.replace(base, "").replace(tokens, "")
+    assert "## Metrics" not in card and "## Data" not in card  # not a run
 
 
 # --- what cannot be done ------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--export gguf", "export: gguf needs llama-cpp-python, not installed here"),
-        ("--export gguf-unchecked", "export: Unsloth, which writes gguf, cannot be used (no CUDA device)"),
-        ("--export merged --llama_cpp .", "llama_cpp: is for --export gguf, not merged"),
-        ("--export gguf-unchecked --llama_cpp .", "convert_hf_to_gguf.py is not there: git clone"),
-        ("--export merged --out {run}", "exists already"),
-        ("--export onnx", "onnx"),
-        ("--push_to_hub me/judge", "push_to_hub: others do not have the base model"),
-        ("--push_to_hub me/judge --export merged", "push_to_hub: no token"),
-        ("--run {run}/adapter", "not a run folder: there is no judge.json"),
-    ],
-)
+CANNOT = {
+    "--export gguf": "export: gguf needs llama-cpp-python, not installed here",
+    "--export gguf-unchecked": "export: Unsloth, which writes gguf, cannot be used (no CUDA device)",
+    "--export merged --llama_cpp .": "llama_cpp: is for --export gguf, not merged",
+    "--export gguf-unchecked --llama_cpp .": "convert_hf_to_gguf.py is not there: git clone",
+    "--export merged --out {run}": "exists already",
+    "--export onnx": "onnx",
+    "--push_to_hub me/judge": "push_to_hub: others do not have the base model",
+    "--push_to_hub me/judge --export merged": "push_to_hub: no token",
+    "--run {run}/adapter": "not a run folder: there is no judge.json",
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), CANNOT.items())
 def test_what_cannot_be_done_is_said_at_once(flags, words, copy, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
@@ -319,9 +321,10 @@ def test_a_gguf_files_whole_labels(tiny_model, tmp_path, clone, monkeypatch):
 def test_what_llama_cpp_cannot_do_is_said_and_leaves_nothing(copy, clone, tiny_model, monkeypatch):
     script, find = Path(clone, "convert_hf_to_gguf.py"), importlib.util.find_spec
 
-    def refused(error, words, kind="q8_0", form="gguf", missing=""):
+    def refused(error, words, kind="q8_0", form="gguf", missing="", code=CONVERT):
         hide = lambda name: None if name == missing else find(name)  # noqa: E731
         monkeypatch.setattr(importlib.util, "find_spec", hide)
+        script.write_text(code)
         with pytest.raises(error, match=words):
             do(copy, form, quantization=kind, llama_cpp=clone)
         assert not list(copy.glob("gguf*"))
@@ -329,16 +332,15 @@ def test_what_llama_cpp_cannot_do_is_said_and_leaves_nothing(copy, clone, tiny_m
     refused(InputError, "must be one of f32, f16, bf16, q8_0, q4_k_m, not iq2_xxs", "iq2_xxs")
     refused(InputError, "bf16, q8_0, not q4_k_m", "q4_k_m", "gguf-unchecked", missing="llama_cpp")
     refused(InputError, "sentencepiece: pip install gguf sentencepiece", missing="sentencepiece")
+    refused(InputError, "failed: ModuleNotFoundError: No module named 'no_such'", code="import no_such")
+    killed = "import os, sys\nprint('45 %', file=sys.stderr, flush=True)\nos.kill(os.getpid(), 9)"
+    refused(InputError, "convert_hf_to_gguf.py failed: exit code -9$", code=killed)
+    unknown = "import sys\nsys.exit('BPE is not known' if '--outfile' in sys.argv else 0)"
+    refused(export.ExportError, "failed: BPE is not known", code=unknown)
     monkeypatch.setattr(sys.modules["llama_cpp"], "llama_model_quantize", lambda *_: 1)
     refused(export.ExportError, r"could not quantize the file to q4_k_m .exit code 1", "q4_k_m")
     monkeypatch.setattr(Llama, "judge", load_judge(tiny_model, ["1", "2", "3"]))  # the adapter is lost
     refused(export.ExportError, f"{GGUF}: {LARGEST} 0.*, and 0.05 is allowed: deleted")
-    script.write_text("import no_such_module")
-    refused(InputError, "gguf.py failed: ModuleNotFoundError: No module named 'no_such_module'")
-    script.write_text("import os, sys\nprint('45 %', file=sys.stderr, flush=True)\nos.kill(os.getpid(), 9)")
-    refused(InputError, "convert_hf_to_gguf.py failed: exit code -9$")
-    script.write_text("import sys\nsys.exit('BPE is not known' if '--outfile' in sys.argv else 0)")
-    refused(export.ExportError, "failed: BPE is not known")
 
 
 @pytest.mark.slow
@@ -363,10 +365,9 @@ def test_a_gguf_file_judges_as_the_judge_does(name, kind, most, llama_cpp_clone,
         change(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     save_tuned(base, tmp_path / "run", ("entailment", "neutral", "contradiction"))
     report = do(tmp_path / "run", "gguf", llama_cpp=llama_cpp_clone, quantization=kind)
-    print(
-        f"\n{name} {kind}: changed by {report['changed_by_training']:.3f}, off by {report[GGUF][LARGEST]:.2g}"
-    )
-    assert report["changed_by_training"] > 0.1 and report[GGUF][LARGEST] < most
+    moved, off = report["changed_by_training"], report[GGUF][LARGEST]
+    print(f"\n{name} {kind}: changed by {moved:.3f}, off by {off:.2g}")
+    assert moved > 0.1 and off < most
     assert report["prompts_tokenized_alike"] == report["compared_items"] == 3
     file = str(next((tmp_path / "run" / "gguf").glob("*.gguf")))
     stored = int(llama_cpp.Llama(file, n_ctx=64, verbose=False).metadata["general.file_type"])
@@ -390,7 +391,7 @@ def test_the_card_says_what_the_folder_holds_and_its_code_runs(run):
     assert settings["learning_rate"] == 0.02 and settings["versions"]["torch"] == torch.__version__
     assert "<|user|>{prompt}<|end|><|judge|>" in card
     for label, ids in judge.tokens.sequences:
-        assert f"| `{judge.labels[label]}` | `'{judge.labels[label]}'` | {ids[0]} |" in card
+        assert f"\n{judge.labels[label]}: '{judge.labels[label]}' [{ids[0]}]\n" in card
     assert str(folder.parent) not in card and "soup" not in card  # no path of this machine, no item
     # both ways to load, with the card's names filled in; PEFT's is the judge, and not its base
     scope = {"prompt": PROMPTS[0]}
