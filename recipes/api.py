@@ -6,24 +6,22 @@
     python recipes/api.py --items test.jsonl --base_url ... --model ... --percent       # nor many answers
     python recipes/api.py --items test.jsonl --base_url ... --model judge --render merged  # ours, under vLLM
 
-Label probabilities come from the first answer token: the log-probabilities of the endpoint's --top tokens,
-spellings added up. A token counts for a label if it is a spelling of the label or begins one, white space
-around it and capitals aside; with --match whole it must be one. A token that begins two labels counts for
-none: over 1 % of such is refused. Labels outside the top tokens count as 0, as in the paper. One token with
-all the probability in every answer is refused: the server took it after sampling.
+Label probabilities come from the log-probabilities of the endpoint's --top tokens where the answer begins. A
+token counts for a label if it is a spelling of the label or begins one, white space around it and capitals
+aside; with --match whole it must be one. Labels outside the top tokens count as 0, as in the paper. Refused:
+over 1 % on tokens that begin two labels; one token with all the probability in every answer.
 
 --samples n counts the labels of n answers. A label is the whole answer or its last line, a word or two and a
 colon before it aside ("Rating: 4"). With --percent, each answer gives a percentage for every label. Thoughts,
-up to </think>, are skipped; --max_tokens is the budget for them. An answer that cannot be read counts for no
-label and is shown.
+up to </think>, are skipped; --max_tokens is the budget for them.
 
 With --render, the tokenizer of a run folder or model folder makes the prompts. They go to the completions
-endpoint as token ids, and vLLM is asked for exactly the labels' tokens. So probabilities and mass are those
-of the full vocabulary, as our own judge has them.
+endpoint as token ids, and vLLM is asked for exactly the labels' tokens: probabilities and mass are those of
+the full vocabulary, as our own judge has them.
 
-Every answer is checked and appended to cache.jsonl in --out at once, so that a stopped run goes on without
-paying twice. The key is read from the environment and stands in no file. Items with "swap" (see
-recipes/judge.py) are asked in both orders. The folder is one that plots/figures.py and plots/report.py draw.
+Every answer is checked and kept in cache.jsonl in --out, so that a stopped run goes on without paying twice.
+The key is read from the environment and stands in no file. Items with "swap" (see recipes/judge.py) are asked
+in both orders. The folder is one that plots/figures.py and plots/report.py draw.
 """
 
 import asyncio
@@ -39,7 +37,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -127,8 +125,6 @@ class ApiConfig:
     """The request's field for it; some models want max_completion_tokens."""
     render: str = ""
     """A run folder or model folder whose tokenizer renders the prompts (vLLM; see above)."""
-    system: str = ""
-    """A system message before the prompt."""
     extra: str = ""
     """Request fields, as JSON; null takes one out: {"seed": 1, "temperature": null}"""
     min_mass: float = 0.5
@@ -152,15 +148,18 @@ class ApiConfig:
     """Stop when this run has cost so much; 0 is never."""
 
     def check(self) -> None:
-        for name in "limit samples max_tokens retries max_wait price_in price_out max_cost".split():
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}: must be 0 or more, not {getattr(self, name)}")
-        if min(self.top, self.concurrency) < 1 or not self.timeout > 0 or not 0 <= self.min_mass <= 1:
-            raise InputError("top, concurrency: must be 1 or more, timeout above 0, min_mass between 0 and 1")
+        least = dict.fromkeys(
+            "limit samples max_tokens retries max_wait price_in price_out max_cost".split(), 0
+        )
+        for name, low in (least | {"top": 1, "concurrency": 1, "timeout": 0.001}).items():
+            if not low <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}: must be {low} or more, not {getattr(self, name)}")
+        if not 0 <= self.min_mass <= 1:
+            raise InputError("min_mass: must be between 0 and 1")
         if self.max_cost and not self.price_in + self.price_out:
             raise InputError("max_cost: needs price_in and price_out")
-        if self.render and (self.answers or self.system or self.spellings):
-            raise InputError("render: goes without samples, percent, system and spellings of this command")
+        if self.render and (self.answers or self.spellings):
+            raise InputError("render: goes without samples, percent and spellings of this command")
         host = r"https?://([^\[\]/?#]*@)?(\[[0-9a-f:.]+\]|[^\[\]/?#:@]+)(:\d{1,5})?([/?]|$)"
         if not re.match(host, self.base_url):
             raise InputError(f"base_url: must be like http://localhost:8000/v1, not '{self.base_url}'")
@@ -212,7 +211,7 @@ class LabelReader:
         owners = {i for spelling, i in self.texts.items() if spelling.startswith(text)}
         return owners.pop() if len(owners) == 1 else -1 if owners else None
 
-    def read(self, top: Iterable[tuple[str, float]]) -> tuple[torch.Tensor, float]:
+    def read(self, top: Sequence[tuple[str, float]]) -> tuple[torch.Tensor, float]:
         """Captured probabilities of the labels, (C,) float64, and that of tokens that begin two labels."""
         q = torch.zeros(len(self.labels) + 1, dtype=torch.float64)  # the last place is for token()'s -1
         for token, logprob in top:
@@ -253,17 +252,16 @@ class LabelReader:
         return q / q.sum() if len(found) > len(q) and 99 <= q.sum() <= 101 else None
 
     def request(self, prompt: str, config: ApiConfig) -> dict[str, Any]:
-        messages = [{"role": "system", "content": config.system}] * bool(config.system)
         if config.percent:
             prompt += PERCENT + "".join(f"\n{label}: ...%" for label in self.labels)
         length = 24 * len(self.labels) if config.percent else 8 if config.samples else 1
         temperature = (1.0 if config.answers else 0) if config.temperature is None else config.temperature
-        body = {"model": config.model, "messages": [*messages, *distjudge.messages_of(prompt)]}
+        body = {"model": config.model, "messages": distjudge.messages_of(prompt)}
         body |= {"temperature": temperature, config.token_field: config.max_tokens or length}
         return body if config.answers else body | {"logprobs": True, "top_logprobs": config.top}
 
 
-class Renderer:
+class Renderer(LabelReader):
     """Prompts as token ids and labels as tokens, as the judge of a run or model folder has them."""
 
     def __init__(self, labels: Sequence[str], config: ApiConfig):
@@ -279,13 +277,13 @@ class Renderer:
             raise InputError(f"{folder}: labels: some begin with the same token, which no endpoint can tell")
         self.owner = {f"token_id:{ids[0]}": label for label, ids in tokens.sequences}
 
-    def read(self, top: Iterable[tuple[str, float]]) -> tuple[torch.Tensor, float]:
-        q, found = torch.zeros(len(self.labels), dtype=torch.float64), dict(top)
-        if not set(self.owner) <= set(found):
+    def token(self, token: str) -> int | None:
+        return self.owner.get(token)
+
+    def read(self, top: Sequence[tuple[str, float]]) -> tuple[torch.Tensor, float]:
+        if not set(self.owner) <= set(dict(top)):
             raise InputError("render: the endpoint ignores logprob_token_ids: it is not vLLM, or an old one")
-        for token, label in self.owner.items():
-            q[label] += math.exp(found[token])
-        return q, 0.0
+        return super().read(top)
 
     def request(self, prompt: str, config: ApiConfig) -> dict[str, Any]:
         wanted = sorted(int(token.split(":")[1]) for token in self.owner)
@@ -345,29 +343,6 @@ def read_reply(reply: dict[str, Any], body: Mapping[str, Any]) -> dict[str, Any]
     return checked(answer | {"top": top})
 
 
-class Cache:
-    """Answers by the hash of what was asked: JSON lines, each written to the disk before it is used."""
-
-    def __init__(self, path: Path):
-        self.answers, self.file, raw = {}, open(path, "a+b"), b"\n"
-        self.file.seek(0)
-        for number, raw in enumerate(self.file, 1):
-            row, wrong = distjudge.parse_json(raw)
-            try:
-                self.answers[row["key"]] = checked(row["answer"])
-            except ODD as error:
-                why = distjudge.short(wrong or error, 100)
-                print(f"{path}:{number}: not an answer, to be asked for again: {why}", file=sys.stderr)
-        if not raw.endswith(b"\n"):  # a line that was cut
-            self.file.write(b"\n")
-
-    def put(self, key: str, answer: dict[str, Any]) -> None:
-        self.file.write((json.dumps({"key": key, "answer": answer}) + "\n").encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.answers[key] = answer
-
-
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds to wait by the header Retry-After, seconds or a date (RFC 9110, 10.2.3); None without one."""
     value = (headers.get("retry-after") or "").strip()
@@ -376,6 +351,22 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     with contextlib.suppress(TypeError, ValueError, IndexError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
     return None
+
+
+def read_cache(path: Path) -> dict[str, dict[str, Any]]:
+    """Answers by the hash of what was asked, from JSON lines; others are reported. Ends a cut line."""
+    answers, raw = {}, b"\n"
+    with open(path, "a+b") as file:
+        file.seek(0)
+        for number, raw in enumerate(file, 1):
+            row, wrong = distjudge.parse_json(raw)
+            try:
+                answers[row["key"]] = checked(row["answer"])
+            except ODD as error:
+                why = distjudge.short(wrong or error, 100)
+                print(f"{path}:{number}: not an answer, to be asked for again: {why}", file=sys.stderr)
+        file.write(b"" if raw.endswith(b"\n") else b"\n")
+    return answers
 
 
 class Endpoint:
@@ -393,7 +384,7 @@ class Endpoint:
         headers |= {"api-key": self.key} if "api-version=" in self.parts.query else {}  # Azure's name for it
         limits = httpx.Limits(max_connections=None)  # the gate limits them
         self.client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits)
-        self.cache = Cache(Path(config.out) / "cache.jsonl")
+        self.answers, self.cache = read_cache(path := Path(config.out) / "cache.jsonl"), open(path, "ab")
         self.gate, self.asking = asyncio.Semaphore(config.concurrency), collections.defaultdict(asyncio.Lock)
         self.not_before, self.retried, self.answered_by, self.paid = 0.0, 0, set(), collections.Counter()
 
@@ -408,10 +399,14 @@ class Endpoint:
         key = hashlib.sha256(json.dumps([place, asked, number], sort_keys=True).encode()).hexdigest()
         forms = {"refused", "top" if body.get("logprobs") else "texts"}
         async with self.asking[key]:  # the same prompt twice is paid once
-            if not forms & set(self.cache.answers.get(key, ())):
+            if not forms & set(self.answers.get(key, ())):
                 async with self.gate:
-                    self.cache.put(key, await self.insist(body, where))
-        answer = self.cache.answers[key]
+                    answer = await self.insist(body, where)
+                self.cache.write((json.dumps({"key": key, "answer": answer}) + "\n").encode())
+                self.cache.flush()
+                os.fsync(self.cache.fileno())  # on the disk before it is used
+                self.answers[key] = answer
+        answer = self.answers[key]
         self.answered_by |= {answer["model"]} - {None}
         if "refused" in answer:
             raise Refused(f"{where}: {answer['refused'][0]}; {HINTS['']}")
@@ -497,7 +492,7 @@ class Reading:
     refused: str  # why the endpoint refuses the prompt
 
 
-async def read_prompt(prompt: str, where: str, endpoint: Endpoint, reader: LabelReader | Renderer) -> Reading:
+async def read_prompt(prompt: str, where: str, endpoint: Endpoint, reader: LabelReader) -> Reading:
     config, usage, texts, unread, alone, refused = endpoint.config, collections.Counter(), [], [], False, ""
     body = reader.request(prompt, config) | json.loads(config.extra or "{}")
     body = {name: value for name, value in body.items() if value is not None}
@@ -539,7 +534,7 @@ async def read_all(items: Sequence[Item], config: ApiConfig) -> tuple[list[Readi
     endpoint, readings, quiet = Endpoint(config), [], not (sys.stderr and sys.stderr.isatty())
     bar = tqdm(total=len(prompts), desc=config.model, unit="prompt", disable=quiet)
     async with endpoint.client:
-        with bar, endpoint.cache.file:
+        with bar, endpoint.cache:
             for part in (prompts[:PILOT], prompts[PILOT:]):
                 tasks = [asyncio.ensure_future(read_prompt(*pair, endpoint, reader)) for pair in part]
                 for task in tasks:
@@ -582,22 +577,16 @@ def check_readings(readings: Sequence[Reading], wheres: Sequence[str], config: A
 
 
 # --- the run ---
-def load(config: ApiConfig) -> tuple[list[Item], list[Item]]:
-    """The items to judge, and those that give the marginal."""
-    items = distjudge.load_items(*config.items, labels=config.labels or None)
-    train = distjudge.load_items(*config.train, labels=distjudge.labels_of(items)) if config.train else []
-    if config.split == "test" and not train:
-        train = [item for item in items if item.split == "train"]
-    items = [item for item in items if config.split in ("all", item.split)]
-    if not items:
-        raise InputError(f"{config.items[0]}: split: no item has {config.split}")
-    return items[: config.limit or None], train
-
-
 def main(config: ApiConfig) -> None:
     config.check()
-    items, train = load(config)
-    labels, out = distjudge.labels_of(items), Path(config.out)
+    items, out = distjudge.load_items(*config.items, labels=config.labels or None), Path(config.out)
+    labels = distjudge.labels_of(items)
+    train = distjudge.load_items(*config.train, labels=labels) if config.train else []
+    if config.split == "test":
+        train = train or [item for item in items if item.split == "train"]
+    items = [item for item in items if config.split in ("all", item.split)][: config.limit or None]
+    if not items:
+        raise InputError(f"{config.items[0]}: split: no item has {config.split}")
     distjudge.check_out(out, "cache.jsonl")
     out.mkdir(parents=True, exist_ok=True)
     with distjudge.locked(out):
@@ -638,20 +627,18 @@ def main(config: ApiConfig) -> None:
     about |= {"answered_by": sorted(endpoint.answered_by), "items": {"train": len(train), "test": len(kept)}}
     distjudge.write_json(out / "config.json", dataclasses.asdict(config) | about)
     shown = [f"{name} {metrics[name]:.3f}" for name in SHOWN if metrics.get(name) is not None]
-    print(f"{len(kept)} items: {', '.join(shown)}")
-    if unread:
-        count, some = len(readings) * config.answers, distjudge.listed(sorted(set(unread))[:5])
-        print(f"{len(unread)} of {count} answers cannot be read and count for no label, such as {some}")
-    if refused:
-        print(f"{len(refused)} of {len(readings)} prompts were refused, such as {refused[0]}")
-    if dropped:
-        print(f"dropped {dropped} of {len(items)} items, refused or under label mass {config.min_mass:g}")
+    some, of = distjudge.listed(sorted(set(unread))[:5]), len(readings) * config.answers
     paid, retried = endpoint.paid, endpoint.retried
-    print(
+    said = {
+        f"{len(kept)} items: {', '.join(shown)}": kept,
+        f"{len(unread)} of {of} answers cannot be read and count for no label, such as {some}": unread,
+        f"{len(refused)} of {len(readings)} prompts were refused, such as {''.join(refused[:1])}": refused,
+        f"dropped {dropped} of {len(items)} items, refused or under label mass {config.min_mass:g}": dropped,
         f"{usage['requests']} requests, {usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens, "
         f"cost {metrics['cost']:.4f}; of these now {paid['requests']} requests ({retried} retries), cost "
-        f"{endpoint.cost(paid):.4f}, the rest from the cache\nwrote {out}"
-    )
+        f"{endpoint.cost(paid):.4f}, the rest from the cache\nwrote {out}": True,
+    }
+    print(*(line for line, is_so in said.items() if is_so), sep="\n")
 
 
 if __name__ == "__main__":

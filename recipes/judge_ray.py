@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -66,10 +67,8 @@ class Actor:
         asks = [self.ask(row) for row in batch.to_pylist() if (row.get("text") or "row").strip()]
         answers = self.work.answers(ask for ask in asks if isinstance(ask, judge.Ask))
         found = [("", ask) if isinstance(ask, str) else (json.dumps(next(answers)), "") for ask in asks]
-        columns = zip(*found, strict=True) if found else ([], [])
-        return pyarrow.table(
-            [pyarrow.array(column, pyarrow.string()) for column in columns], ["line", "problem"]
-        )
+        columns = {name: [row[k] for row in found] for k, name in enumerate(("line", "problem"))}
+        return pyarrow.table(columns, pyarrow.schema(dict.fromkeys(columns, pyarrow.string())))
 
     def ask(self, row: dict[str, Any]) -> judge.Ask | str:
         """The row as an Ask, or what is wrong with it."""
@@ -84,25 +83,20 @@ class Actor:
 
 def without_nulls(value: Any) -> Any:
     """A row of Parquet without what a column of structs holds for keys that the row does not have."""
-    if isinstance(value, dict):
-        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return value
+    if not isinstance(value, dict):
+        return value
+    return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
 
 
 def read(config: RayConfig, ray: Any) -> Any:
     """The rows as a Ray Dataset: Parquet by column, JSON lines as text, which the actors parse."""
-    paths, settings = (
-        list(config.items),
-        {"include_paths": True, "override_num_blocks": config.blocks or None},
-    )
-    is_parquet = {
-        path.endswith((".parquet", ".pq")) or (Path(path).is_dir() and any(Path(path).rglob("*.parquet")))
-        for path in paths
-    }
-    if len(is_parquet) != 1:
+    paths = list(config.items)
+    settings = {"include_paths": True, "override_num_blocks": config.blocks or None}
+    kinds = {path.endswith((".parquet", ".pq")) or any(Path(path).rglob("*.parquet")) for path in paths}
+    if len(kinds) != 1:
         raise InputError("items: JSON lines and Parquet cannot be mixed")
     try:
-        if is_parquet == {True}:
+        if kinds == {True}:
             return ray.data.read_parquet(paths, **settings)
         return ray.data.read_text(paths, drop_empty_lines=True, **settings)
     except FileNotFoundError as error:
@@ -125,11 +119,10 @@ class Writer:
         import pyarrow
         import pyarrow.parquet
 
-        ours = judge.OURS | {"id"}  # what else a row has is one column of JSON
-        fields = [json.dumps({name: row[name] for name in row if name not in ours}) for row in rows]
-        usual = {"low_mass": False, "flipped": None}
+        ours, usual = judge.OURS | {"id"}, {"low_mass": False, "flipped": None}
+        others = [{name: row[name] for name in row if name not in ours} for row in rows]
         rows = [usual | {name: row[name] for name in row if name in ours} for row in rows]
-        table = pyarrow.Table.from_pylist(rows).append_column("fields", [fields])
+        table = pyarrow.Table.from_pylist(rows).append_column("fields", [list(map(json.dumps, others))])
         if not self.file:
             at = table.schema.get_field_index("flipped")  # which may be empty so far
             schema = table.schema.set(at, pyarrow.field("flipped", pyarrow.bool_()))
@@ -139,10 +132,7 @@ class Writer:
     def close(self, whole: bool) -> None:
         if self.file:
             self.file.close()
-        if whole:
-            self.part.replace(self.path)
-        else:
-            self.part.unlink(missing_ok=True)
+        self.part.replace(self.path) if whole else self.part.unlink(missing_ok=True)
 
 
 def start(config: RayConfig, ray: Any) -> None:
@@ -152,9 +142,8 @@ def start(config: RayConfig, ray: Any) -> None:
         ray.init(address=config.address, runtime_env={"working_dir": str(ROOT), "excludes": kept})
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        need = max(
-            int(config.judges * config.cpus + 1.999), os.cpu_count() or 1
-        )  # a judge each, and one to read
+        judges = math.ceil(config.judges * config.cpus)
+        need = max(judges + 1, os.cpu_count() or 1)  # one to read
         path = {"env_vars": {"PYTHONPATH": str(ROOT)}}
         ray.init(num_cpus=need, include_dashboard=False, logging_level="ERROR", runtime_env=path)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -189,11 +178,10 @@ def main(config: RayConfig) -> None:
             first = first or time.perf_counter()
             for problem in filter(None, batch["problem"].to_pylist()):
                 tally.bad(problem)
-            rows = [json.loads(line) for line in batch["line"].to_pylist() if line]
+            if rows := [json.loads(line) for line in batch["line"].to_pylist() if line]:
+                writer.write(rows)
             for row in rows:
                 tally.add(row)
-            if rows:
-                writer.write(rows)
         whole = tally.number["items"] > 0
     except ray.exceptions.RayError as error:  # what went wrong in an actor, without its traceback
         last = [line for line in str(error).splitlines() if line.strip()][-1]

@@ -21,6 +21,7 @@ import dataclasses
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -79,9 +80,7 @@ def changed(prompt: str, name: str, label: str) -> str:
     return prompt + CHANGES[name].replace("{last}", last)
 
 
-def compare(
-    before: torch.Tensor, after: torch.Tensor, target: torch.Tensor | None = None
-) -> dict[str, float]:
+def compare(before: torch.Tensor, after: torch.Tensor, target: Any = None) -> dict[str, float]:
     """Judgments (N, C) before and after a probe; target labels (N,), where it has any."""
     flips = after.argmax(1) != before.argmax(1)
     found = {"moved": (after - before).abs().sum(1).mean() / 2, "flips": flips.float().mean()}
@@ -117,12 +116,13 @@ def main(config: ProbeConfig) -> None:
         raise InputError("limit: must be 0 or more")
     if config.limit and len(items) > config.limit:
         items = random.Random(config.seed).sample(items, config.limit)
-    judge, short = distjudge.load_judge(config.run, distjudge.labels_of(items)), []
-    for item in items:
+    judge = distjudge.load_judge(config.run, distjudge.labels_of(items))
+
+    def longest(item: Item) -> int:
         prompts = [changed(item.prompt, name, label) for name in CHANGES | CLAIMS for label in judge.labels]
-        encoded = judge.encoder.many([*prompts, *item.prompts])
-        if max(map(len, encoded)) <= judge.max_length:
-            short.append(item)
+        return max(map(len, judge.encoder.many([*prompts, *item.prompts])))
+
+    short = [item for item in items if longest(item) <= judge.max_length]
     if len(short) < len(items):
         left = f"left out {len(items) - len(short)} of {len(items)} items"
         print(f"{left}: with a probe they might be longer than {judge.max_length} tokens")

@@ -14,20 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e]")
-quick = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "50")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+examples, fixtures = int(os.environ.get("FUZZ_EXAMPLES", "50")), [HealthCheck.function_scoped_fixture]
+quick = settings(max_examples=examples, deadline=None, suppress_health_check=fixtures)
 odd = ["", " ", "a", "1", "1.0", "01", "\ud800", "\u202e1", "a\u0301", "\x00", "yes", "Yes", "yes "]
 scalars = st.none() | st.booleans() | st.integers(-3, 9) | st.integers() | st.floats() | st.text(max_size=8)
 scalars |= st.sampled_from([10**400, -0.0, 1e308]) | st.sampled_from(odd)
-keys = st.text(max_size=4)
-anything = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
-    max_leaves=10,
-)
+nest = lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4)  # noqa: E731
+anything = st.recursive(scalars, nest, max_leaves=10)
 labels = st.sampled_from(["1", "2", "3", "a", "b", "10", "1.0"])
 shares = st.dictionaries(labels, st.floats(0, 1), max_size=3)
 swap = {"prompt": st.text(max_size=5), "labels": st.dictionaries(labels, labels, max_size=3)}
@@ -125,13 +118,11 @@ def convert(tmp_path, table, **options):
     prepare.main(prepare.PrepareConfig(task="own", text="text", split="none", **files, **options))
 
 
+tables, scales = st.lists(st.lists(cells, max_size=5), max_size=6), [(), ("1-3",), ("yes", "no")]
+
+
 @quick
-@given(
-    st.lists(st.lists(cells, max_size=5), max_size=6),
-    st.sampled_from([",", ";", "\t"]),
-    st.sampled_from([(), ("1-3",), ("yes", "no")]),
-    st.booleans(),
-)
+@given(tables, st.sampled_from([",", ";", "\t"]), st.sampled_from(scales), st.booleans())
 def test_tables_of_any_kind(tmp_path, table, separator, scale, by_item):
     """A file of items that loads, or one clear refusal and nothing written."""
     for old in (tmp_path / "out").glob("*"):
@@ -146,15 +137,10 @@ def test_tables_of_any_kind(tmp_path, table, separator, scale, by_item):
         assert items and sum(item.votes for item in items) <= len(table)
 
 
-@pytest.mark.parametrize(
-    "table",
-    [
-        "tex\x14,v\nx,1\n",
-        "text,\x01v,\x01v,v\nx,1,2,1\n",
-        "text,v\nx,a\x02b\ny,A\x02b\n",
-        'text\tv\n"x"y\tz\n',
-    ],
-)
+HOSTILE = ["tex\x14,v\nx,1\n", "text,\x01v,\x01v,v\nx,1,2,1\n", "text,v\nx,a\x02b\ny,A\x02b\n"]
+
+
+@pytest.mark.parametrize("table", [*HOSTILE, 'text\tv\n"x"y\tz\n'])
 def test_a_table_cannot_write_to_the_terminal(tmp_path, table):
     """Found by tests/fuzz_inputs.py: names and labels of a table were printed as they stand in it."""
     with pytest.raises(InputError) as caught:

@@ -51,9 +51,7 @@ def test_the_install_cell_fits_the_kit_and_leaves_torch_alone(notebook):
         words = re.findall(r'[^\s"]+', line.removeprefix("%pip install")) if line.startswith("%pip") else []
         for wanted in (Requirement(word) for word in words if not word.startswith("-")):
             named.add(wanted.name)
-            assert "--no-deps" in line or wanted.name not in BRING_TORCH, (
-                f"{wanted} would bring another torch"
-            )
+            assert "--no-deps" in line or wanted.name not in BRING_TORCH, f"{wanted} brings another torch"
             pin = re.fullmatch(r"==([\d.]+)", str(wanted.specifier))
             assert not pin or wanted.name not in kit or kit[wanted.name].specifier.contains(pin[1])
     assert tagged(notebook, "check") < tagged(notebook, "install")
@@ -79,10 +77,8 @@ def executed(notebook, folder, settings=""):
     return NotebookClient(notebook, timeout=1200, startup_timeout=300, resources=where).execute()
 
 
-LOST = {
-    "": "distjudge is not here: name REPOSITORY above",
-    "VOTES = 'v.csv'": "VOTES: there is no file v.csv",
-}
+LOST = {"": "distjudge is not here: name REPOSITORY above"}
+LOST["VOTES = 'v.csv'"] = "VOTES: there is no file v.csv"
 
 
 @pytest.mark.slow
@@ -132,10 +128,8 @@ def test_a_notebook_runs_from_the_ipynb_alone(request, notebook, tiny_model, vot
     assert f"kl              {metrics['kl']}" in text and metrics["items"] == 8
     assert judged.filter(like="judge_p(").sum(axis=1).tolist() == pytest.approx([1.0] * len(judged))
     if "colab" in request.node.name:
-        assert judged[["id", "answer", "mine"]].values.tolist() == [
-            ["b", "'=good soup", 7],
-            ["a", "bad service", 8],
-        ]
+        rows = [["b", "'=good soup", 7], ["a", "bad service", 8]]
+        assert judged[["id", "answer", "mine"]].values.tolist() == rows
         assert json.loads((out / "card.json").read_text())["own"]["template"].endswith("Answer: {answer}")
     else:
         tested = [json.loads(line)["id"] for line in (out / "predictions.jsonl").read_text().splitlines()]

@@ -75,9 +75,8 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(start, tmp_path):
     said = running.communicate()[1]
     assert killed and running.returncode == 0, said[-3000:]
     found, here = read(tmp_path / "out.jsonl"), start("judge.py", "in.jsonl", "here.jsonl")
-    assert [row["note"]["n"] for row in found] == list(
-        range(1500)
-    ) and "judged 1500 items with 2 judges" in said
+    assert [row["note"]["n"] for row in found] == list(range(1500))
+    assert "judged 1500 items with 2 judges" in said
     assert here.wait() == 0 and not part.exists()
     assert_same(found, read(tmp_path / "here.jsonl"))
 

@@ -1,5 +1,6 @@
 """The README's own code runs: the two ways to take only the losses, and a loss of one's own."""
 
+import functools
 import json
 import re
 import subprocess
@@ -34,14 +35,9 @@ def parts(tiny_model, votes):
 
 
 def padded(judge, items, side):
-    rows = judge.encode([item.prompt for item in items])
-    longest = max(map(len, rows))
-    fill = lambda row, value: [value] * (longest - len(row))  # noqa: E731
-    order = (lambda row, pad: pad + row) if side == "left" else (lambda row, pad: row + pad)
-    return {
-        "input_ids": torch.tensor([order(row, fill(row, 0)) for row in rows]),
-        "attention_mask": torch.tensor([order([1] * len(row), fill(row, 0)) for row in rows]),
-    }
+    rows = [torch.tensor(row) for row in judge.encode([item.prompt for item in items])]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    return {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows])}
 
 
 def test_ten_lines_for_a_loop_of_one_s_own(parts):
@@ -97,10 +93,8 @@ def test_your_own_votes_as_the_readme_has_them(tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for path in (tmp_path / "votes/own").glob("*.jsonl") for line in path.open()]
-    assert {row["prompt"].splitlines()[-1] for row in rows} == {
-        "Answer: Boil it for five minutes.",
-        "Answer: It depends on the pot.",
-    }
+    lines = {"Answer: Boil it for five minutes.", "Answer: It depends on the pot."}
+    assert {row["prompt"].splitlines()[-1] for row in rows} == lines
     assert sorted(sum(row["counts"].values()) for row in rows) == [1, 2]
 
 
@@ -109,10 +103,8 @@ def test_files_and_flags_that_the_readmes_name_are_there():
         if {"runs", ".venv", "votes"} & set(readme.relative_to(ROOT).parts):
             continue
         text = readme.read_text(encoding="utf-8")
-        for script in set(
-            re.findall(r"(?:recipes|data|plots|tests)/[\w/]+\.(?:py|sh|ipynb|jsonl|txt)", text)
-        ):
-            made_by_reader = script.startswith("data/prompts") or (ROOT / script).exists()
-            assert made_by_reader, f"{readme}: {script}"
+        for script in re.findall(r"(?:recipes|data|plots|tests)/[\w/]+\.(?:py|sh|ipynb|jsonl|txt)", text):
+            there = script.startswith("data/prompts") or (ROOT / script).exists()
+            assert there, f"{readme}: {script}"
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (readme.parent / link).exists(), f"{readme}: {link}"
