@@ -228,8 +228,10 @@ def memory_text(judge: Judge, memory: dict[str, float], card_gib: float) -> str:
     elif not there and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(judge.device)
         there, place = card.total_memory / 2**30, card.name
-    if there and needed > there:
-        log.warning("memory: more than there is; --dry_run --card_gib %.3g says what would fit", there)
+    if there and needed > there and not card_gib:
+        log.warning(
+            "memory: more than there is; on a card of N GiB --dry_run --card_gib N says what would fit"
+        )
     compared = f"of {there:.1f} ({place})" if there else "no card here to compare with (--card_gib names one)"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
     return f"about {needed:.1f} GiB by estimate, {compared}: {parts}"
@@ -242,7 +244,7 @@ def fit_text(judge: Judge, items: Sequence[Item], config: RunConfig) -> str:
         judges[True] = outline(dataclasses.replace(config, four_bit=True), judge.labels)
     own, recomputing, needed = judge.pack_tokens, sorted({config.gradient_checkpointing, True}), []
     sizes = [own, *(size for size in (4096, 2048, 1024, 512, 1) if size < own)]
-    for four_bit, recomputed, size in itertools.product(judges, recomputing, sizes):
+    for four_bit, size, recomputed in itertools.product(judges, sizes, recomputing):
         flags = [f"--pack_tokens {size}"] * (size != own)
         flags += ["--gradient_checkpointing"] * (recomputed != config.gradient_checkpointing)
         flags += ["--four_bit"] * (four_bit != config.four_bit)

@@ -13,16 +13,9 @@ gguf             One file for llama.cpp and Ollama. Unsloth writes it on CUDA an
                  sentencepiece. The file is compared through llama-cpp-python.
 gguf-unchecked   The same without the comparison. Measure it with recipes/api.py before you trust it.
 
-What is written is read back, and its label probabilities are compared on 32 test items (three prompts of
-ours where there are none). What fails is deleted, with exit code 1. export.json says how large this was:
-
-    largest difference in a probability     bound
-    merged, to the base with its adapter    1e-4 in float32, 0.05 where weights are stored or run in 16 bits
-    merged, to the judge                    the same
-    gguf, to the judge                      0.05
-    either, to a judge on 4-bit weights     0.1 in mean total variation: its weights are others
-
-The bounds in 16 and 4 bits are chosen, not measured on a large model: no GPU has run this yet.
+What is written is read back and compared with the judge on 32 test items (three prompts of ours where there
+are none). What is off by more than the bounds of recipes/README.md is deleted, with exit code 1; export.json says
+how far it was off.
 """
 
 import dataclasses
@@ -47,7 +40,8 @@ from distjudge import InputError, Judge, first_line, load_judge, write_json
 import torch
 
 PROBES = ["Is this fine?", "Rate the answer. It was good, and the service was bad.", "One more: 12345."]
-EXACT, ROUNDED, OTHER_BASE = 1e-4, 0.05, 0.1
+EXACT, ROUNDED = 1e-4, 0.05  # in a probability: in float32; where weights are stored or run in 16 bits
+OTHER_BASE = 0.1  # in mean total variation: to a judge on 4-bit weights. These two are chosen, not measured
 CONVERTER, CONVERTED = "convert_hf_to_gguf.py", ("f32", "f16", "bf16", "q8_0")
 TYPE = "LLAMA_FTYPE_MOSTLY_"  # of what llama-cpp-python can quantize to
 # not uploaded: what is of this machine only, and what shows test items
