@@ -14,8 +14,8 @@ gguf             One file for llama.cpp and Ollama. Unsloth writes it on CUDA an
 gguf-unchecked   The same without the comparison. Measure it with recipes/api.py before you trust it.
 
 What is written is read back and compared with the judge on 32 test items (three prompts of ours where there
-are none). What is off by more than the bounds of recipes/README.md is deleted, with exit code 1; export.json says
-how far it was off.
+are none). What is off by more than the bounds of recipes/README.md is deleted, with exit code 1. export.json
+says how far it was off.
 """
 
 import dataclasses

@@ -15,8 +15,7 @@ which 80 % are shared for NLI, 607 and 70 % for SummEval).
     stock_*                 Unsloth's SFTTrainer on the majority label, at its best rows a pass
     memory_*                trains in 4 bits with the smallest packs, in no more memory than the target
     agreement               one saved judge under each backend: probabilities, eight steps, and again
-    packs, packs_unsloth    packs against one prompt at a time: blocks, SDPA, flex_attention; Unsloth's kernel
-    tests                   pytest tests/gpu
+    tests                   pytest tests/gpu: packs against single prompts, flex_attention, Unsloth's kernel
 
 What matters most comes first, so that a report that is cut short still tells it.
 """
@@ -187,45 +186,6 @@ def agreement(config: ReportConfig) -> dict[str, Any]:
     return compared(*(bench.in_new_process(trained_under, backend, config) for backend in backends))
 
 
-def packs_against_single(judge: Judge, prompts: list[str]) -> dict[str, float]:
-    """Scores and adapter gradients of packs against those of one prompt at a time, in training mode."""
-    encoded, scores, grads = judge.encode(prompts), [], []
-    judge.model.train()
-    for packed in (False, True):
-        judge.packs = packed
-        judge.model.zero_grad()
-        q = torch.empty(len(encoded), len(judge.labels))
-        for members in judge.plan(encoded) if packed else [[i] for i in range(len(encoded))]:
-            batch = judge.batch([encoded[i] for i in members])
-            logq, _ = distjudge.label_logprobs(judge.model, batch, judge.tokens)
-            logq[:, 0].sum().backward()
-            q[members] = logq.detach().float().cpu().exp()
-        scores.append(q)
-        found = [weight.grad for weight in judge.model.parameters() if weight.grad is not None]
-        grads.append(torch.cat([grad.float().flatten() for grad in found]))
-    cosine = torch.nn.functional.cosine_similarity(*grads, dim=0).item()
-    return {"probabilities": (scores[0] - scores[1]).abs().max().item(), "gradient_cosine": cosine}
-
-
-def packs(backend: str, config: ReportConfig) -> dict[str, Any]:
-    ways = (distjudge.BLOCKS, "sdpa", "flex_attention")[: 3 if torch.cuda.is_available() else 2]
-    if backend == "unsloth":
-        need_unsloth()
-        ways = ("unsloth",)
-    prompts, result = [item.prompt for item in made_up("nli", 24, config.seed)], {}
-    for way in ways:
-        judge = load("middle", "nli", config, backend=backend, gradient_checkpointing=backend == "unsloth")
-        if not judge.packs:
-            result["problem"] = f"{way}: the check at load refuses packs"
-            continue
-        if backend == "transformers":
-            judge.model.get_base_model().set_attn_implementation(way)
-        found = result[way] = packs_against_single(judge, prompts)
-        if not (found["probabilities"] <= TOLERANCE and found["gradient_cosine"] >= 0.99):
-            result["problem"] = f"{way}: packs are not one prompt at a time"
-    return result
-
-
 def recipe(config: ReportConfig) -> dict[str, Any]:
     """recipes/qwen7b.py in its own settings, for one epoch; a model of random weights learns little."""
     folder, items = Path(config.out) / "recipe", made_up("nli", 40 if config.cpu_smoke else 960, config.seed)
@@ -318,8 +278,6 @@ for task in SHAPES:
 STAGES |= {
     "model_middle": functools.partial(make_model, "middle"),
     "agreement": agreement,
-    "packs": functools.partial(packs, "transformers"),
-    "packs_unsloth": functools.partial(packs, "unsloth"),
     "tests": run_tests,
     "model_llama8b": functools.partial(make_model, "llama8b"),
     "speed_llama8b_nli": functools.partial(speed, "llama8b", "nli"),
