@@ -68,7 +68,7 @@ class Actor:
         answers = self.work.answers(ask for ask in asks if isinstance(ask, judge.Ask))
         found = [("", ask) if isinstance(ask, str) else (json.dumps(next(answers)), "") for ask in asks]
         columns = {name: [row[k] for row in found] for k, name in enumerate(("line", "problem"))}
-        return pyarrow.table(columns, pyarrow.schema(dict.fromkeys(columns, pyarrow.string())))
+        return pyarrow.table(columns, schema=pyarrow.schema(dict.fromkeys(columns, pyarrow.string())))
 
     def ask(self, row: dict[str, Any]) -> judge.Ask | str:
         """The row as an Ask, or what is wrong with it."""
