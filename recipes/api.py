@@ -50,7 +50,7 @@ from distjudge import InputError, Item
 import httpx  # transformers brings it
 import torch
 
-OPENAI = "https://api.openai.com/v1"
+OPENAI, KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"  # a key may be missing where it is not OpenAI's
 WAYS_OUT = "give --spellings that begin apart, use --match whole if every label is one token, or --samples n"
 PILOT = 16  # the first prompts go alone: an endpoint that cannot be read is refused before all is paid
 USAGE = ("requests", "prompt_tokens", "completion_tokens")
@@ -96,8 +96,6 @@ class ApiConfig:
     """The folder for the results."""
     base_url: str = OPENAI
     """The endpoint, for example http://localhost:8000/v1."""
-    key_env: str = "OPENAI_API_KEY"
-    """The environment variable with the key. It may be missing where --base_url is not OpenAI's."""
     split: Literal["all", "train", "test"] = "all"
     """Judge only the items with this "split". With test, the others give the marginal to compare with."""
     train: tuple[str, ...] = ()
@@ -374,9 +372,9 @@ class Endpoint:
 
     def __init__(self, config: ApiConfig):
         self.config, self.parts = config, urlsplit(config.base_url)
-        self.key = os.environ.get(config.key_env, "").strip()
+        self.key = os.environ.get(KEY, "").strip()
         if not re.fullmatch("[!-~]+" if config.base_url == OPENAI else "[!-~]*", self.key):
-            raise InputError(f"the key is missing or no ASCII: set the environment variable {config.key_env}")
+            raise InputError(f"the key is missing or no ASCII: set the environment variable {KEY}")
         host = self.parts.netloc.rpartition("@")[2]  # without user and password
         self.url = self.parts._replace(netloc=host, query="", fragment="").geturl()
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}

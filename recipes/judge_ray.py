@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -40,10 +39,8 @@ class RayConfig(judge.Settings):
     """A .jsonl or .parquet file, which is replaced."""
     judges: int = 1
     """Actors, each of which holds the judge."""
-    cpus: float = 1
-    """CPUs for each of them."""
     gpus: float = 0
-    """GPUs for each of them; a fraction lets several share one."""
+    """GPUs for each of them, beside one CPU; a fraction lets several share one."""
     address: str = ""
     """The Ray cluster (auto: the one of this machine). Default: Ray is started here, for this run."""
     batch_size: int = 256
@@ -58,7 +55,7 @@ class Actor:
     def __init__(self, config: RayConfig):
         import torch
 
-        torch.set_num_threads(max(1, int(config.cpus)))
+        torch.set_num_threads(1)
         self.work = judge.Judging(config)
 
     def __call__(self, batch: Any) -> Any:
@@ -142,8 +139,7 @@ def start(config: RayConfig, ray: Any) -> None:
         ray.init(address=config.address, runtime_env={"working_dir": str(ROOT), "excludes": kept})
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        judges = math.ceil(config.judges * config.cpus)
-        need = max(judges + 1, os.cpu_count() or 1)  # one to read
+        need = max(config.judges + 1, os.cpu_count() or 1)  # one to read
         path = {"env_vars": {"PYTHONPATH": str(ROOT)}}
         ray.init(num_cpus=need, include_dashboard=False, logging_level="ERROR", runtime_env=path)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -162,8 +158,8 @@ def main(config: RayConfig) -> None:
         judge.find_run(config)
     if Path(config.out).suffix not in (".jsonl", ".parquet"):
         raise InputError(f"out: must end with .jsonl or .parquet, not '{config.out}'")
-    if config.judges < 1 or config.batch_size < 1 or min(config.blocks, config.cpus, config.gpus) < 0:
-        raise InputError("judges and batch_size must be 1 or more, blocks, cpus and gpus 0 or more")
+    if config.judges < 1 or config.batch_size < 1 or min(config.blocks, config.gpus) < 0:
+        raise InputError("judges and batch_size must be 1 or more, blocks and gpus 0 or more")
     if Path(config.run).is_dir():
         config = dataclasses.replace(config, run=str(Path(config.run).resolve()))
     start(config, ray)
@@ -171,7 +167,7 @@ def main(config: RayConfig) -> None:
     began, whole = time.perf_counter(), False
     try:
         pool = ray.data.ActorPoolStrategy(size=config.judges)
-        needs = {"num_cpus": config.cpus, "num_gpus": config.gpus, "compute": pool}
+        needs = {"num_cpus": 1, "num_gpus": config.gpus, "compute": pool}
         usual = {"batch_size": config.batch_size, "batch_format": "pyarrow"}
         judged = read(config, ray).map_batches(Actor, fn_constructor_args=(config,), **usual, **needs)
         for batch in judged.iter_batches(batch_size=None, batch_format="pyarrow"):
