@@ -70,12 +70,10 @@ class ExportConfig:
 
 
 def read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"{path}: broken JSON: {error}") from None
+    content, wrong = distjudge.parse_json(path.read_bytes()) if path.is_file() else ({}, "")
+    if wrong:
+        raise InputError(f"{path}: {wrong}")
+    return content
 
 
 def export_of(folder: Path, name: str) -> dict[str, Any]:
