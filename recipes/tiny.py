@@ -152,7 +152,7 @@ def cells_of(own: list[dict]) -> list[str]:
         return [common.worth(only["people"], only["people_low"], only["people_high"]), *numbers[1:]]
     table = pd.DataFrame(own)[[*COLUMNS]].astype(float)
     pairs = zip(table.mean(), table.std(), table.notna().all(), (1, 3, 3, 3), strict=True)
-    return [f"{mean:.{n}f} ± {std:.{n}f}" if known else "–" for mean, std, known, n in pairs]
+    return [f"{max(0, mean):.{n}f} ± {std:.{n}f}" if known else "–" for mean, std, known, n in pairs]
 
 
 def table_lines(cells: dict[str, list[str]]) -> list[str]:
