@@ -48,7 +48,7 @@ class RunConfig(Config):
         if not 0 <= self.min_mass <= 1:
             raise InputError(f"min_mass: must be between 0 and 1, not {self.min_mass}")
         if not 0 <= self.card_gib < math.inf or (self.card_gib and not self.dry_run):
-            raise InputError(f"card_gib: goes with --dry_run and is 0 or more, not {self.card_gib}")
+            raise InputError(f"card_gib: needs --dry_run, and must be 0 or more, not {self.card_gib}")
 
 
 @dataclasses.dataclass
