@@ -166,8 +166,8 @@ def table_lines(cells: dict[str, list[str]]) -> list[str]:
 
 def meaning(cells: dict[str, list[str]]) -> str:
     """What the table means, in two sentences, as far as the judges' worth is known."""
-    said = "A judge is worth n people if it is as near to what everybody thinks as a panel of n is "
-    said += "[95 % interval] (or means ± standard deviations over seeds)."
+    said = "A judge is worth n people if it is as near to what everybody thinks as a panel of n is"
+    said += " [95 % interval]." if "[" in cells["full"][0] else "; means ± standard deviations over seeds."
     if "–" not in (full := cells["full"][0], single := cells["single_point"][0]):
         said += f" Trained on all votes the paper's method is worth {full}, on the majority label {single}."
     return said
