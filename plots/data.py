@@ -51,9 +51,10 @@ class Look:
     packed: int
 
     @property
-    def shares(self) -> torch.Tensor:
-        """The share (C,) of all votes that each label got."""
-        return self.counts.sum(0) / self.counts.sum()
+    def shares(self) -> dict[str, torch.Tensor]:
+        """The shares (C,) of each label among all votes, and as the items' majority."""
+        majorities = distjudge.majority(self.p).mean(0)
+        return {"votes": self.counts.sum(0) / self.counts.sum(), "majorities": majorities}
 
     def extremes(self, each: int) -> list[list[int]]:
         """Items most and least agreed on, one a group; of equals, those with more votes, then the earlier."""
@@ -119,14 +120,13 @@ def look(items: list[Item], model: str = "", most: int = 2000) -> Look:
 
 def describe(data: Look, each: int = 3) -> list[str]:
     """The lines of text."""
-    votes, majority = data.counts.sum(1), distjudge.majority(data.p)
+    votes, total = data.counts.sum(1), math.log(len(data.labels))
     names = [short(label, 24) for label in data.labels]
     groups, width = len({item.group for item in data.items} - {None}), max(map(len, ["label", *names])) + 2
     head = f"{len(votes):,} items, {votes.sum():,.0f} votes, {len(names)} labels"
     lines = [head + (f", {groups:,} groups" if groups else ""), ""]
-    texts = pieces([item.prompt for item in data.items], 100)
     lines.append(f"{'label':<{width}}{'votes':>10}{'share':>9}{'majority of':>14}")
-    for name, n, share, most in zip(names, data.counts.sum(0), data.shares, majority.mean(0), strict=True):
+    for name, n, share, most in zip(names, data.counts.sum(0), *data.shares.values(), strict=True):
         lines.append(f"{name:<{width}}{n:>10,.0f}{share:>9.1%}{most:>14.1%}")
     panels = ", ".join(f"{v:g}: {n:,}" for v, n in sorted(Counter(votes.tolist()).items()))
     if len(votes.unique()) > 12:
@@ -136,30 +136,29 @@ def describe(data: Look, each: int = 3) -> list[str]:
         alpha = f"{alpha:.3f} ({'ordinal' if distjudge.are_numeric(data.labels) else 'nominal'})"
     if data.floor is not None:
         floor = f"{data.floor:.3f} nats, KL of the true distributions to such votes"
-    entropy = f"mean {data.entropy.mean():.3f} nats of {math.log(len(names)):.3f} at most"
-    several = votes >= 2
-    if several.any():
-        sure = (data.entropy[several] < 1e-9).double().mean()
-        tied = ((majority[several] > 0).sum(1) > 1).double().mean()
-        entropy += f"; of {several.sum():,} items with several votes {sure:.1%} unanimous, {tied:.1%} tied"
-    least, most, middle = min(data.lengths), max(data.lengths), statistics.median(data.lengths)
+    entropy = f"mean {data.entropy.mean():.3f} nats of {total:.3f} at most"
+    if len(several := data.p[votes >= 2]):
+        sure = (distjudge.entropy(several) < 1e-9).double().mean()
+        tied = ((distjudge.majority(several) > 0).sum(1) > 1).double().mean()
+        entropy += f"; of {len(several):,} items with several votes {sure:.1%} unanimous, {tied:.1%} tied"
+    lengths = f"{min(data.lengths):,} to {max(data.lengths):,} {data.unit}"
     drawn = f" of {data.packed:,} items drawn" if data.packed < len(votes) else ""
-    lines += [
-        "",
-        f"votes an item      {panels}",
-        f"entropy            {entropy}",
-        f"agreement          Krippendorff's alpha {alpha}",
-        f"noise floor        {floor}",
-        f"prompt length      {least:,} to {most:,} {data.unit}, median {middle:,.0f}",
-        f"common beginnings  {data.shared:.0%} of the {data.unit}{drawn}",
-    ]
+    facts = {
+        "votes an item": panels,
+        "entropy": entropy,
+        "agreement": f"Krippendorff's alpha {alpha}",
+        "noise floor": floor,
+        "prompt length": f"{lengths}, median {statistics.median(data.lengths):,.0f}",
+        "common beginnings": f"{data.shared:.0%} of the {data.unit}{drawn}",
+    }
+    lines += ["", *(f"{name:<19}{text}" for name, text in facts.items())]
+    texts = pieces([item.prompt for item in data.items], 100)
     for name, chosen in zip(("most", "least"), data.extremes(each), strict=True):
         lines += ["", f"{name} agreed on"]
         for i in chosen:
             given = [f"label {short(label, 20)}: {n:g}" for label, n in data.items[i].counts.items() if n]
-            lines.append(
-                f"  {short(data.items[i].id, 40)}\n    votes  {', '.join(given)}\n    text   {texts[i]}"
-            )
+            lines.append(f"  {short(data.items[i].id, 40)}\n    votes  {', '.join(given)}")
+            lines.append(f"    text   {texts[i]}")
     return lines
 
 
@@ -169,11 +168,10 @@ def draw(data: Look) -> plt.Figure:
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     labels, votes, entropy, lengths = top.subplots(1, 4)
     at, given = torch.arange(len(data.labels)), data.counts.sum(1)
-    shares, majorities = data.shares, distjudge.majority(data.p).mean(0)
-    labels.bar(at - 0.2, shares, 0.4, color=HUMAN, label="votes")
-    labels.bar(at + 0.2, majorities, 0.4, color=MODEL, label="majorities")
+    for k, (name, shares) in enumerate(data.shares.items()):
+        labels.bar(at - 0.2 + 0.4 * k, shares, 0.4, color=(HUMAN, MODEL)[k], label=name)
     name_labels(labels, data.labels)
-    labels.set(title="labels", ylabel="share", ylim=(0, 1.22 * max(shares.max(), majorities.max())))
+    labels.set(title="labels", ylabel="share", ylim=(0, 1.22 * max(map(max, data.shares.values()))))
     labels.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", columnspacing=1, handlelength=1.2)
     low, high = round(given.min().item()), round(given.max().item())
     votes.hist(given, min(30, high - low + 1), range=(low - 0.5, high + 0.5), rwidth=0.8, color=HUMAN)

@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -91,14 +91,6 @@ class Run:
         return distjudge.kl_divergence(self.p, self.q)
 
 
-def read_lines(path: Path) -> Iterator[dict]:
-    """The rows of a .jsonl file. Raises InputError naming file and line."""
-    for where, row, problem in distjudge.read_rows(path):
-        if problem:
-            raise InputError(f"{where}: {problem}")
-        yield row
-
-
 def pieces(prompts: list[str], width: int) -> list[str]:
     """Each prompt in a line of at most `width` characters that says which it is.
 
@@ -118,31 +110,37 @@ def pieces(prompts: list[str], width: int) -> list[str]:
 
 def load_run(folder: str | Path) -> Run:
     """Reads predictions.jsonl, metrics.json and, if there, log.jsonl and config.json. Raises InputError."""
-    path, log, named = Path(folder) / "predictions.jsonl", Path(folder) / "log.jsonl", short(folder, 200)
-    try:
-        rows = list(read_lines(path))
-        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # an InputError is a ValueError
-        raise InputError(f"{named}: not a run folder: {error}") from None
-    if not rows:
-        raise InputError(f"{named}/predictions.jsonl: no predictions")
+    home, named = Path(folder), short(folder, 200)
+
+    def lines(name: str) -> list[dict]:
+        found = list(distjudge.read_rows(home / name))
+        if wrong := [f"{where}: {problem}" for where, _, problem in found if problem]:
+            raise InputError(wrong[0])
+        return [row for _, row, _ in found]
+
+    def content(name: str) -> dict:
+        try:
+            return json.loads((home / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{named}/{name}: broken JSON: {error}") from None
 
     def table(field: str) -> torch.Tensor:
         return torch.tensor([[row[field][label] for label in labels] for row in rows], dtype=torch.float64)
 
     try:
+        rows, metrics = lines("predictions.jsonl"), content("metrics.json")
+        log = lines("log.jsonl") if (home / "log.jsonl").exists() else []
+        settings = content("config.json") if (home / "config.json").exists() else {}
+        if not rows:
+            raise InputError(f"{named}/predictions.jsonl: no predictions")
         labels, ids = list(rows[0]["predicted"]), [row["id"] for row in rows]
         votes, q = table("counts"), table("predicted")
         truth = table("truth") if all("truth" in row for row in rows) else None
     except KeyError as error:
         raise InputError(f"{named}/predictions.jsonl: a line lacks {error}") from None
-    settings, home = Path(folder) / "config.json", Path(folder).resolve().name
-    try:
-        about = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{named}/config.json: broken JSON: {error}") from None
-    lines = list(read_lines(log)) if log.exists() else []
-    return Run(labels, ids, votes, q, truth, metrics, lines, rows, about, home)
+    except (OSError, InputError) as error:
+        raise InputError(f"{named}: not a run folder: {error}") from None
+    return Run(labels, ids, votes, q, truth, metrics, log, rows, settings, home.resolve().name)
 
 
 def name_labels(ax: plt.Axes, labels: list[str]) -> None:
@@ -246,19 +244,19 @@ def draw_curves(run: Run, most: int = 100) -> plt.Figure:
 
     Of a long run at most `most` means of equally many steps are drawn. Raises InputError without a log.
     """
-    if not any("loss" in row for row in run.log):
+    log = pandas.DataFrame(run.log, columns=["step", "loss", "eval_kl", "eval_kl_truth"], dtype=float)
+    if log["loss"].isna().all():
         raise InputError("curves: no log.jsonl with losses in the run folder")
-    number = 1 + any("eval_kl" in row for row in run.log)
+    number = 1 + int(log["eval_kl"].notna().any())
     figure, axes = plt.subplots(1, number, figsize=(4.2 * number, 3.2), squeeze=False)
     for key, name in {"loss": "loss", "eval_kl": "KL to votes", "eval_kl_truth": "KL to truth"}.items():
-        points = torch.tensor([(row["step"], row[key]) for row in run.log if key in row], dtype=torch.float64)
-        if len(points) > most:
-            block = math.ceil(len(points) / most)
-            points = torch.stack([part.mean(0) for part in points.split(block)])
-            name += f", means of {block} steps"
+        points = log[["step", key]].dropna().reset_index(drop=True)
+        block = math.ceil(len(points) / most)
+        if block > 1:
+            points, name = points.groupby(points.index // block).mean(), f"{name}, means of {block} steps"
         if len(points):
             marker = "o" if len(points) < 30 else None
-            axes[0, int(key != "loss")].plot(*points.T, marker=marker, markersize=4, label=name)
+            axes[0, int(key != "loss")].plot(*points.values.T, marker=marker, markersize=4, label=name)
     floor = run.metrics.get("kl_noise_floor")
     if floor is not None and number == 2:  # the floor of KL to votes: the training loss is another measure
         axes[0, 1].axhline(floor, color=COLOURS[0], linestyle=":", label="noise floor of KL to votes")
@@ -281,10 +279,8 @@ def draw_compare(runs: dict[str, Run]) -> plt.Figure:
             raise InputError(
                 f"{short(name)}: its items, labels or votes are not those of {short(first.name)}"
             )
-    q, groups = (
-        torch.stack([run.q for run in runs.values()]),
-        [row.get("group") for row in first.rows] or None,
-    )
+    q = torch.stack([run.q for run in runs.values()])
+    groups = [row.get("group") for row in first.rows] or None
     entropy, apart = distjudge.entropy(first.p), distjudge.entropy(q.mean(0)) - distjudge.entropy(q).mean(0)
     most = [value.argsort(stable=True).tolist() for value in (entropy, -entropy, -apart)]
     chosen = list(dict.fromkeys([most[0][0], most[1][0], *most[2]]))[:4]

@@ -47,6 +47,7 @@ METRICS = {  # the names of distjudge.item_scores, and what they mean to a reade
     "entropy_correlation": ("correlation of entropies", "over items; higher is better"),
     "label_mass": ("label mass", "probability that the answer is a label at all"),
 }
+WORTH = "as near to everybody's opinion as a panel of so many; higher is better"
 FIRST = (  # of a run's settings, in this order
     "recipe model base_url answered_by train test files items labels alpha eps teacher epochs "
     "learning_rate batch_size lora_rank four_bit seed"
@@ -84,16 +85,17 @@ class Judged:
 def load_judged(folder: Path, name: str, texts: dict[str, Item], ordered: bool) -> Judged:
     """Reads a run folder. Prompts, and groups where it has none, come from `texts`, {id: item}."""
     run, path, items = figures.load_run(folder), short(folder / "predictions.jsonl", 200), []
-    for i, row in enumerate(run.rows):
-        text = texts.get(row["id"])
-        prompt = text.prompt if text else row.get("prompt") or ""
-        group = row.get("group") or (text and text.group)
-        truth = None if run.truth is None else dict(zip(run.labels, run.truth[i].tolist(), strict=True))
-        counts = {label: row["counts"][label] for label in run.labels}
-        items.append(Item(row["id"], prompt, counts, group, truth=truth))
-        row["prompt"] = prompt  # for the figures
     if len(set(run.ids)) != len(run.ids):
         raise InputError(f"{path}: an id stands there twice")
+    for row in run.rows:
+        text = texts.get(row["id"])
+        row["prompt"] = text.prompt if text else row.get("prompt") or ""  # for the figures, too
+        counts, truth = (
+            values and {label: values[label] for label in run.labels}
+            for values in (row["counts"], row.get("truth") if run.truth is not None else None)
+        )
+        group = row.get("group") or (text and text.group)
+        items.append(Item(row["id"], row["prompt"], counts, group, truth=truth))
     try:
         scores = distjudge.item_scores(run.q, items, ordered or None)
     except InputError as error:
@@ -111,25 +113,30 @@ def load(config: ReportConfig) -> list[Judged]:
     names = config.names or tuple(Path(run).resolve().name for run in config.runs)
     if len(names) != len(config.runs):
         raise InputError(f"names: {len(names)} for {len(config.runs)} runs")
-    if len(set(names)) != len(names):
-        names = config.runs
+    names = names if len(set(names)) == len(names) else config.runs
     texts = {item.id: item for item in distjudge.load_items(*config.items)} if config.items else {}
-    judged: list[Judged] = []
+    judged = [
+        load_judged(Path(run), n, texts, config.ordered) for run, n in zip(config.runs, names, strict=True)
+    ]
     votes: dict[str, dict[str, float]] = {}
-    for folder, name in zip(config.runs, names, strict=True):
-        one = load_judged(Path(folder), name, texts, config.ordered)
-        first = (judged or [one])[0].run.labels
-        if one.run.labels != first:
-            ours, theirs = distjudge.listed(one.run.labels), distjudge.listed(first)
-            raise InputError(
-                f"{short(folder)}: labels {ours} are not those of {short(config.runs[0])}, {theirs}"
-            )
-        for item in one.items:
-            if votes.setdefault(item.id, item.counts) != item.counts:
-                why = "its votes are not those it has in another run"
-                raise InputError(f"{short(folder)}: item '{short(item.id)}': {why}")
-        judged.append(one)
+    for folder, one in zip(config.runs, judged, strict=True):
+        ours, first = one.run.labels, judged[0].run.labels
+        if ours != first:
+            theirs = f"{short(config.runs[0])}, {distjudge.listed(first)}"
+            raise InputError(f"{short(folder)}: labels {distjudge.listed(ours)} are not those of {theirs}")
+        if wrong := [item for item in one.items if votes.setdefault(item.id, item.counts) != item.counts]:
+            why = "its votes are not those it has in another run"
+            raise InputError(f"{short(folder)}: item '{short(wrong[0].id)}': {why}")
     return judged
+
+
+def worth(one: Judged, draws: int) -> str:
+    """How many people the judge is worth, with its interval."""
+    found = distjudge.survey_equivalence(one.run.q, one.items, draws)
+    if found["mean"] is None:
+        return "–"
+    ends = "" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]"
+    return f"{found['mean']:.1f}{ends}".replace("inf", "∞")
 
 
 def mean_and_interval(one: Judged, metric: str, draws: int, first: Judged | None = None) -> str:
@@ -165,9 +172,10 @@ def metrics_rows(judged: list[Judged], draws: int, first: Judged | None = None) 
     if first:
         common = [f"{len(set(first.run.ids) & set(one.run.ids)):,}" for one in judged]
         return [*rows, ("items in common", "", common)]
+    rows.insert(0, ("worth, in people", WORTH, [worth(one, draws) for one in judged]))
     floors = {"kl_noise_floor": "noise floor of KL: what the true distributions would score"}
     floors |= {"kl_marginal": "KL of the training marginal"}
-    for k, (name, title) in enumerate(floors.items(), 1):
+    for k, (name, title) in enumerate(floors.items(), 2):
         values = [one.run.metrics.get(name) for one in judged]
         rows.insert(k, (title, "", ["–" if value is None else f"{value:.3f}" for value in values]))
     groups = [len({(i.group, i.group is None and i.id) for i in one.items}) for one in judged]
@@ -183,8 +191,8 @@ def settings_rows(judged: list[Judged]) -> list[tuple[str, str, list[str]]]:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
     known = dict.fromkeys(name for one in judged for name in one.run.settings if name != "out")
-    names = sorted(known, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-    rows = [(name, [text(one, name) for one in judged]) for name in names]
+    known = dict.fromkeys([name for name in FIRST if name in known]) | known
+    rows = [(name, [text(one, name) for one in judged]) for name in known]
     return [(name, "differs" if len(set(cells)) > 1 else "", cells) for name, cells in rows]
 
 

@@ -53,14 +53,11 @@ def measure(rows: pd.DataFrame) -> str:
     return "kl_truth" if (rows["metric"] == "kl_truth").any() else "kl"
 
 
-def is_floor(rows: pd.DataFrame) -> pd.Series:
-    return rows["method"].str.startswith("noise floor")
-
-
-def overall(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows over all seeds of one metric. Not of the truth against itself."""
+def overall(rows: pd.DataFrame, metric: str, floor: bool = True) -> pd.DataFrame:
+    """The rows over all seeds of one metric; with or without a noise floor, which no truth has to itself."""
     rows = rows[(rows["seed"] == "all") & (rows["metric"] == metric) & rows["value"].notna()]
-    return rows[~is_floor(rows)] if metric == "kl_truth" else rows
+    floors = rows["method"].str.startswith("noise floor")
+    return rows if floor and metric != "kl_truth" else rows[~floors]
 
 
 def looks(names: Iterable[Any]) -> dict[Any, dict]:
@@ -70,36 +67,33 @@ def looks(names: Iterable[Any]) -> dict[Any, dict]:
     return {name: styles[i % len(styles)] for i, name in enumerate(names)}
 
 
-def bars(rows: pd.DataFrame) -> list[pd.Series]:
-    """How far each interval reaches below and above its value."""
-    return [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
-
-
-def draw_points(ax: plt.Axes, at: pd.Series, rows: pd.DataFrame, **look: Any) -> None:
-    ax.errorbar(at, rows["value"], yerr=bars(rows), capsize=2, linewidth=1.2, elinewidth=0.8, **look)
+def draw_points(ax: plt.Axes, at: Any, rows: pd.DataFrame, across: bool = False, **look: Any) -> None:
+    """Values with their intervals, at heights `at` if across, else above `at`."""
+    ends = [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
+    place = (
+        {"x": rows["value"], "y": at, "xerr": ends} if across else {"x": at, "y": rows["value"], "yerr": ends}
+    )
+    ax.errorbar(**place, capsize=2, linewidth=1.2, elinewidth=0.8, **look)
 
 
 def draw_lines(ax: plt.Axes, rows: pd.DataFrame, x: str, by: str, look: dict, name: str = "{}") -> None:
     """Values against the column x, a line for each value of the column `by`, whiskers beside each other."""
-    step = (rows[x].max() - rows[x].min()) / max(rows[x].nunique() - 1, 1)
+    step = (rows[x].max() - rows[x].min()) / max(rows[x].nunique() - 1, 1) or 1
     for i, (kind, style) in enumerate(look.items()):
         own = rows[rows[by] == kind].sort_values(x)
-        apart = 0.3 * (step or 1) * ((i + 0.5) / len(look) - 0.5)
+        apart = 0.3 * step * ((i + 0.5) / len(look) - 0.5)
         draw_points(ax, own[x] + apart, own, label=name.format(kind), **style)
 
 
 def panels(number: int, width: float, height: float) -> tuple[plt.Figure, list[plt.Axes]]:
-    size = (1.6 + width * number, height)
-    figure, axes = plt.subplots(1, number, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, number, figsize=(1.6 + width * number, height), squeeze=False)
     return figure, list(axes[0])
 
 
 def add_legend(figure: plt.Figure, place: str = "right upper", columns: int = 1) -> None:
     """One legend for all panels."""
-    named = {}
-    for ax in figure.axes:
-        handles, labels = ax.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
+    handles = [ax.get_legend_handles_labels() for ax in figure.axes]
+    named = {label: handle for own in handles for handle, label in zip(*own, strict=True)}
     figure.legend(named.values(), named.keys(), loc=f"outside {place}", ncols=columns, frameon=False)
 
 
@@ -114,35 +108,30 @@ def draw_methods(rows: pd.DataFrame) -> plt.Figure:
     """Above, KL of each method, a panel for each number of votes; below, KL by human entropy."""
     metric = measure(rows)
     rows = overall(rows, metric)
-    whole = rows[rows["entropy"].isna()]
-    names = list(dict.fromkeys(whole["method"]))
-    judges = whole[~is_floor(whole) & (whole["method"] != "marginal")]
-    first = judges["method"].iloc[0]
-    best = judges[judges["method"] != first].groupby("method")["value"].mean().sort_values()
-    look = looks([first, *best.index[:4], "marginal"])
+    whole, names = rows[rows["entropy"].isna()], list(dict.fromkeys(rows["method"]))
+    judges = overall(whole[whole["method"] != "marginal"], metric, floor=False)
+    first, best = judges["method"].iloc[0], judges.groupby("method")["value"].mean().sort_values().index
+    look = looks([first, *best.drop(first)[:4], "marginal"])
     votes, high = by_votes(whole), 0.6 + 0.21 * len(names)
     size = (2.2 + 2.7 * len(votes), 3.6 + high)
-    shape = {"squeeze": False, "sharey": "row", "height_ratios": [high, 2.6], "layout": "constrained"}
+    shape = {"squeeze": False, "sharey": "row", "height_ratios": [high, 2.6]}
     figure, axes = plt.subplots(2, len(votes), figsize=size, **shape)
-    for ax, (title, here) in zip(axes[0], votes.items(), strict=True):
-        for _, own in here.groupby("method"):
-            name = own["method"].iloc[0]
-            style = look.get(name, {"color": HUMAN, "marker": "o"}) | {"linestyle": "none", "markersize": 4.5}
-            ax.errorbar(own["value"], [names.index(name)], xerr=bars(own), capsize=2, **style)
+    binned, kinds = by_votes(rows[rows["entropy"].notna()]), sorted(rows["entropy"].dropna().unique())
+    for (above, below), (title, here) in zip(axes.T, votes.items(), strict=True):
+        for name, own in here.groupby("method"):
+            style = look.get(name, {"color": HUMAN, "marker": "o", "markersize": 4.5})
+            draw_points(above, [names.index(name)], own, across=True, **style | {"linestyle": "none"})
         for value in here.loc[here["method"] == first, "value"]:
-            ax.axvline(value, color=NEUTRAL, linewidth=0.8, linestyle=":")
-        ax.set_yticks(range(len(names)), names)
-        ax.set(xlabel=NAMES[metric], title=title)
-    axes[0, 0].invert_yaxis()
-    binned = by_votes(rows[rows["entropy"].notna()])
-    kinds = sorted(rows["entropy"].dropna().unique())
-    for ax, title in zip(axes[1], votes, strict=True):
+            above.axvline(value, color=NEUTRAL, linewidth=0.8, linestyle=":")
+        above.set_yticks(range(len(names)), names)
+        above.set(xlabel=NAMES[metric], title=title)
         if title in binned:
-            places = binned[title].assign(at=binned[title]["entropy"].map(kinds.index))
-            draw_lines(ax, places, "at", "method", look)
-        ax.set_xticks(range(len(kinds)), kinds)
-        ax.set_xlabel("entropy of people's answers / log C")
-        ax.set_title("where people agree (left) and disagree (right)", fontsize=8)
+            here = binned[title].assign(at=binned[title]["entropy"].map(kinds.index))
+            draw_lines(below, here, "at", "method", look)
+        below.set_xticks(range(len(kinds)), kinds)
+        below.set_xlabel("entropy of people's answers / log C")
+        below.set_title("where people agree (left) and disagree (right)", fontsize=8)
+    axes[0, 0].invert_yaxis()
     axes[1, 0].set(ylabel=NAMES[metric], ylim=(0, None))
     add_legend(figure, "lower center", 3)
     return figure
@@ -166,36 +155,27 @@ def draw_grid(rows: pd.DataFrame, x: str, by: str, label: str, name: str = "{}")
     return figure
 
 
-def draw_robustness(rows: pd.DataFrame) -> plt.Figure:
-    return draw_grid(rows[rows["delta"].notna()], "delta", "method", "delta, l2 distance the target is moved")
-
-
 def draw_budget(rows: pd.DataFrame) -> plt.Figure:
     """KL of each way to spend the annotations, a line a method."""
-    rows = rows[~is_floor(rows)].sort_values("votes", kind="stable")
-    ways = [f"{items:g} × {votes:g}" for items, votes in zip(rows["items"], rows["votes"], strict=True)]
-    kinds = list(dict.fromkeys(ways))
-    figure = draw_grid(rows.assign(way=[kinds.index(way) for way in ways]), "way", "method", "items × votes")
+    rows = rows[rows["entropy"].isna() & ~rows["method"].str.startswith("noise floor")]
+    ways = rows[["votes", "items"]].drop_duplicates().sort_values("votes").reset_index(drop=True)
+    figure = draw_grid(rows.merge(ways.reset_index(names="way")), "way", "method", "items × votes")
     for ax in figure.axes:
-        ax.set_xticks(range(len(kinds)), kinds)
+        ax.set_xticks(ways.index, [f"{items:g} × {votes:g}" for votes, items in ways.values])
     return figure
 
 
 def draw_length(rows: pd.DataFrame) -> plt.Figure:
     """KL by epochs, a panel for each number of votes; hollow, at the right: the epochs chosen."""
     metric = measure(rows)
-    rows = overall(rows, metric)
-    rows = rows[~is_floor(rows) & (rows["method"] != "marginal")]
+    rows = overall(rows[rows["method"] != "marginal"], metric, floor=False)
     lengths, look = sorted(rows["epochs"].dropna().unique()), looks(dict.fromkeys(rows["method"]))
-    hollow = {"linestyle": "none", "markerfacecolor": "none"}
+    hollow = {name: style | {"linestyle": "none", "mfc": "none"} for name, style in look.items()}
     figure, axes = panels(len(by_votes(rows)), 2.9, 3.3)
     for ax, (title, here) in zip(axes, by_votes(rows).items(), strict=True):
-        here = here.assign(at=here["epochs"].map({e: i for i, e in enumerate(lengths)}))
+        here = here.assign(at=here["epochs"].map(lengths.index, na_action="ignore").fillna(len(lengths)))
+        draw_lines(ax, here[here["epochs"].isna()], "at", "method", hollow)
         draw_lines(ax, here[here["epochs"].notna()], "at", "method", look)
-        chosen = here[here["epochs"].isna()]
-        for i, (name, style) in enumerate(look.items()):
-            own = chosen[chosen["method"] == name]
-            draw_points(ax, own["at"].fillna(len(lengths) + 0.06 * i), own, **style | hollow)
         ax.axvline(len(lengths) - 0.5, color=NEUTRAL, linewidth=0.6)
         ax.set_xticks(range(len(lengths) + 1), [*(f"{e:g}" for e in lengths), "chosen"])
         ax.set(xlabel="epochs", title=title, ylim=(0, None))
@@ -208,16 +188,17 @@ def draw_cost(rows: pd.DataFrame) -> plt.Figure:
     """Seconds an epoch: median, and from least to most."""
     rows = overall(rows, "seconds_per_epoch")
     figure, (ax,) = panels(1, 3.9, 0.8 + 0.4 * len(rows))
-    look = {"color": COLOURS[5], "edgecolor": "black", "linewidth": 0.5, "capsize": 3}
-    ax.barh(rows["method"], rows["value"], xerr=bars(rows), **look)
+    draw_points(ax, rows["method"], rows, across=True, color=COLOURS[0], marker="o", linestyle="none")
     ax.invert_yaxis()
-    ax.set(xlabel="seconds an epoch")
+    ax.set(xlabel="seconds an epoch", xlim=(0, None))
     return figure
 
 
 DRAW = dict.fromkeys(("main", "ablation", "ood", "methods"), draw_methods) | {
     "sweep": lambda rows: draw_grid(rows, "alpha", "eps", "alpha, weight of KL", "eps = {:g}"),
-    "robustness": draw_robustness,
+    "robustness": lambda rows: draw_grid(
+        rows[rows["delta"].notna()], "delta", "method", "delta, l2 distance the target is moved"
+    ),
     "budget": draw_budget,
     "length": draw_length,
     "cost": draw_cost,

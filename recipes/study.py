@@ -1,8 +1,10 @@
 """The paper's studies on any backbone, and ours, each as one command with intervals and rivals.
 
     python recipes/study.py main                                  # the embedded sample, a model from nothing
-    python recipes/study.py methods --votes 1 3 5 20 --seeds 5    # by votes an item
-    python recipes/study.py main --train a.jsonl --test b.jsonl --model Qwen/Qwen3-4B --lora_rank 16
+    python recipes/study.py ablation --votes 5 --seeds 3          # the paper's Table 2
+    python recipes/study.py main --report                         # no training: its tables from what is there
+    python recipes/study.py methods --train a.jsonl --test b.jsonl --model Qwen/Qwen3-4B --lora_rank 16 \
+        --methods distribution teacher untrained "raw, calibrated" frozen
 
     main        Table 1: untrained, single-point, distributional judge; label smoothing, temperature scaling
     ablation    Table 2: the full method without adversary, without KL, without cross-entropy
@@ -16,12 +18,14 @@
 
 Tables and the figure are the paper's (arXiv 2505.12301); Table 5 is main on other data. "Without KL" is plain
 cross-entropy; the paper ticks its adversary in that row. plots/study.py --latex makes the tables for a paper.
+For a pretrained model there are rows that do not train it: "raw, calibrated" fits a temperature and a bias a
+label to the training votes, "frozen" the label rows of the output layer.
 
-Writes STUDY.csv (a row for each number), STUDY.md and STUDY.png into --out. Each trained judge has a folder
-in --out/cells, named by a hash of everything that decides its result. What is there is not trained again: a
-study can be stopped and started again, and studies share cells. Intervals are 95 % bootstrap intervals over
-groups of test items and, with several seeds, over seeds (see distjudge.bootstrap). A difference is starred
-where its two-sided p is under 0.05.
+Writes STUDY.csv (a row for each number), STUDY.md, STUDY.png and its settings, STUDY.json, into --out. Each
+judge has a folder in --out/cells, named by a hash of everything that decides its result. What is there is not
+made again: a study can be stopped and started again, and studies share cells. Intervals are 95 % bootstrap
+intervals over groups of test items and, with several seeds, over seeds (see distjudge.bootstrap). A
+difference is starred where its two-sided p is under 0.05.
 """
 
 import dataclasses
@@ -29,6 +33,7 @@ import hashlib
 import json
 import math
 import shutil
+import statistics
 import sys
 import time
 import types
@@ -38,13 +43,14 @@ from typing import Any, Literal
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import distjudge
-from distjudge import InputError, Item, Judge, bootstrap, counts_of, kl_divergence, kl_loss, labels_of
+from distjudge import Config, InputError, Item, Judge, bootstrap, counts_of, kl_divergence, kl_loss, labels_of
 
 import common
 import pandas as pd
 import scipy.optimize
 import tiny
 import torch
+import torch.nn.functional as F
 import tyro
 
 from plots import study as figures
@@ -80,14 +86,9 @@ ROWS = {  # the methods a study compares by default; the first is what the other
     "cost": ("single-point", "without adversary", "distribution", "teacher"),
     "methods": ("distribution", "teacher", "KL alone", "without adversary", *RIVALS),
 }
-METRICS = {
-    "kl": "KL to votes",
-    "kl_truth": "KL to truth",
-    "accuracy": "accuracy",
-    "js_divergence": "JS",
-    "entropy_correlation": "entropy r",
-    "rps": "RPS",
-}
+METRICS = {"people": "worth, people", "kl": "KL to votes", "kl_truth": "KL to truth", "accuracy": "accuracy"}
+METRICS |= {"js_divergence": "JS", "entropy_correlation": "entropy r", "rps": "RPS"}
+PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 # settings that decide no result (of train and test the items do)
 IDLE = ["train", "test", "out", "report_to", "seeds", "eval_every", "save_every", "resume", "pack_tokens"]
 SHAPE = ["hidden", "layers", "vocabulary"]
@@ -129,17 +130,16 @@ class StudyConfig(tiny.TinyConfig):
     draws: int = 2000
     """Bootstrap draws."""
     report: bool = False
-    """Train nothing: write table and figure of the cells that are there."""
+    """Train nothing: write table and figure of the cells that are there, with the settings in STUDY.json."""
 
     def check(self) -> None:
         super().check()
         if unknown := [m for m in self.methods if m not in METHODS]:
             raise InputError(f"methods: {', '.join(unknown)}: not among {', '.join(METHODS)}")
-        for name, low in (("draws", 100), ("perturbations", 1), ("train_items", 0)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name}: must be {low} or more, not {getattr(self, name)}")
-        if any(v < 1 for v in self.votes):
-            raise InputError(f"votes: must be 1 or more, not {min(self.votes)}")
+        for name, low in (("draws", 100), ("perturbations", 1), ("train_items", 0), ("votes", 1)):
+            given = getattr(self, name)
+            if wrong := [v for v in (given if isinstance(given, tuple) else [given]) if v < low]:
+                raise InputError(f"{name}: must be {low} or more, not {wrong[0]}")
         if not self.lengths or min(self.lengths) <= 0 or len(set(self.lengths)) != len(self.lengths):
             raise InputError("lengths: must be different numbers of epochs above 0")
         if not 0 <= self.smoothing < 1:
@@ -234,8 +234,8 @@ class Workshop:
 
     def settings(self, cell: Cell) -> tuple[tiny.TinyConfig, dict[str, Any]]:
         """A cell's training configuration, and what is done beside training."""
-        method = METHODS[cell.method] | {"seed": cell.seed}
-        method |= {k: v for k in ("alpha", "eps", "epochs") if (v := getattr(cell, k)) is not None}
+        own = {"seed": cell.seed, "alpha": cell.alpha, "eps": cell.eps, "epochs": cell.epochs}
+        method = METHODS[cell.method] | {name: value for name, value in own.items() if value is not None}
         known = [field.name for field in dataclasses.fields(tiny.TinyConfig)]
         run = tiny.TinyConfig(**{name: method.pop(name, getattr(self.config, name)) for name in known})
         run.check()
@@ -257,13 +257,10 @@ class Workshop:
         return some_of(items, cell.items, cell.seed)
 
     def load(self, cell: Cell) -> dict[str, Any] | None:
-        """A cell, trained now if need be: its cell.json and "predicted" (N, C). None if it is not there."""
-        folder, decides = self.folder(cell)
+        """A cell that is there: its cell.json and "predicted" (N, C)."""
+        folder, _ = self.folder(cell)
         if not (folder / "cell.json").exists():
-            if self.config.report:
-                self.missing += 1
-                return None
-            self.make(cell, folder, decides)
+            return None
         found = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
         rows = [row for _, row, _ in distjudge.read_rows(folder / "predictions.jsonl")]
         if [row.get("id") for row in rows] != [item.id for item in self.test]:
@@ -271,16 +268,47 @@ class Workshop:
         found["predicted"] = torch.tensor([row["predicted"] for row in rows], dtype=torch.float64)
         return found
 
-    def make(self, cell: Cell, folder: Path, decides: dict[str, Any]) -> None:
+    def collect(self, wanted: dict[Any, dict[str, Any]]) -> dict[Any, list[torch.Tensor]]:
+        """Predictions (N, C) of each cell, a tensor for each seed that all have, for seeds are paired."""
+        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
+        some = {"items": self.config.train_items}
+        whole = self.whole([[Cell(**some | {"seed": n} | cell) for cell in wanted.values()] for n in seeds])
+        return {key: [row[k]["predicted"] for row in whole] for k, key in enumerate(wanted)}
+
+    def whole(self, rows: list[list[Cell]]) -> list[list[dict[str, Any]]]:
+        """Those of the rows, a seed each, whose cells are all there; makes what is missing first.
+
+        Says how many there are and, by the time they took so far, how long the rest may take. Raises
+        InputError with --report where no row is whole.
+        """
+        cells = {self.folder(cell)[0]: cell for row in rows for cell in row}
+        todo = {folder: cell for folder, cell in cells.items() if not (folder / "cell.json").exists()}
+        if self.config.report:
+            todo, self.missing = {}, len(todo)
+        elif todo:
+            print(
+                f"{len(todo)} of {len(cells)} judges are to be made, each a folder in {self.out / 'cells'}."
+            )
+            print("Ctrl-C stops; the same command goes on with the next (--resume: amid the one it was at).")
+        began = time.perf_counter()
+        for n, (folder, cell) in enumerate(todo.items()):
+            minutes = (time.perf_counter() - began) / max(n, 1) * (len(todo) - n) / 60
+            left = f", about {math.ceil(minutes)} min left" if n else ""
+            self.make(cell, folder, f"[{time.strftime('%H:%M:%S')}] {n + 1} of {len(todo)}{left}:")
+        found = [[self.load(cell) for cell in row] for row in rows]
+        if not any(map(all, found)):
+            raise InputError(f"report: {self.out}: no seed is finished; {self.missing} cells are missing")
+        return [row for row in found if all(row)]
+
+    def make(self, cell: Cell, folder: Path, number: str) -> None:
         run, beside = self.settings(cell)
         run.out = str(folder)
-        items, began, ends = self.items(cell), time.perf_counter(), {}
-        base = run.model
+        items, began, ends, base = self.items(cell), time.perf_counter(), {}, run.model
         if not base:  # made from all training prompts, so that cells of one seed share first weights
             shape = [getattr(run, name) for name in SHAPE]
-            home = self.out / "base" / fingerprint(self.train, cell.seed, shape)
-            made = (home / "tokenizer.json").exists()  # the last file written
-            base = str(home) if made else tiny.build_base(home, self.train, run, cell.seed)
+            base = str(self.out / "base" / fingerprint(self.train, cell.seed, shape))
+            if not Path(base, "tokenizer.json").exists():  # the last file written
+                tiny.build_base(Path(base), self.train, run, cell.seed)
         judge = tiny.load_base(base, labels_of(self.train), run)
         items = distjudge.keep_short(judge, items, run.overlong, "training")
         test = distjudge.keep_short(judge, self.test, "error", "test")
@@ -292,12 +320,12 @@ class Workshop:
         if "smoothed" in beside:
             items = smoothed(items, self.config.smoothing)
         votes = f"{len(items)} items, {cell.votes or 'all'} votes"
-        print(f"[{time.strftime('%H:%M:%S')}] {cell.method}, seed {cell.seed}, {votes}", flush=True)
+        print(f"{number} {cell.method}, seed {cell.seed}, {votes}", flush=True)
         if "untrained" not in beside:
             distjudge.train(judge, items, run, on_step=lambda n: ends.update({n: time.perf_counter()}))
         fitted: dict[str, Any] = {"temperature": None}
         if "fit" in beside:
-            q, fitted = FITS[beside["fit"]](judge, items, test, run.seed)
+            q, fitted = fit_readout(judge, items, test, run, beside["fit"])
         else:
             q = distjudge.judge_items(judge, test)[0].double()
         if held:
@@ -306,34 +334,11 @@ class Workshop:
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"id": item.id, "predicted": row} for item, row in zip(test, q.tolist(), strict=True)]
         distjudge.write_lines(folder / "predictions.jsonl", map(json.dumps, rows))
-        about = {
-            "method": cell.method,
-            "settings": decides,
-            "items": len(items),
-            "train_seconds": train_seconds(began, ends),
-            "seconds": time.perf_counter() - began,
-            "device": str(judge.device),
-            "versions": distjudge.versions(),
-        } | fitted
+        about = {"method": cell.method, "settings": self.folder(cell)[1], "items": len(items)}
+        about |= {"train_seconds": train_seconds(began, ends), "seconds": time.perf_counter() - began}
+        about |= {"device": str(judge.device), "versions": distjudge.versions()} | fitted
         distjudge.write_json(folder / "cell.json", about)  # last: a folder with it is finished
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-    def collect(self, wanted: dict[Any, dict[str, Any]]) -> dict[Any, list[torch.Tensor]]:
-        """Predictions (N, C) of each cell, a tensor for each seed that all have, for seeds are paired."""
-        found: dict[Any, list[torch.Tensor]] = {key: [] for key in wanted}
-        for seed in range(self.config.seed, self.config.seed + self.config.seeds):
-            cells = [{"seed": seed, "items": self.config.train_items} | cell for cell in wanted.values()]
-            loaded = [self.load(Cell(**cell)) for cell in cells]  # a study that is stopped has whole seeds
-            if all(loaded):
-                for key, cell in zip(wanted, loaded, strict=True):
-                    found[key].append(cell["predicted"])
-        return self.some(found)
-
-    def some(self, found: dict[Any, list]) -> dict[Any, list]:
-        """What was found. Raises InputError where there is nothing yet."""
-        if not all(found.values()):
-            raise InputError(f"report: {self.out}: no seed is finished; {self.missing} cells are missing")
-        return found
 
 
 def train_seconds(began: float, ends: dict[int, float]) -> float:
@@ -348,24 +353,10 @@ def fit_temperature(q: torch.Tensor, counts: torch.Tensor) -> float:
     """The T, 1/20 to 20, for which softmax(log q / T) is nearest to the votes in KL. q, counts: (N, C)."""
     logq, p = q.double().log(), counts / counts.sum(1, keepdim=True)
     cost = lambda log_t: kl_loss((logq / math.exp(log_t)).log_softmax(1), p).mean().item()  # noqa: E731
-    found = scipy.optimize.minimize_scalar(
-        cost, bounds=(-3.0, 3.0), method="bounded", options={"xatol": 1e-8}
-    )
-    return math.exp(found.x)
+    return math.exp(scipy.optimize.minimize_scalar(cost, bounds=(-3.0, 3.0)).x)
 
 
 # --- models that are not trained ---
-def fit_calibration(
-    judge: Judge, items: list[Item], test: list[Item], seed: int
-) -> tuple[torch.Tensor, dict]:
-    """Probabilities (N, C) of the test items with a temperature and biases fitted to the training votes."""
-    began = time.perf_counter()
-    logq = distjudge.judge_items(judge, items)[0].double().log()
-    temperature, bias = distjudge.fit_calibration(logq, counts_of(items))
-    about = {"temperature": temperature, "bias": bias.tolist(), "train_seconds": time.perf_counter() - began}
-    return (distjudge.judge_items(judge, test)[0].double().log() / temperature + bias).softmax(1), about
-
-
 @torch.no_grad()
 def read_hidden(judge: Judge, encoded: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities (M, C) of the labels and the hidden states (M, H) they are read from, in one pass."""
@@ -384,61 +375,56 @@ def read_hidden(judge: Judge, encoded: list[list[int]]) -> tuple[torch.Tensor, t
     return torch.stack(logq), torch.stack(hidden)
 
 
-def fit_label_rows(judge: Judge, items: list[Item], test: list[Item], seed: int) -> tuple[torch.Tensor, dict]:
-    """Probabilities (N, C) of the test items by label rows fitted to the training votes, nothing else.
+def fit_readout(
+    judge: Judge, items: list[Item], test: list[Item], run: Config, what: str
+) -> tuple[Any, dict]:
+    """Probabilities (N, C) of the test items after a fit to the training votes, the model frozen.
 
-    A multinomial regression of vote shares on the hidden state before the answer, with a ridge of weight
-    penalty / (2 N) toward the calibrated label rows of the model. It takes the one of PENALTIES by which rows
-    fitted to four fifths of the items come nearest to the votes of the rest. Raises InputError for labels
-    that are read as whole words.
+    "calibration": a temperature and a bias a label. "label rows": the rows of the output layer, too, by a
+    regression of vote shares on the hidden state before the answer, with a ridge, penalty / (2 N), toward the
+    calibrated rows. It takes the one of PENALTIES by which rows fitted to four fifths of the items come
+    nearest to the votes of the rest. Raises InputError then for labels that are read as whole words.
     """
-    if judge.tokens.whole:
+    if judge.tokens.whole and what == "label rows":
         raise InputError("methods: frozen needs labels that differ in their first token; leave it out")
     began = time.perf_counter()
-    parts = [distjudge.training_rows(judge, part)[:2] for part in distjudge.split_items(items, 0.2, seed)]
+    parts = [distjudge.training_rows(judge, own)[:2] for own in distjudge.split_items(items, 0.2, run.seed)]
     counts, first = torch.cat([own for _, own in parts]).double(), len(parts[0][1])
     p, (logq, hidden) = counts / counts.sum(1, keepdim=True), read_hidden(judge, parts[0][0] + parts[1][0])
     read = time.perf_counter()
-    temperature, bias = distjudge.fit_calibration(logq, counts)
-    middle, scale = hidden.mean(0), hidden.std()
+    (temperature, bias), middle, scale = distjudge.fit_calibration(logq, counts), hidden.mean(0), hidden.std()
+    inputs = lambda hidden: F.pad((hidden - middle) / scale, (0, 1), value=1.0)  # noqa: E731
+    said = lambda logq, x, rows: (logq / temperature + bias + x @ rows).log_softmax(1)  # noqa: E731
+    x, penalty = inputs(hidden), None
+    rows = torch.zeros(x.shape[1], p.shape[1], dtype=x.dtype)  # what is added to the calibrated ones
 
-    def inputs(logq: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return logq / temperature + bias, torch.nn.functional.pad((hidden - middle) / scale, (0, 1), value=1)
+    def fit(n: int, penalty: float) -> torch.Tensor:
+        """Those of the first n items."""
+        own = rows.clone().requires_grad_()
+        solver = torch.optim.LBFGS([own], max_iter=500, line_search_fn="strong_wolfe")
 
-    def fit(logq: torch.Tensor, x: torch.Tensor, p: torch.Tensor, penalty: float, rows: torch.Tensor):
-        rows = rows.clone().requires_grad_()  # what is added to the calibrated ones
-        solver = torch.optim.LBFGS([rows], max_iter=500, line_search_fn="strong_wolfe")
-
-        def loss() -> torch.Tensor:
+        def cost() -> torch.Tensor:
             solver.zero_grad()
-            ridge = penalty / (2 * len(x)) * rows.square().sum()
-            value = kl_loss((logq + x @ rows).log_softmax(1), p).mean() + ridge
+            value = kl_loss(said(logq[:n], x[:n], own), p[:n]).mean() + penalty / (2 * n) * (own**2).sum()
             value.backward()
             return value
 
-        solver.step(loss)
-        return rows.detach()
+        solver.step(cost)
+        return own.detach()
 
-    logq, x = inputs(logq, hidden)
-    rows, tried = torch.zeros(x.shape[1], p.shape[1], dtype=torch.float64), {}
-    for penalty in PENALTIES:  # from strong to weak, each from the rows before
-        rows = fit(logq[:first], x[:first], p[:first], penalty, rows)
-        tried[penalty] = kl_loss((logq + x @ rows).log_softmax(1), p)[first:].mean().item()
-    best = min(tried, key=tried.get)
-    rows = fit(logq, x, p, best, torch.zeros_like(rows))
+    if what == "label rows":
+        held = lambda penalty: said(logq[first:], x[first:], fit(first, penalty))  # noqa: E731
+        penalty = min(PENALTIES, key=lambda one: kl_loss(held(one), p[first:]).mean().item())
+        rows = fit(len(x), penalty)
     done = time.perf_counter()
 
     def score(prompts: list[str], progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        logq, x = inputs(*read_hidden(judge, judge.encode(prompts)))
-        return (logq + x @ rows).log_softmax(1), torch.ones(len(x))
+        logq, hidden = read_hidden(judge, judge.encode(prompts))
+        return said(logq, inputs(hidden), rows), torch.ones(len(prompts))
 
     q = distjudge.judge_items(types.SimpleNamespace(score=score), test)[0]
     seconds = {"train_seconds": done - began, "feature_seconds": read - began, "fit_seconds": done - read}
-    return q, seconds | {"penalty": best, "temperature": temperature}
-
-
-FITS = {"calibration": fit_calibration, "label rows": fit_label_rows}
-PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+    return q, seconds | {"temperature": temperature, "bias": bias.tolist(), "penalty": penalty}
 
 
 # --- tables ---
@@ -456,19 +442,18 @@ class Table:
         row |= {"value": value, "seed": str(seed)} | more
         self.rows.append(row | {"votes": row.get("votes") or None})
 
-    def add_mean(self, method: str, metric: str, scores: torch.Tensor, groups: list, **more: Any):
-        """A row for the mean of scores (S, N) over seeds and items, with its interval."""
-        found = bootstrap(scores, groups=groups, draws=self.draws)
-        self.add(method, metric, found["mean"], low=found["low"], high=found["high"], **more)
-
     def compare(self, found: dict[str, list[torch.Tensor]], **at: Any) -> None:
         """Rows for methods with predictions (N, C) for each seed: every metric, and the gap to the first."""
+        for method, qs in found.items():
+            worth = distjudge.survey_equivalence(torch.stack(qs), self.test, self.draws)
+            if worth["mean"] is not None:
+                self.add(method, "people", worth["mean"], low=worth["low"], high=worth["high"], **at)
         scores = {m: [distjudge.item_scores(q, self.test) for q in qs] for m, qs in found.items()}
         for metric in next(iter(scores.values()))[0]:
             own = {m: torch.stack([run[metric] for run in runs]) for m, runs in scores.items()}
-            self.summarize(metric, own, **at)
+            self.summarize(metric, own, self.groups, **at)
 
-    def summarize(self, metric: str, scores: dict[str, torch.Tensor], **at: Any) -> None:
+    def summarize(self, metric: str, scores: dict[str, torch.Tensor], groups: list, **at: Any) -> None:
         """Rows for one metric of methods with scores (S, N): a value for each seed, and the mean."""
         first = next(iter(scores))
         for method, own in scores.items():
@@ -476,23 +461,27 @@ class Table:
             values = pd.Series([mean.item() for mean in means])
             for seed, value in enumerate(values, self.config.seed):
                 self.add(method, metric, value, seed, **at)
-            gap = {} if method == first else self.gap(own, scores[first], first)
-            self.add_mean(method, metric, own, self.groups, std=values.std(), **gap, **at)
+            found = bootstrap(own, groups=groups, draws=self.draws)
+            more = {"std": values.std(), "low": found["low"], "high": found["high"]} | at
+            if method != first:
+                more |= self.gap(own, scores[first], first, groups)
+            self.add(method, metric, found["mean"], **more)
 
-    def gap(self, own: torch.Tensor, other: torch.Tensor, against: str) -> dict[str, Any]:
+    def gap(self, own: torch.Tensor, other: torch.Tensor, against: str, groups: list) -> dict[str, Any]:
         """The columns of a difference, paired by seed and item; what has no seed meets each."""
-        gap = bootstrap(*torch.broadcast_tensors(own, other), groups=self.groups, draws=self.draws)
+        gap = bootstrap(*torch.broadcast_tensors(own, other), groups=groups, draws=self.draws)
         ends = {"difference_low": gap["low"], "difference_high": gap["high"]}
         return {"against": against, "difference": gap["mean"], "p": gap["p"]} | ends
 
-    def references(self, n: int, **at: Any) -> dict[str, list[torch.Tensor]]:
+    def references(self, votes: int, **at: Any) -> dict[str, list[torch.Tensor]]:
         """Adds the noise floor's rows; returns the rival without a model, the mean of the training votes."""
         if (truth := distjudge.truths_of(self.test)) is not None:
             for metric, score in distjudge.item_scores(truth, self.test).items():
-                self.add_mean("noise floor (the truth)", metric, score[None], self.groups, **at)
+                own = {"noise floor (the truth)": score[None]}
+                self.summarize(metric, own, self.groups, votes=votes, **at)
         elif (floor := distjudge.noise_floor(self.test)) is not None:
-            self.add("noise floor (estimated)", "kl", floor, **at)
-        cell = Cell("marginal", self.config.seed, n, at.get("items", self.config.train_items))
+            self.add("noise floor (estimated)", "kl", floor, votes=votes, **at)
+        cell = Cell("marginal", self.config.seed, votes, at.get("items", self.config.train_items))
         mean = distjudge.marginal_distribution(self.shop.items(cell))
         return {"marginal": [mean.expand(len(self.test), -1)]}
 
@@ -506,17 +495,18 @@ class Table:
         for n in range(4):
             here = (quarter == n).nonzero()[:, 0].tolist()
             groups, at["entropy"] = [self.groups[i] for i in here], f"{n / 4:g}-{(n + 1) / 4:g}"
-            for method, qs in found.items() if len(here) >= 10 else ():
-                scores = torch.stack([kl_divergence(p, q)[here] for q in qs])
-                self.add_mean(method, metric, scores, groups, **at)
+            if len(here) >= 10:
+                kl = {m: torch.stack([kl_divergence(p, q)[here] for q in qs]) for m, qs in found.items()}
+                self.summarize(metric, kl, groups, **at)
 
     def frame(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=figures.COLUMNS)
 
-    def whole(self, *metrics: str) -> pd.DataFrame:
-        """The rows over all seeds and all kinds of items, of these metrics."""
+    def whole(self, *metrics: str, binned: bool = False) -> pd.DataFrame:
+        """The rows over all seeds, of these metrics: over all items, or those by human entropy."""
         rows = self.frame()
-        return rows[(rows["seed"] == "all") & rows["entropy"].isna() & rows["metric"].isin(metrics)]
+        rows = rows[(rows["seed"] == "all") & (rows["entropy"].notna() == binned)]
+        return rows[rows["metric"].isin(metrics)]
 
     def write(self, lines: list[str]) -> None:
         """Writes the .csv, .md and .png of the study, and prints the .md."""
@@ -524,11 +514,12 @@ class Table:
         out.mkdir(parents=True, exist_ok=True)
         text = self.frame().to_csv(index=False, float_format="%.6g", lineterminator="\n")
         distjudge.write_lines(Path(f"{name}.csv"), [text.rstrip("\n")])
-        default = StudyConfig(train=config.train, test=config.test, study=config.study, out=config.out)
-        changed = {k: v for k, v in vars(config).items() if v != getattr(default, k)}
+        told = {"study", "train", "test", "out", "report"}
+        changed = {k: v for k, v in vars(config).items() if k not in told and v != getattr(StudyConfig, k)}
+        most = min(len(self.shop.train), config.train_items or math.inf)
         foot = "Stars: the difference from the first method has a two-sided p under 0.05. "
-        foot += f"{len(self.shop.train)} training and {len(self.test)} test items of {self.data}; "
-        foot += f"{config.seeds} seeds from {config.seed}; not the defaults: {changed or 'none'}."
+        foot += f"{most} training and {len(self.test)} test items of {self.data}; {config.seeds} seeds from "
+        foot += f"{config.seed}; not the defaults: {changed or 'none'}."
         cells = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(out.glob("cells/*/cell.json"))]
         minutes = sum(cell["seconds"] for cell in cells) / 60
         foot += f" {minutes:.0f} minutes for the {len(cells)} cells of the folder on {cells[0]['device']}; "
@@ -542,9 +533,11 @@ class Table:
 
 def shown(row: dict[str, Any]) -> str:
     """A value with its interval, as far as there are any."""
-    digits = lambda x: f"{x:.3f}".replace("-0.000", "0.000")  # noqa: E731
-    value = "–" if pd.isna(row["value"]) else digits(row["value"])
-    return value if pd.isna(row["low"]) else f"{value} [{digits(row['low'])}, {digits(row['high'])}]"
+    digits = f"{{:.{1 if row.get('metric') == 'people' else 3}f}}".format
+    value, low, high = (digits(row[name]).replace("-0.000", "0.000") for name in ("value", "low", "high"))
+    if low != "nan":
+        value += f" [{low}, {high}]"
+    return "–" if value == "nan" else value.replace("inf", "∞")
 
 
 def shown_gap(row: dict[str, Any]) -> str:
@@ -557,7 +550,8 @@ def markdown(rows: pd.DataFrame, keys: list[str], across: str = "metric", text: 
     keys = [key for key in keys if rows[key].notna().any()]
     rows = rows.assign(star=rows["p"].astype(float) < 0.05)
     plain = lambda v: v if isinstance(v, str) else "" if pd.isna(v) else f"{v:g}"  # noqa: E731
-    columns = list(dict.fromkeys(map(plain, rows[across])))
+    columns, order = list(dict.fromkeys(map(plain, rows[across]))), list(METRICS)
+    columns.sort(key=lambda column: order.index(column) if column in order else len(order))
     head = [*keys, *(METRICS.get(column, column) for column in columns)]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for place, own in rows.groupby(keys, sort=False, dropna=False):
@@ -577,19 +571,36 @@ def differences(table: Table) -> list[str]:
 
 
 # --- studies ---
-def compare_methods(shop: Workshop) -> None:
-    """main, ablation, ood, methods."""
-    table = Table(shop)
-    found = shop.collect({(n, m): {"method": m, "votes": n} for n in shop.votes for m in shop.methods})
-    for n in shop.votes:
-        qs = {m: found[n, m] for m in shop.methods} | table.references(n, votes=n)
-        table.compare(qs, votes=n)
-        table.bins(qs, votes=n)
-    rows = table.whole(*METRICS)
-    lines = [*markdown(rows, ["votes", "method"]), *differences(table)]
+def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, about: str = "") -> None:
+    """main, ablation, ood, methods: methods beside each other, by votes or other settings of a Cell."""
+    table, ways = Table(shop), ways or [{"votes": n} for n in shop.votes]
+    found = shop.collect({(k, m): way | {"method": m} for k, way in enumerate(ways) for m in shop.methods})
+    for k, way in enumerate(ways):
+        at = {name: n for name, n in way.items() if name != "epochs"}
+        qs = {m: found[k, m] for m in shop.methods} | table.references(**at)
+        table.compare(qs, **at)
+        table.bins(qs, **at)
+    rows, keys, binned = (
+        table.whole(*METRICS),
+        ["items", "votes", "method"],
+        table.whole(*METRICS, binned=True),
+    )
+    lines = [*[about, ""][: 2 * bool(about)], *markdown(rows, keys), *differences(table)]
+    if len(binned):
+        what = METRICS[binned["metric"].iloc[0]]
+        lines += ["", f"{what}, items by the entropy of people's answers over log C: the most disputed last"]
+        lines += ["", *markdown(binned, keys, "entropy")]
     if "noise floor (estimated)" in set(rows["method"]):
         lines += ["", "KL to votes less its noise floor estimates KL to the unknown truth."]
     table.write(lines)
+
+
+def budget(shop: Workshop) -> None:
+    config, most = shop.config, shop.config.train_items or len(shop.train)
+    ways = [{"votes": n, "items": max(most // n, 1)} for n in (1, 3, 5)]
+    for way in ways:
+        way["epochs"] = config.epochs * (most / way["items"] if config.budget_equal == "steps" else 1)
+    compare_methods(shop, ways, f"{most} annotations spent three ways, equal {config.budget_equal}.")
 
 
 def sweep(shop: Workshop) -> None:
@@ -624,23 +635,10 @@ def robustness(shop: Workshop) -> None:
         moved = [perturb(p, delta, draw) for _ in range(config.perturbations if delta else 1)]
         kl = lambda q, moved=moved: torch.stack([kl_divergence(t, q) for t in moved]).mean(0)  # noqa: E731
         scores = {m: torch.stack([kl(q) for q in qs]) for m, qs in found.items()}
-        table.summarize("kl", scores, delta=delta)
+        table.summarize("kl", scores, table.groups, delta=delta)
     about = f"KL to test targets moved by delta, {config.perturbations} random moves an item."
     rows = table.whole("kl").dropna(subset="delta")
     table.write([about, "", *markdown(rows, ["delta", "method"])])
-
-
-def budget(shop: Workshop) -> None:
-    config, table = shop.config, Table(shop)
-    most = config.train_items or len(shop.train)
-    for n in (1, 3, 5):
-        at = {"votes": n, "items": max(most // n, 1)}
-        longer = most / at["items"] if config.budget_equal == "steps" else 1
-        cells = {m: at | {"method": m, "epochs": config.epochs * longer} for m in shop.methods}
-        table.compare(shop.collect(cells) | table.references(n, **at), **at)
-    about = f"{most} annotations spent three ways, equal {config.budget_equal}."
-    rows = table.whole("kl", "kl_truth", "accuracy")
-    table.write([about, "", *markdown(rows, ["items", "votes", "method"])])
 
 
 def length(shop: Workshop) -> None:
@@ -665,11 +663,11 @@ def length(shop: Workshop) -> None:
                 best += [lengths[mine], lengths[other]]
             times = ", ".join(f"{e:g} ({best.count(e)} x)" for e in lengths if e in best)
             picked.append(f"- {n or 'all'} votes, {m}: {times}")
-        table.compare(chosen | table.references(n, votes=n), votes=n)
+        table.compare(chosen | table.references(n), votes=n)
         for epochs in lengths:  # the others, nothing chosen, against the first at its best
             for m in shop.methods[1:]:
                 own = score(found[n, epochs, m], metric)
-                gap = table.gap(own, score(chosen[first], metric), f"{first}, chosen")
+                gap = table.gap(own, score(chosen[first], metric), f"{first}, chosen", table.groups)
                 table.add(m, metric, own.mean().item(), "fixed", epochs=epochs, votes=n, **gap)
     rows, fixed = table.whole(metric), table.frame()
     rows = rows.assign(epochs=[f"{e:g}" if e == e else "chosen" for e in rows["epochs"]])
@@ -689,19 +687,17 @@ def length(shop: Workshop) -> None:
 def cost(shop: Workshop) -> None:
     """Cells of their own. Methods take turns, so that a busy minute is shared; the first warms up."""
     config, table = shop.config, Table(shop)
-    times: dict[str, list[float]] = {m: [] for m in shop.methods}
-    for turn in range(config.seeds + 1):
-        for m in shop.methods:
-            cell = shop.load(Cell(m, config.seed, shop.votes[0], config.train_items, repeat=turn + 1))
-            if cell and turn:
-                times[m].append(cell["train_seconds"] / cell["settings"]["epochs"])
-                table.add(m, "seconds_per_epoch", times[m][-1], turn - 1)
-                number = cell["items"]
-    medians = {m: pd.Series(own).median() for m, own in shop.some(times).items()}
-    for m, median in medians.items():
-        table.add(m, "seconds_per_epoch", median, low=min(times[m]), high=max(times[m]))
-        table.add(m, "items_per_second", number / median)
-        table.add(m, "times_the_first", median / next(iter(medians.values())))
+    some, medians = (config.seed, shop.votes[0], config.train_items), {}
+    turns = range(1, config.seeds + 2)
+    found = shop.whole([[Cell(m, *some, repeat=turn) for m in shop.methods] for turn in turns])
+    for k, m in enumerate(shop.methods):
+        own = [row[k]["train_seconds"] / row[k]["settings"]["epochs"] for row in found[1:] or found]
+        for turn, seconds in enumerate(own):
+            table.add(m, "seconds_per_epoch", seconds, turn)
+        medians[m] = statistics.median(own)
+        table.add(m, "seconds_per_epoch", medians[m], low=min(own), high=max(own))
+        table.add(m, "items_per_second", found[0][k]["items"] / medians[m])
+        table.add(m, "times_the_first", medians[m] / medians[shop.methods[0]])
     rows = table.whole("seconds_per_epoch", "items_per_second", "times_the_first")
     table.write(["Median, and from least to most.", "", *markdown(rows, ["method"])])
 
@@ -710,12 +706,35 @@ STUDIES = dict.fromkeys(("main", "ablation", "ood", "methods"), compare_methods)
 STUDIES |= {"sweep": sweep, "robustness": robustness, "budget": budget, "length": length, "cost": cost}
 
 
+def kept(config: StudyConfig, file: Path) -> StudyConfig:
+    """The settings in STUDY.json, and those that are given beside --report.
+
+    Raises InputError where what is given speaks of another training, for such judges are not there.
+    """
+    old = json.loads(file.read_text(encoding="utf-8")) | {"report": True, "out": config.out}
+    training = vars(tiny.TinyConfig()).keys() - {"seed", "seeds", "out"}
+    for field in dataclasses.fields(config):
+        name, given = field.name, getattr(config, field.name)
+        was = tuple(old.get(name, given)) if isinstance(given, tuple) else old.get(name, given)
+        if given not in (was, field.default) and name in training:
+            raise InputError(f"report: {name} is {was} in {file}, not {given}; leave it out")
+        old[name] = was if given == field.default else given
+    return dataclasses.replace(config, **old)
+
+
 def main(config: StudyConfig) -> None:
+    file = Path(config.out) / f"{config.study}.json"
+    if config.report and file.exists():
+        config = kept(config, file)
     config.check()
     if config.teacher:
         raise InputError("teacher: each row has its own; --methods names rows")
     distjudge.check_out(config.out, "cells", "base")
-    STUDIES[config.study](Workshop(config))
+    shop = Workshop(config)
+    if not config.report:
+        (shop.out / "cells").mkdir(parents=True, exist_ok=True)
+        distjudge.write_json(file, dataclasses.asdict(config))
+    STUDIES[config.study](shop)
 
 
 if __name__ == "__main__":

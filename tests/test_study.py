@@ -17,20 +17,22 @@ import torch
 from plots import figures
 from plots import study as draw
 
-LINES = (Path(__file__).resolve().parents[1] / "data" / "panel.jsonl").read_text().splitlines(keepends=True)
+SAMPLE = (Path(__file__).resolve().parents[1] / "data" / "panel.jsonl").read_text().splitlines()
+ROWS = [json.loads(line) for line in SAMPLE]
+FEW = ROWS[:60] + ROWS[1200:1224]  # to train on and to test on
 TINY = {"hidden": 16, "layers": 1, "epochs": 1.0, "vocabulary": 320, "seeds": 2, "draws": 100}
 TWO = ("single-point", "distribution")
 
 
-def write_few(folder):
-    (folder / "few.jsonl").write_text("".join(LINES[:60] + LINES[1200:1224]))
+def write_items(folder, rows=FEW, name="few"):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Shared, so that cells are. A test that needs a study's cells runs it first: it may come alone."""
-    return write_few(tmp_path_factory.mktemp("studies"))
+    return write_items(tmp_path_factory.mktemp("studies"))
 
 
 def config_of(folder, name="main", **settings):
@@ -66,10 +68,9 @@ def cells_in(folder):
 
 def test_pairs_are_judged_in_both_orders(tmp_path):
     swap = {"1": "5", "2": "4", "3": "3", "4": "2", "5": "1"}
-    rows = [json.loads(line) for line in LINES[:30] + LINES[1200:1210]]
-    rows = [row | {"swap": {"prompt": row["prompt"] + " Other.", "labels": swap}} for row in rows]
-    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    study.main(config_of(tmp_path, methods=("untrained",), seeds=1))
+    other = {row["id"]: {"prompt": row["prompt"] + " Other.", "labels": swap} for row in FEW}
+    rows = [row | {"swap": other[row["id"]]} for row in FEW[:30] + FEW[60:70]]
+    study.main(config_of(write_items(tmp_path, rows), methods=("untrained",), seeds=1))
     (base,), (cell,) = (tmp_path / "out" / "base").iterdir(), cells_in(tmp_path)
     judge, items = distjudge.load_judge(str(base), list(swap), lora_rank=0), distjudge.load_items(rows)
     both, one = distjudge.judge_items(judge, items[30:])[0], judge.predict([i.prompt for i in items[30:]])
@@ -78,11 +79,14 @@ def test_pairs_are_judged_in_both_orders(tmp_path):
 
 
 def test_main_compares_rivals_and_is_resumed_cell_by_cell(tmp_path, capsys):
-    folder = write_few(tmp_path)
+    folder = write_items(tmp_path)
     with pytest.raises(InputError, match="no seed is finished; 4 cells are missing"):
         study.main(config_of(folder, methods=TWO, report=True))
     rows, trained = run(folder, "main", methods=TWO)
     assert trained == 4
+    said = capsys.readouterr().out
+    assert "4 of 4 judges are to be made, each a folder in " in said and "goes on with the next" in said
+    assert "] 1 of 4: single-point" in said and "] 4 of 4, about 1 min left: distribution" in said
     _, test = distjudge.load_data(Config(train=(str(folder / "few.jsonl"),)))
     for cell in cells_in(folder):
         at = {"method": cell["method"], "seed": str(cell["settings"]["seed"]), "entropy": None}
@@ -97,13 +101,23 @@ def test_main_compares_rivals_and_is_resumed_cell_by_cell(tmp_path, capsys):
     keys = rows[["method", "seed", "metric", "entropy"]]
     assert list(rows) == draw.COLUMNS and not keys.duplicated().any()
     assert set(rows["study"]) == {"main"} and set(rows["data"]) == {"few"}
-    assert "| distribution |" in (folder / "out" / "main.md").read_text()
+    qs = [cell["predicted"] for cell in cells_in(folder) if cell["method"] == "single-point"]
+    worth = distjudge.survey_equivalence(torch.stack(qs), test, 100)
+    (people,) = find(rows, method="single-point", metric="people")
+    assert [people[k] for k in ("value", "low", "high")] == pytest.approx(list(worth.values()), rel=1e-4)
+    text = (folder / "out" / "main.md").read_text()
+    assert text.startswith("| method | worth, people | KL to votes |") and "the most disputed last" in text
+    assert f"| single-point | {worth['mean']:.1f} [{worth['low']:.1f}, " in text and "60 training" in text
+    study.main(study.StudyConfig(out=str(folder / "out"), report=True))  # the settings are in main.json
+    assert (folder / "out" / "main.md").read_text() == text
+    for wrong in ({"epochs": 3.0}, {"test": ("other.jsonl",)}):
+        with pytest.raises(InputError, match=f"report: {next(iter(wrong))} is .* in .*main.json, not"):
+            study.main(study.StudyConfig(out=str(folder / "out"), report=True, **wrong))
     next((folder / "out").glob("cells/*/cell.json")).unlink()
     rows, trained = run(folder, "main", methods=TWO, report=True)
     assert trained == 0 and "1 cells are not finished" in capsys.readouterr().out
-    assert (
-        len(find(rows, method="distribution", metric="kl", entropy=None)) == 2
-    )  # the seed that all have, the mean
+    both = find(rows, method="distribution", metric="kl", entropy=None)
+    assert len(both) == 2  # the seed that all have, and the mean
     assert run(folder, "main", methods=TWO)[1] == 1
 
 
@@ -122,9 +136,7 @@ def test_other_studies_share_cells(folder):
 @pytest.mark.slow
 def test_ablation_budget_and_cost(folder):
     run(folder, "main", methods=TWO)
-    assert (
-        run(folder, "ablation")[1] == 4
-    )  # without KL is single-point, distribution is there: two of four are new
+    assert run(folder, "ablation")[1] == 4  # without KL is single-point, distribution is there: two are new
     rows, trained = run(folder, "budget", seeds=1)
     ways = {(1.0, 60.0), (3.0, 20.0), (5.0, 12.0)}
     assert trained == 9 and set(zip(rows["votes"], rows["items"], strict=True)) == ways
@@ -136,16 +148,13 @@ def test_ablation_budget_and_cost(folder):
 
 @pytest.mark.slow
 def test_length_is_chosen_for_each_half_by_the_votes_of_the_other(tmp_path):
-    folder = write_few(tmp_path)
+    folder = write_items(tmp_path)
     rows, trained = run(folder, "length", methods=TWO, lengths=(1.0, 6.0))
     assert trained == 8
     _, test = distjudge.load_data(Config(train=(str(folder / "few.jsonl"),)))
     half = {item.id for item in distjudge.split_items(test, 0.5, 0)[0]}
     halves = [[i for i, item in enumerate(test) if (item.id in half) == side] for side in (True, False)]
-    p, truth = (
-        distjudge.counts_of(test) / distjudge.counts_of(test).sum(1, keepdim=True),
-        distjudge.truths_of(test),
-    )
+    p, truth = distjudge.shares_of(test), distjudge.truths_of(test)
     kl = {}  # (method, seed, epochs): of each item, to its votes and to its truth
     for cell in cells_in(folder):
         at = (cell["method"], cell["settings"]["seed"], cell["settings"]["epochs"])
@@ -173,7 +182,7 @@ def test_length_is_chosen_for_each_half_by_the_votes_of_the_other(tmp_path):
 def test_every_method_trains_and_is_another_one(tmp_path):
     methods = [m for m in study.METHODS if m != "without KL"]  # that is single-point
     settings = {"seeds": 1, "epochs": 4.0, "learning_rate": 0.01, "methods": methods, "answer": 1.0}
-    rows, trained = run(write_few(tmp_path), "methods", votes=(20,), **settings)
+    rows, trained = run(write_items(tmp_path), "methods", votes=(20,), **settings)
     assert trained == len(methods)
     values = [r["value"] for r in find(rows, metric="kl_truth", seed="0") if r["method"] in methods]
     assert len(set(values)) == len(methods)
@@ -183,11 +192,8 @@ def test_every_method_trains_and_is_another_one(tmp_path):
 
 def test_calibration_and_frozen_rows_are_the_best_there_are(tiny_model, monkeypatch):
     """At the least ridge loss X^T (q - p) + penalty D = 0, X as the model itself has it, D the rows added."""
-    rows = [json.loads(line) for line in LINES[:40]]
-    swap = {
-        "prompt": "Turned round. " + rows[0]["prompt"],
-        "labels": dict(zip("12345", "54321", strict=True)),
-    }
+    rows, turned = ROWS[:40], "Turned round. " + ROWS[0]["prompt"]
+    swap = {"prompt": turned, "labels": dict(zip("12345", "54321", strict=True))}
     items = distjudge.load_items(rows)
     judge = distjudge.load_judge(str(tiny_model), distjudge.labels_of(items), lora_rank=0)
     raw = distjudge.judge_items(judge, items)[0].double().log()
@@ -199,11 +205,11 @@ def test_calibration_and_frozen_rows_are_the_best_there_are(tiny_model, monkeypa
     temperature, bias = distjudge.fit_calibration(raw, counts)
     assert 0.2 < temperature < 5  # else the answers themselves would not count
     calibrated, p = (raw / temperature + bias).log_softmax(1), distjudge.shares_of(items)
-    q, about = study.FITS["calibration"](judge, items, items, 0)
-    assert torch.allclose(q.log(), calibrated, atol=1e-6)
-    assert [about["temperature"], *about["bias"]] == pytest.approx([temperature, *bias.tolist()], rel=1e-6)
+    q, about = study.fit_readout(judge, items, items, Config(), "calibration")
+    assert torch.allclose(q.log(), calibrated, atol=1e-5)
+    assert [about["temperature"], *about["bias"]] == pytest.approx([temperature, *bias.tolist()], rel=1e-4)
     monkeypatch.setattr(study, "PENALTIES", (1.0, 0.1))
-    q, about = study.FITS["label rows"](judge, items, items, 0)
+    q, about = study.fit_readout(judge, items, items, Config(), "label rows")
     states = [
         judge.model(torch.tensor([i]), output_hidden_states=True).hidden_states[-1][0, -1]
         for i in judge.encode([item.prompt for item in items])
@@ -214,22 +220,19 @@ def test_calibration_and_frozen_rows_are_the_best_there_are(tiny_model, monkeypa
     assert torch.allclose(q.log(), (calibrated + x @ added).log_softmax(1), atol=2e-4)
     assert (q.log() - calibrated).abs().max() > 0.1
     assert about["fit_seconds"] > 0 and about["feature_seconds"] > 0
-    three = [{"swap": swap}, {}, {"prompt": swap["prompt"]}]
+    three = [{"swap": swap}, {}, {"prompt": turned}]
     three = [rows[0] | {"id": str(n)} | own for n, own in enumerate(three)]
-    q, _ = study.FITS["label rows"](judge, items, distjudge.load_items(three), 0)
+    q, _ = study.fit_readout(judge, items, distjudge.load_items(three), Config(), "label rows")
     assert torch.allclose(q[0], (q[1] + q[2].flip(0)) / 2)
     whole = distjudge.load_judge(str(tiny_model), ["good", "good for"], lora_rank=0)
     with pytest.raises(InputError, match="frozen needs labels that differ in their first token"):
-        study.FITS["label rows"](whole, items, items, 0)
+        study.fit_readout(whole, items, items, Config(), "label rows")
 
 
 def test_ood_refuses_shared_items_and_drops_them_on_request(tmp_path, capsys):
-    rows = [json.loads(line) for line in LINES[:40]]
-    for row in rows:
-        row.pop("split")
+    rows = [{k: v for k, v in row.items() if k != "split"} for row in ROWS[:40]]
     shared = rows[30] | {"id": "other", "prompt": rows[30]["prompt"].upper().replace(" ", "  ")}
-    for name, some in (("few", rows[:31]), ("b", [rows[0], shared, *rows[31:]])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    write_items(write_items(tmp_path, rows[:31]), [rows[0], shared, *rows[31:]], "b")
     config = config_of(tmp_path, "ood", test=(str(tmp_path / "b.jsonl"),))
     with pytest.raises(InputError, match="'other': prompt: also in the training items"):
         study.main(config)
@@ -248,19 +251,13 @@ def test_cells_are_known_by_what_decides_their_result(folder, tmp_path):
     assert same == place(study.Cell("distribution", 0, alpha=0.8, eps=0.25))
     idle = {"seeds": 9, "draws": 500, "eval_every": 3, "save_every": 0, "resume": True, "smoothing": 0.3}
     assert all(same == place(cell, **{name: value}) for name, value in idle.items())
-    assert same == place(cell, write_few(tmp_path))  # the same items elsewhere
+    assert same == place(cell, write_items(tmp_path))  # the same items elsewhere
     deciding = {"epochs": 2.0, "learning_rate": 0.1, "hidden": 32, "steps": 3, "weight_decay": 0.0}
     others = [place(cell, **{name: value}) for name, value in deciding.items()]
-    others += [
-        place(study.Cell(*c)) for c in (("distribution", 1), ("distribution", 0, 3), ("single-point", 0))
-    ]
-    rows = [
-        json.loads(line) | {"swap": {"prompt": f"Other {n}", "labels": {}}} for n, line in enumerate(LINES)
-    ]
-    (tmp_path / "few.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows[:60] + rows[1200:1224])
-    )
-    others.append(place(cell, tmp_path))
+    cells = (("distribution", 1), ("distribution", 0, 3), ("single-point", 0))
+    others += [place(study.Cell(*own)) for own in cells]
+    rows = [row | {"swap": {"prompt": f"Other {n}", "labels": {}}} for n, row in enumerate(FEW)]
+    others.append(place(cell, write_items(tmp_path, rows)))
     assert len({same, *others}) == len(others) + 1
     smoothed = study.Cell("label smoothing", 0)
     assert place(smoothed) != place(smoothed, smoothing=0.3)
@@ -276,7 +273,7 @@ def test_a_model_of_ones_own_is_taken_whatever_its_labels_hold(tiny_model, folde
 
 
 def test_votes_are_drawn_from_the_truth_or_without_replacement():
-    items = distjudge.load_items([json.loads(line) for line in LINES[:200]])
+    items = distjudge.load_items(ROWS[:200])
     drawn = study.draw_votes(items, 400, seed=0)
     assert all(i.votes == 400 for i in drawn)
     assert max(abs(i.counts[c] / 400 - i.truth[c]) for i in drawn for c in i.truth) < 0.12
@@ -291,9 +288,7 @@ def test_votes_are_drawn_from_the_truth_or_without_replacement():
 
 
 def test_perturbed_targets_lie_in_the_simplex_at_their_distance():
-    p = torch.tensor([[1.0, 0, 0, 0], [0.4, 0.3, 0.2, 0.1], [0.5, 0.5, 0, 0]], dtype=torch.float64).repeat(
-        200, 1
-    )
+    p = torch.tensor([[1.0, 0, 0, 0], [0.4, 0.3, 0.2, 0.1], [0.5, 0.5, 0, 0]]).double().repeat(200, 1)
     moved = study.perturb(p, 0.2, torch.Generator().manual_seed(0))
     assert (moved >= 0).all() and torch.allclose(moved.sum(1), torch.ones(600).double())
     assert torch.allclose((moved - p).norm(dim=1), torch.full((600,), 0.2).double())
@@ -320,9 +315,8 @@ def test_tables_by_hand():
     items = distjudge.load_items([{"prompt": str(i), "counts": sides[i // 12]} for i in range(24)])
     p = distjudge.counts_of(items) / 4
     right, wrong = 0.98 * p + 0.01, torch.tensor([0.25, 0.75], dtype=torch.float64).expand(24, -1)
-    shop = types.SimpleNamespace(
-        test=items, train=items, config=study.StudyConfig(), items=lambda cell: items
-    )
+    config = study.StudyConfig()
+    shop = types.SimpleNamespace(test=items, train=items, config=config, items=lambda cell: items)
     table = study.Table(shop)
     table.compare({"right": [right, right], "wrong": [wrong]}, votes=4)
     table.bins({"wrong": [wrong]}, votes=0)
@@ -330,23 +324,22 @@ def test_tables_by_hand():
     (mean,) = find(table.frame(), method="wrong", seed="all", metric="kl", entropy=None)
     (best,) = find(table.frame(), method="right", seed="all", metric="kl", entropy=None)
     assert mean["value"] == pytest.approx((gap["sure"] + gap["even"]) / 2) and mean["votes"] == 4
-    assert (
-        best["value"] == pytest.approx(-math.log(0.99) / 2) and best["std"] == 0 and math.isnan(mean["std"])
-    )
+    assert best["value"] == pytest.approx(-math.log(0.99) / 2)
+    assert best["std"] == 0 and math.isnan(mean["std"])
     assert mean["difference"] == pytest.approx(mean["value"] - best["value"]) and mean["against"] == "right"
-    found = {r["entropy"]: r["value"] for r in find(table.frame(), votes=None)}
+    found = {r["entropy"]: r["value"] for r in find(table.frame(), votes=None, seed="all")}
     assert found == pytest.approx({"0-0.25": gap["sure"], "0.75-1": gap["even"]})
     rows = table.whole("kl").assign(difference_low=0.001, difference_high=0.2)
     starred = [study.markdown(rows.assign(p=p), ["method"])[-1].endswith("* |") for p in (0.0500, 0.0499)]
     assert starred == [False, True]  # p alone decides, as it is printed
     assert study.shown({"value": -1e-17, "low": -1e-9, "high": 0.25}) == "0.000 [0.000, 0.250]"
+    many = {"metric": "people", "value": 4.25, "low": 2, "high": math.inf}
+    assert study.shown(many) == "4.2 [2.0, ∞]" and study.shown(many | {"low": math.nan}) == "4.2"
     lines = study.markdown(table.whole("kl"), ["votes", "method"])
     values = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in (best, mean)]
     assert lines[0] == "| votes | method | KL to votes |"
     assert lines[2:] == [f"| 4 | right | {values[0]} |", f"| 4 | wrong | {values[1]}* |"]
-    assert torch.allclose(
-        table.references(0)["marginal"][0], torch.tensor([0.75, 0.25]).double().expand(24, -1)
-    )
+    assert torch.allclose(table.references(0)["marginal"][0], torch.tensor([0.75, 0.25]).double())
 
 
 def test_what_does_not_fit_is_refused(folder):
@@ -377,16 +370,14 @@ def test_a_teacher_is_the_mean_of_the_weights_and_worth_k_votes(tiny_model, tmp_
     weights, others = ([w for w in j.model.parameters() if w.requires_grad] for j in (judge, other))
     seen, calls, plain = [], [], distjudge.hybrid_loss
 
-    def mean(
-        n,
-    ):  # of the first n weights: step t counts 10 / (10 + t), times u / (10 + u) for every later step u
+    def mean(n):
+        """Of the first n weights: step t counts 10 / (10 + t), times u / (10 + u) for every later step u."""
         share = [10 / (10 + t) * math.prod(u / (10 + u) for u in range(t + 1, n)) for t in range(n)]
         return [sum(s * w for s, w in zip(share, step, strict=True)) for step in zip(*seen[:n], strict=True)]
 
     def loss(logq, p, alpha, worst, *more):
-        assert not seen or all(
-            map(torch.equal, weights, seen[-1])
-        )  # the teacher is not in the weights' place
+        own = not seen or all(map(torch.equal, weights, seen[-1]))
+        assert own  # the teacher is not in the weights' place
         calls.append((len(seen), p, worst))
         return plain(logq, p, alpha, worst, *more)
 
@@ -456,9 +447,7 @@ def test_whiskers_stand_beside_each_other_and_a_table_for_a_paper(tmp_path):
     at = [x for bars in lower.containers for x in bars.lines[0].get_xdata()]
     assert sorted(at) == pytest.approx([e + x / 80 for e in (0, 1) for x in (-9, -3, 3, 9)])
     assert "agree" in lower.get_title()
-    table = (
-        "| method | KL to votes |\n| --- | --- |\n| a_b | 0.500* [0.400, 0.600] |\n| c |  |\n| d | \u2013 |"
-    )
+    table = "| method | KL to votes |\n| --- | --- |\n| a_b | 0.500* [0.400, 0.600] |\n| c |  |\n| d | – |"
     (tmp_path / "main.md").write_text(f"50 % of it\n\n{table}\n\nStars: none.\n", encoding="utf-8")
     draw.main(draw.PlotConfig((str(tmp_path / "main.csv"),), str(tmp_path / "out"), latex=True))
     text = (tmp_path / "out" / "main.tex").read_text(encoding="utf-8")
