@@ -711,15 +711,17 @@ def kept(config: StudyConfig, file: Path) -> StudyConfig:
 
     Raises InputError where what is given speaks of another training, for such judges are not there.
     """
-    old = json.loads(file.read_text(encoding="utf-8")) | {"report": True, "out": config.out}
-    training = vars(tiny.TinyConfig()).keys() - {"seed", "seeds", "out"}
+    old, problem = distjudge.parse_json(file.read_bytes())
+    if problem:
+        raise InputError(f"{file}: {problem}; remove it, and give the settings again")
+    told, training = {"report": True, "out": config.out}, vars(tiny.TinyConfig()).keys() - {"seed", *IDLE[2:]}
     for field in dataclasses.fields(config):
         name, given = field.name, getattr(config, field.name)
         was = tuple(old.get(name, given)) if isinstance(given, tuple) else old.get(name, given)
         if given not in (was, field.default) and name in training:
             raise InputError(f"report: {name} is {was} in {file}, not {given}; leave it out")
-        old[name] = was if given == field.default else given
-    return dataclasses.replace(config, **old)
+        told.setdefault(name, was if given == field.default else given)
+    return StudyConfig(**told)
 
 
 def main(config: StudyConfig) -> None:
