@@ -87,14 +87,12 @@ def load_judged(folder: Path, name: str, texts: dict[str, Item], ordered: bool) 
     run, path, items = figures.load_run(folder), short(folder / "predictions.jsonl", 200), []
     if len(set(run.ids)) != len(run.ids):
         raise InputError(f"{path}: an id stands there twice")
+    in_order = lambda values: {label: values[label] for label in run.labels}  # noqa: E731
     for row in run.rows:
         text = texts.get(row["id"])
         row["prompt"] = text.prompt if text else row.get("prompt") or ""  # for the figures, too
-        counts, truth = (
-            values and {label: values[label] for label in run.labels}
-            for values in (row["counts"], row.get("truth") if run.truth is not None else None)
-        )
-        group = row.get("group") or (text and text.group)
+        group, truth = row.get("group") or (text and text.group), run.truth is not None and row["truth"]
+        counts, truth = in_order(row["counts"]), in_order(truth) if truth else None
         items.append(Item(row["id"], row["prompt"], counts, group, truth=truth))
     try:
         scores = distjudge.item_scores(run.q, items, ordered or None)
@@ -130,34 +128,30 @@ def load(config: ReportConfig) -> list[Judged]:
     return judged
 
 
-def worth(one: Judged, draws: int) -> str:
-    """How many people the judge is worth, with its interval."""
-    found = distjudge.survey_equivalence(one.run.q, one.items, draws)
+def shown(found: dict[str, float | None], digits: str = ".3f") -> str:
+    """A mean with its interval, as far as there are any."""
     if found["mean"] is None:
         return "–"
-    ends = "" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]"
-    return f"{found['mean']:.1f}{ends}".replace("inf", "∞")
+    ends = "" if found["low"] is None else f" [{found['low']:{digits}}, {found['high']:{digits}}]"
+    return f"{found['mean']:{digits}}{ends}".replace("inf", "∞")
 
 
-def mean_and_interval(one: Judged, metric: str, draws: int, first: Judged | None = None) -> str:
+def mean_of(one: Judged, metric: str, draws: int, first: Judged | None = None) -> str:
     """The mean of a metric, or what it is above that of `first` on the items both have, with its interval."""
     if metric not in one.scores or (first and metric not in first.scores):
         return "–"
-    scores, other, items, sign = one.scores[metric][None], None, one.items, ""
     if first:
         place = {item.id: i for i, item in enumerate(first.items)}
-        both = [i for i, item in enumerate(items) if item.id in place]
-        items, sign = [items[i] for i in both], "+"
-        scores, other = scores[:, both], first.scores[metric][None, [place[item.id] for item in items]]
-    groups = [item.group for item in items]
-    found = distjudge.bootstrap(scores, other, groups, draws) if items else {"mean": None}
-    if found["mean"] is None:
-        return "–"
+        both = [i for i, item in enumerate(one.items) if item.id in place]
+        other = [place[one.items[i].id] for i in both]
+        scores = one.scores[metric][None, both], first.scores[metric][None, other]
+        groups = [one.items[i].group for i in both]
+        return shown(distjudge.bootstrap(*scores, groups, draws), "+.3f") if both else "–"
+    found = distjudge.bootstrap(one.scores[metric][None], None, [item.group for item in one.items], draws)
     least, most = BOUNDS.get(metric, (0.0, math.inf))
-    if found["low"] is not None and not first:  # an interval of few items can reach beyond what there is
+    if found["low"] is not None:  # an interval of few items can reach beyond what there is
         found |= {"low": max(found["low"], least), "high": min(found["high"], most)}
-    ends = "" if found["low"] is None else f" [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
-    return f"{found['mean']:{sign}.3f}{ends}"
+    return shown(found)
 
 
 def metrics_rows(judged: list[Judged], draws: int, first: Judged | None = None) -> list[tuple]:
@@ -168,11 +162,12 @@ def metrics_rows(judged: list[Judged], draws: int, first: Judged | None = None) 
     rows = []
     for metric, (title, hint) in METRICS.items():
         if any(metric in one.scores for one in ([first] if first else judged)):
-            rows.append((title, hint, [mean_and_interval(one, metric, draws, first) for one in judged]))
+            rows.append((title, hint, [mean_of(one, metric, draws, first) for one in judged]))
     if first:
         common = [f"{len(set(first.run.ids) & set(one.run.ids)):,}" for one in judged]
         return [*rows, ("items in common", "", common)]
-    rows.insert(0, ("worth, in people", WORTH, [worth(one, draws) for one in judged]))
+    worth = [distjudge.survey_equivalence(one.run.q, one.items, draws) for one in judged]
+    rows.insert(0, ("worth, in people", WORTH, [shown(found, ".1f") for found in worth]))
     floors = {"kl_noise_floor": "noise floor of KL: what the true distributions would score"}
     floors |= {"kl_marginal": "KL of the training marginal"}
     for k, (name, title) in enumerate(floors.items(), 2):
