@@ -230,7 +230,7 @@ def write_latex(table: str | Path, out: str | Path | None = None) -> Path:
         tables.append(pd.DataFrame(cells, columns=names).to_latex(index=False, escape=True))
     path = Path(out or source.parent) / f"{source.stem}.tex"
     path.parent.mkdir(parents=True, exist_ok=True)
-    distjudge.write_lines(path, ["\n".join(tables).replace("–", "--")])
+    distjudge.write_lines(path, ["\n".join(tables).replace("–", "--").replace("∞", "$\\infty$")])
     return path
 
 

@@ -286,9 +286,7 @@ class Workshop:
         if self.config.report:
             todo, self.missing = {}, len(todo)
         elif todo:
-            print(
-                f"{len(todo)} of {len(cells)} judges are to be made, each a folder in {self.out / 'cells'}."
-            )
+            print(f"{len(todo)} of {len(cells)} judges are to be made, each a folder in {self.out}/cells.")
             print("Ctrl-C stops; the same command goes on with the next (--resume: amid the one it was at).")
         began = time.perf_counter()
         for n, (folder, cell) in enumerate(todo.items()):
@@ -375,10 +373,8 @@ def read_hidden(judge: Judge, encoded: list[list[int]]) -> tuple[torch.Tensor, t
     return torch.stack(logq), torch.stack(hidden)
 
 
-def fit_readout(
-    judge: Judge, items: list[Item], test: list[Item], run: Config, what: str
-) -> tuple[Any, dict]:
-    """Probabilities (N, C) of the test items after a fit to the training votes, the model frozen.
+def fit_readout(judge: Judge, items: list[Item], test: list[Item], run: Config, what: str) -> tuple:
+    """Test items' probabilities (N, C) and a report of the fit to the training votes; the model is frozen.
 
     "calibration": a temperature and a bias a label. "label rows": the rows of the output layer, too, by a
     regression of vote shares on the hidden state before the answer, with a ridge, penalty / (2 N), toward the
@@ -500,7 +496,8 @@ class Table:
                 self.summarize(metric, kl, groups, **at)
 
     def frame(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows, columns=figures.COLUMNS)
+        numbers = dict.fromkeys(set(figures.COLUMNS) - set(figures.WORDS), float)
+        return pd.DataFrame(self.rows, columns=figures.COLUMNS).astype(numbers)
 
     def whole(self, *metrics: str, binned: bool = False) -> pd.DataFrame:
         """The rows over all seeds, of these metrics: over all items, or those by human entropy."""
@@ -548,7 +545,7 @@ def shown_gap(row: dict[str, Any]) -> str:
 def markdown(rows: pd.DataFrame, keys: list[str], across: str = "metric", text: Any = shown) -> list[str]:
     """A Markdown table: a line for each value of `keys` (if they have any), a column for each of `across`."""
     keys = [key for key in keys if rows[key].notna().any()]
-    rows = rows.assign(star=rows["p"].astype(float) < 0.05)
+    rows = rows.assign(star=rows["p"] < 0.05)
     plain = lambda v: v if isinstance(v, str) else "" if pd.isna(v) else f"{v:g}"  # noqa: E731
     columns, order = list(dict.fromkeys(map(plain, rows[across]))), list(METRICS)
     columns.sort(key=lambda column: order.index(column) if column in order else len(order))
@@ -571,7 +568,7 @@ def differences(table: Table) -> list[str]:
 
 
 # --- studies ---
-def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, about: str = "") -> None:
+def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, about: tuple = ()) -> None:
     """main, ablation, ood, methods: methods beside each other, by votes or other settings of a Cell."""
     table, ways = Table(shop), ways or [{"votes": n} for n in shop.votes]
     found = shop.collect({(k, m): way | {"method": m} for k, way in enumerate(ways) for m in shop.methods})
@@ -580,12 +577,9 @@ def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, ab
         qs = {m: found[k, m] for m in shop.methods} | table.references(**at)
         table.compare(qs, **at)
         table.bins(qs, **at)
-    rows, keys, binned = (
-        table.whole(*METRICS),
-        ["items", "votes", "method"],
-        table.whole(*METRICS, binned=True),
-    )
-    lines = [*[about, ""][: 2 * bool(about)], *markdown(rows, keys), *differences(table)]
+    rows, binned = table.whole(*METRICS), table.whole(*METRICS, binned=True)
+    keys = ["items", "votes", "method"]
+    lines = [*about, *markdown(rows, keys), *differences(table)]
     if len(binned):
         what = METRICS[binned["metric"].iloc[0]]
         lines += ["", f"{what}, items by the entropy of people's answers over log C: the most disputed last"]
@@ -600,7 +594,7 @@ def budget(shop: Workshop) -> None:
     ways = [{"votes": n, "items": max(most // n, 1)} for n in (1, 3, 5)]
     for way in ways:
         way["epochs"] = config.epochs * (most / way["items"] if config.budget_equal == "steps" else 1)
-    compare_methods(shop, ways, f"{most} annotations spent three ways, equal {config.budget_equal}.")
+    compare_methods(shop, ways, (f"{most} annotations spent three ways, equal {config.budget_equal}.", ""))
 
 
 def sweep(shop: Workshop) -> None:

@@ -447,10 +447,10 @@ def test_whiskers_stand_beside_each_other_and_a_table_for_a_paper(tmp_path):
     at = [x for bars in lower.containers for x in bars.lines[0].get_xdata()]
     assert sorted(at) == pytest.approx([e + x / 80 for e in (0, 1) for x in (-9, -3, 3, 9)])
     assert "agree" in lower.get_title()
-    table = "| method | KL to votes |\n| --- | --- |\n| a_b | 0.500* [0.400, 0.600] |\n| c |  |\n| d | – |"
+    table = "| method | KL to votes |\n| --- | --- |\n| a_b | 0.500* [0.400, ∞] |\n| c |  |\n| d | – |"
     (tmp_path / "main.md").write_text(f"50 % of it\n\n{table}\n\nStars: none.\n", encoding="utf-8")
     draw.main(draw.PlotConfig((str(tmp_path / "main.csv"),), str(tmp_path / "out"), latex=True))
     text = (tmp_path / "out" / "main.tex").read_text(encoding="utf-8")
     assert text.startswith("\\begin{tabular}{ll}\n\\toprule\nmethod & KL to votes")
-    assert "a\\_b & 0.500* [0.400, 0.600] \\\\\nc &  \\\\\nd & -- \\\\\n" in text and "Stars" not in text
+    assert "a\\_b & 0.500* [0.400, $\\infty$] \\\\\nc &  \\\\\nd & -- \\\\\n" in text and "Stars" not in text
     assert (tmp_path / "out" / "main.png").exists()
