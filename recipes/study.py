@@ -430,6 +430,7 @@ class Table:
     def __init__(self, shop: Workshop):
         self.shop, self.config, self.test, self.rows = shop, shop.config, shop.test, []
         self.groups, self.draws = [item.group for item in shop.test], shop.config.draws
+        self.sizes: dict[str, int] = {}  # items by human entropy
         first = Path(shop.config.train[0])
         self.data = first.parent.name if first.stem in ("train", "test", "valid") else first.stem
 
@@ -492,6 +493,7 @@ class Table:
             here = (quarter == n).nonzero()[:, 0].tolist()
             groups, at["entropy"] = [self.groups[i] for i in here], f"{n / 4:g}-{(n + 1) / 4:g}"
             if len(here) >= 10:
+                self.sizes[at["entropy"]] = len(here)
                 kl = {m: torch.stack([kl_divergence(p, q)[here] for q in qs]) for m, qs in found.items()}
                 self.summarize(metric, kl, groups, **at)
 
@@ -581,8 +583,9 @@ def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, ab
     keys = ["items", "votes", "method"]
     lines = [*about, *markdown(rows, keys), *differences(table)]
     if len(binned):
-        what = METRICS[binned["metric"].iloc[0]]
-        lines += ["", f"{what}, items by the entropy of people's answers over log C: the most disputed last"]
+        what, sizes = METRICS[binned["metric"].iloc[0]], " + ".join(map(str, table.sizes.values()))
+        about = f"{what} by the entropy of people's answers over log C, the most disputed last: {sizes} items"
+        lines += ["", f"{about}, no column where they are fewer than 10"]
         lines += ["", *markdown(binned, keys, "entropy")]
     if "noise floor (estimated)" in set(rows["method"]):
         lines += ["", "KL to votes less its noise floor estimates KL to the unknown truth."]
