@@ -190,6 +190,7 @@ def export_judge(judge: Judge, config: ExportConfig, folder: Path, out: Path, de
         if form != "merged":
             report["quantization"] = config.quantization
             file = (gguf_by_llama_cpp if config.llama_cpp else gguf_by_unsloth)(judge, part, config)
+            report["size"] = f"{file.stat().st_size / 1e6:,.0f} MB"  # k-quants keep some tensors larger
         if form == "gguf":
             found, same = gguf_logprobs(file, judge, prompts)
             report |= compare("GGUF file", to, found.exp(), own, ROUNDED) | {"prompts_tokenized_alike": same}
@@ -304,7 +305,7 @@ def gguf_by_llama_cpp(judge: Judge, part: Path, config: ExportConfig) -> Path:
 def quantize(source: Path, file: Path, kind: str) -> None:
     import llama_cpp
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else a line for every tensor
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # else a line for every tensor
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, TYPE + kind.upper())
     if failed := llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options):
