@@ -4,8 +4,8 @@
     python recipes/smollm.py --train votes.jsonl            # 8:2 split by group; --test names test items
     python recipes/smollm.py --train votes.jsonl --model HuggingFaceTB/SmolLM2-360M-Instruct --out runs/360m
 
-Memory in GiB, estimated (--dry_run does that for your items) and not measured: 2.1 for NLI prompts, 3.4 for
-SummEval's with their articles; 1.8 and 3.3 with --pack_tokens 1.
+Memory in GiB, estimated (--dry_run does that for your items) and not measured: 2.1 for NLI prompts, 3.5 for
+SummEval's with their articles; 1.9 and 3.4 with --pack_tokens 1.
 
 Weights are float32 on a CPU and 16 bits on CUDA, adapters always float32. The learning
 rate is 3e-4: the paper's 5e-5 is for 7B and 10,000 items. Digits are single tokens: "10"
