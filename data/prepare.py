@@ -73,8 +73,7 @@ class PrepareConfig:
     prompts: Annotated[str | None, tyro.conf.arg(aliases=["--template"])] = None
     """Your template, with the placeholders of the one in data/prompts/; own: any {column} of the table."""
     split: Literal["", "group", "random", "published", "none"] = ""
-    """8:2 by group (premise, article, question), 8:2 at random as in the paper (a group on both sides), as
-    published, or one file, items.jsonl. Default: group; emobank: published."""
+    """8:2 by group (article, question), at random as in the paper, published, or one file. Default: group."""
     seed: int = 0
     """Seed of the split."""
     min_votes: int | None = None
@@ -85,8 +84,7 @@ class PrepareConfig:
     votes: Literal["both", "experts", "crowd"] = "both"
     """summeval: whose ratings."""
     dimension: tuple[str, ...] = ()
-    """summeval, helpsteer2: which qualities, by default all, each an item of its own; emobank: valence (the
-    default), arousal or dominance."""
+    """summeval, helpsteer2: which qualities, by default all; emobank: valence, arousal or dominance."""
     drop_first_label: bool = False
     """snli, mnli: leave out the first label of an item, which is that of the writer of the hypothesis."""
 
@@ -95,8 +93,7 @@ class PrepareConfig:
     label: tuple[str, ...] = ()
     """own: the column with the votes; or several, each one person's votes; 'Q*' is all that begin with Q."""
     counts: tuple[str, ...] = ()
-    """own, instead of label: one column of {label: votes}, or several, one a label, of numbers or marks. Rows
-    of the same --item add up."""
+    """own, instead of label: a column of {label: votes}, or a column a label. Rows of an --item add up."""
     by_column: bool = False
     """own: a row is a person, and each column of --label an item, whose text is the column's name."""
     item: str | None = None
@@ -108,8 +105,7 @@ class PrepareConfig:
     where: tuple[str, ...] = ()
     """own: only rows with COLUMN=VALUE, or COLUMN!=VALUE; of several values of a column any does."""
     labels: tuple[str, ...] = ()
-    """own: all labels, in order, or a range such as 1-5 or -3..3; capitals, quotes and the like do not count.
-    Default: found."""
+    """own: all labels, in order, or a range such as 1-5; capitals do not count. Default: those found."""
     no_vote: tuple[str, ...] = ()
     """own: words that are no vote, such as N/A or skip."""
     multi: Literal["refuse", "split"] = "refuse"
@@ -121,8 +117,7 @@ class PrepareConfig:
     optional: tuple[str, ...] = ()
     """own: columns of the template that may be empty."""
     swap: tuple[str, ...] = ()
-    """own: two columns of the template that trade places in the other order of a pair; and, where their names
-    do not tell, the labels that do, in pairs."""
+    """own: a pair's two columns, which trade places; and, unless their names tell, the labels, in pairs."""
     sheet: str | None = None
     """own: the sheet of an Excel file. Default: the first."""
     hub_split: str = "train"
@@ -143,7 +138,6 @@ class Converted:
     notes: list[str] = dataclasses.field(default_factory=list)
     ids: Counter = dataclasses.field(default_factory=Counter)
     own: dict = dataclasses.field(default_factory=dict)
-    doubts: Counter = dataclasses.field(default_factory=Counter)
 
     def add(self, name: str, values: dict[str, str], votes: Any, **more: str | None) -> None:
         """Adds an item, or counts it as dropped: the template's values, and labels or {label: number}.
@@ -201,9 +195,8 @@ def field(where: str, row: dict[str, Any], *names: str, kind: type = str) -> Any
 
 def texts_of(where: str, row: dict[str, Any], name: str) -> list[str]:
     texts = field(where, row, name, kind=list)
-    for text in texts:
-        if not isinstance(text, str) or not distjudge.is_text(text):
-            raise InputError(f"{where}: {name}: must be a list of texts, not of {short(repr(text))}")
+    if wrong := [text for text in texts if not isinstance(text, str) or not distjudge.is_text(text)]:
+        raise InputError(f"{where}: {name}: must be a list of texts, not of {short(repr(wrong[0]))}")
     return texts
 
 
@@ -321,16 +314,19 @@ def mtbench(config: PrepareConfig, out: Converted) -> None:
             raise InputError(f"{where}: {problem}; if one file holds reference answers, leave it out")
     again = empty = 0
     for (turn, question, *models), votes in sorted(panels.items()):
-        where, judges = votes[0][0], [judge for _, _, judge in votes if judge]
+        judges = [judge for _, _, judge in votes if judge]
         again += len(judges) - len(set(judges))
-        keys = [(model, question) for model in models]
-        told = [talks.get(key) or (questions.get(question), answers.get(key)) for key in keys]
+        told = [
+            talks.get((x, question)) or (questions.get(question), answers.get((x, question))) for x in models
+        ]
         if missing := [model for model, texts in zip(models, told, strict=True) if not all(texts)]:
             problem = (
-                f"its text or the answer of {missing[0]} is missing: name the file with the conversations,"
+                f"question {question}: its text or the answer of {missing[0]} is missing: name the file with"
             )
-            problem += " or FastChat's question.jsonl and model_answer/*.jsonl, with --raw too"
-            raise InputError(f"{where}: question {question}: {problem}")
+            problem += (
+                " the conversations, or FastChat's question.jsonl and model_answer/*.jsonl, with --raw too"
+            )
+            raise InputError(f"{votes[0][0]}: {problem}")
         asked, both = told[0][0][:turn], [texts[1][:turn] for texts in told]
         if not all(text.strip() for text in asked) or {turn} != {len(texts) for texts in (asked, *both)}:
             out.dropped["item without text"] += 1
@@ -482,13 +478,10 @@ def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
     if labels in (NLI, PAIR):
         card["spellings"] = spellings_of(labels)
     addresses = list(sources.SOURCES.get(config.task, {}).values())
-    if config.task == "mnli" and (
-        strange := [raw for raw in config.raw if "multinli" not in Path(raw).name.lower()]
-    ):
-        names = ", ".join(Path(raw).name for raw in strange)
-        out.notes.append(
-            f"{names}: in MNLI's format, by the name not MultiNLI: its source and licence are not known"
-        )
+    strange = [name for name in (Path(raw).name for raw in config.raw) if "multinli" not in name.lower()]
+    if config.task == "mnli" and strange:
+        problem = "in MNLI's format, by the name not MultiNLI: its source and licence are not known"
+        out.notes.append(f"{', '.join(strange)}: {problem}")
         licence, addresses = "not known: that of the files", []
     card |= {"licence": licence, "dimension": out.dimension, "notes": out.notes, "source": addresses}
     card |= {"own": out.own} if out.own else {}
@@ -519,15 +512,13 @@ def split_rows(
         return {name: part for name, part in sides.items() if part or name != "valid"}
     if how == "random":
         items = [dataclasses.replace(item, group=None) for item in items]
-        rows = [{name: value for name, value in row.items() if name != "group"} for row in rows]
+        rows = [row | {"group": None} for row in rows]
     try:
         test = {item.id for item in distjudge.split_items(items, seed=seed)[1]}
     except InputError as error:
         raise InputError(f"split: {error}; --split none writes one file") from None
-    sides = {"train": [], "test": []}
-    for row in rows:
-        sides["test" if row["id"] in test else "train"].append(row)
-    return sides
+    train = [row for row in rows if row["id"] not in test]
+    return {"train": train, "test": [row for row in rows if row["id"] in test]}
 
 
 def main(config: PrepareConfig) -> None:
@@ -535,9 +526,8 @@ def main(config: PrepareConfig) -> None:
         raise InputError("out: name a folder")
     out = Path(config.out)
     distjudge.check_out(out, "card.json")
-    if inside := [
-        path for path in (*config.raw, *config.without) if Path(path).resolve().parent == out.resolve()
-    ]:
+    files = (*config.raw, *config.without)
+    if inside := [path for path in files if Path(path).resolve().parent == out.resolve()]:
         raise InputError(f"out: {inside[0]} is in this folder, whose files are replaced; name another")
     if config.min_votes is not None and config.min_votes < 1:
         raise InputError(f"min_votes: must be 1 or more, not {config.min_votes}")
@@ -564,7 +554,7 @@ def main(config: PrepareConfig) -> None:
     for name in {"train", "valid", "test", "items"} - set(splits):  # of an earlier run with another split
         (out / f"{name}.jsonl").unlink(missing_ok=True)
     for name, part in splits.items():
-        lines = ({key: value for key, value in row.items() if key != "published"} for row in part)
+        lines = ({x: y for x, y in row.items() if x != "published" and y is not None} for row in part)
         distjudge.write_lines(out / f"{name}.jsonl", (json.dumps(row, ensure_ascii=False) for row in lines))
     votes = Counter(sum(row["counts"].values()) for part in splits.values() for row in part)
     card |= {"items": {name: len(part) for name, part in splits.items()}, "split": how, "seed": config.seed}

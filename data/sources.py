@@ -161,9 +161,12 @@ def read_rows(paths: Iterable[str]) -> Iterator[Row]:
     return (row for path in paths for row in itertools.islice(_read(path, How()), 1, None))
 
 
+UNSEEN = "[\u00ad\u200b\u200e\u200f\u2060\ufeff]"
+
+
 def tidy(name: Any) -> str:
     """A column's name as it is looked for: without line breaks, doubled and invisible spaces."""
-    return " ".join(re.sub("[\ufeff\u200b\u2060]", "", str(name)).split())
+    return " ".join(re.sub(UNSEEN, "", str(name)).split())
 
 
 def _read(path: str, how: How) -> Iterator[Any]:
@@ -172,9 +175,8 @@ def _read(path: str, how: How) -> Iterator[Any]:
     if kind not in READERS:
         kind = "datasets"
         if Path(path).is_file():
-            raise InputError(
-                f"{path}: is not a table that can be read: CSV, Excel, Parquet, .json and .jsonl can"
-            )
+            kinds = "CSV, Excel, Parquet, .json and .jsonl can"
+            raise InputError(f"{path}: is not a table that can be read: {kinds}")
         hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)  # OWNER/NAME
         if not Path(path).is_dir() and not hub_id:
             raise InputError(f"{path}: no such file")
@@ -205,19 +207,23 @@ def _from_grid(path: str, grid: Iterable[Iterable[Any]], how: How, reading: str 
     The header is, of the first 30 lines, the one with most of the wanted columns; by default the first.
     """
     lines = ((number, list(line)) for number, line in enumerate(grid, 1))
-    top = [
-        (number, line) for number, line in itertools.islice(lines, 30) if any(not is_empty(c) for c in line)
-    ]
+    top = [(number, line) for number, line in itertools.islice(lines, 30) if not all(map(is_empty, line))]
     found = [len(how.wanted.intersection(map(tidy, line))) for _, line in top]
     start = found.index(max(found)) if found else 0
     if start:
         log.warning("%s: the header is row %d; lines above it left out: %d", path, top[start][0], start)
     header = top[start][1] if top else []
     columns = ["" if is_empty(name) else tidy(name) for name in header]
+    again, below = start, top[start + 1][1] if len(top) > start + 1 else []
+    parts = [not is_empty(part) for name, part in zip(columns, below, strict=False) if not name]
+    if parts and all(parts) and is_empty(below[0]) and len(below) == len(columns):
+        again += 1  # the parts of a question stand below it, as SurveyMonkey writes them
+        groups = pandas.Series(columns).mask(lambda names: names == "").ffill()
+        below = ["" if is_empty(x) or SECOND_HEADERS.fullmatch(str(x)) else x for x in below]
+        columns = [tidy(f"{one} {part}") for one, part in zip(groups, below, strict=True)]
     named = max((k for k, name in enumerate(columns, 1) if name), default=0)
     columns = [name or f"(column {k})" for k, name in enumerate(columns, 1)]
     yield columns
-    again = start
     for k, (_, line) in enumerate(top[start + 1 : start + 3], start + 1):
         names = [str(cell) for cell in line if not is_empty(cell)]
         if names and all(SECOND_HEADERS.fullmatch(name) for name in names):
@@ -245,9 +251,7 @@ def is_empty(cell: Any) -> bool:
 
 
 def _read_csv(path: str, how: How) -> Iterator[Any]:
-    csv.field_size_limit(
-        distjudge.LONGEST
-    )  # Python's own limit, 131,072 characters, is less than a long text
+    csv.field_size_limit(distjudge.LONGEST)  # Python's own, 131,072 characters, is less than a long text
     for _, file in _files(path):
         lines = _text_lines(path, file)
         first = list(itertools.islice(lines, 200))
@@ -264,7 +268,8 @@ def _text_lines(path: str, file: Any) -> Iterator[str]:
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            problem = f"byte {at + error.start + 1} is not UTF-8; save the sheet as 'CSV UTF-8'"
+            kind = "UTF-16 ('Unicode text'), " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+            problem = f"byte {at + error.start + 1} is {kind}not UTF-8; save the sheet as 'CSV UTF-8'"
             raise InputError(f"{path}: cannot be read as CSV: {problem}") from None
         at += len(raw)
         yield from io.StringIO(text, newline="")  # a carriage return alone ends a line too
@@ -287,23 +292,26 @@ def _delimiter(lines: list[str], wanted: frozenset[str]) -> str:
 
 
 def _read_excel(path: str, how: How) -> Iterator[Any]:
+    kind = {"engine_kwargs": {"read_only": False}} if ".xlsx" in path.lower() else {}
     with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
-        with pandas.ExcelFile(file) as book:
+        with pandas.ExcelFile(file, **kind) as book:
             names = [str(name) for name in book.sheet_names]
             if how.sheet and how.sheet not in names:
-                raise InputError(
-                    f"{path}: sheet: there is no '{short(how.sheet)}'; there are {listed(names)}"
-                )
+                problem = f"sheet: there is no '{short(how.sheet)}'; there are {listed(names)}"
+                raise InputError(f"{path}: {problem}")
             name = how.sheet or names[0]
             table = book.parse(name, header=None, keep_default_na=False, dtype=object)
+            for cells in book.book[name].merged_cells.ranges if kind else ():  # the first holds the value
+                top, column = cells.min_row - 1, cells.min_col - 1
+                if top < table.shape[0] and column < table.shape[1]:
+                    table.iloc[top : cells.max_row, column] = table.iat[top, column]
     if not how.sheet and len(names) > 1:
         there = {tidy(cell) for line in table.head(30).itertuples(index=False) for cell in line}
         if missing := sorted(how.wanted - there):
             remedy = f"the sheets are {listed(names)}, --sheet names another"
             raise InputError(f"{path}: sheet '{short(name)}': no column '{short(missing[0])}'; {remedy}")
-        log.warning(
-            "%s: reading the sheet '%s' of %s; --sheet names another", path, short(name), listed(names)
-        )
+        text = "%s: reading the sheet '%s' of %s; --sheet names another"
+        log.warning(text, path, short(name), listed(names))
     yield from _from_grid(path, table.itertuples(index=False, name=None), how, f" of sheet '{short(name)}'")
 
 
@@ -329,23 +337,30 @@ def _read_datasets(path: str, how: How) -> Iterator[Any]:
 
 def _read_json(path: str, how: How) -> Iterator[Any]:
     yield None
+    tasks = []
     for name, file in _files(path):
         for where, row, problem in distjudge.json_rows(file, name):
             if problem:
                 raise InputError(f"{where}: {problem}")
-            yield from ((where, part) for part in _annotations(row))
+            done, data = row.get("annotations") or row.get("completions"), row.get("data")
+            if isinstance(data, dict) and isinstance(done, list) and all("result" in one for one in done):
+                tasks.append((where, {"id": row.get("id")} | data, done))
+            else:
+                yield where, row
+    yield from _annotations(tasks)
 
 
-def _annotations(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A task of Label Studio's JSON as a row for each of its annotations; any other row as it is."""
-    done, data = row.get("annotations") or row.get("completions"), row.get("data")
-    if not isinstance(data, dict) or not isinstance(done, list) or not all("result" in one for one in done):
-        return [row]
-    rows = []
-    for one in done:
-        votes = {} if one.get("was_cancelled") else {r["from_name"]: r["value"] for r in one["result"]}
-        rows.append({"id": row.get("id")} | data | {"completed_by": str(one.get("completed_by"))} | votes)
-    return rows
+def _annotations(tasks: list[tuple[str, dict, list[dict]]]) -> Iterator[Row]:
+    """Tasks of Label Studio's JSON as a row for each annotation; what the task's data say is no vote."""
+    every = [result for _, _, done in tasks for one in done for result in one["result"]]
+    names = dict.fromkeys(result["from_name"] for result in every if "from_name" in result)
+    for where, data, done in tasks:
+        for one in done:
+            said = [(x["from_name"], x["value"]) for x in one["result"] if "from_name" in x]  # no relation
+            votes = {name: [[value for key, value in said if key == name]] for name in names}
+            if one.get("was_cancelled"):
+                votes = {name: [{"status": "cancelled"}] for name in names}
+            yield where, data | {"completed_by": str(one.get("completed_by"))} | votes
 
 
 def _files(path: str) -> Iterator[tuple[str, Any]]:
@@ -357,7 +372,8 @@ def _files(path: str) -> Iterator[tuple[str, Any]]:
     with zipfile.ZipFile(path) as archive:
         members = [name for name in archive.namelist() if name.endswith(".jsonl") and "__MACOSX" not in name]
         if not members:
-            raise InputError(f"{path}: no .jsonl file in it")
+            there = listed(Path(name).name for name in archive.namelist()[:9])
+            raise InputError(f"{path}: no .jsonl file in it; unpack it, and name one of {there}")
         for member in members:
             with archive.open(member) as file:
                 yield f"{path}/{Path(member).name}", file

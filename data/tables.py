@@ -1,22 +1,23 @@
 """A table of your own: its columns, its texts and its votes, understood, or refused with the row.
 
-own() is the converter of `python data/prepare.py own`. A cell that can mean several things is never guessed
-at: the message names the option that decides. prompts_of() makes the prompts of a table once more, from the
-"own" part of the card.json that the converter wrote.
+own() is the converter of `python data/prepare.py own`: read_votes() lists what people chose, a text each,
+understand() says which labels each text means, count() takes what is a vote. A text that can mean several
+things is never guessed at: the message names the option that decides. prompts_of() makes the prompts of a
+table once more, from the "own" part of the card.json that the converter wrote.
 """
 
 import ast
-import bisect
 import dataclasses
 import datetime
 import difflib
 import functools
 import itertools
 import logging
+import math
 import re
 import shlex
 import unicodedata
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import distjudge
 from distjudge import InputError, listed, short
 
+import pandas
 import sources
 
 log = logging.getLogger("distjudge")
@@ -60,7 +62,7 @@ def cell(where: str, name: str, value: Any) -> str:
     if not is_text or isinstance(value, (bytes, bytearray, list, tuple, dict, set)):
         kind = "text or a number" if is_text else "text without lone surrogates"
         raise InputError(f"{where}: {short(name)}: must be {kind}, not {short(repr(value))}")
-    return "" if distjudge.is_missing(value) else str(value).strip()
+    return "" if pandas.isna(value) else str(value).strip()
 
 
 def text_of(where: str, name: str, value: Any) -> str | list[dict[str, str]]:
@@ -70,8 +72,7 @@ def text_of(where: str, name: str, value: Any) -> str | list[dict[str, str]]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return cell(where, name, value)
     messages = [{key: turn.get(key) for key in ("role", "content")} for turn in turns]
-    said = [text for turn in messages for text in turn.values()]
-    if not all(isinstance(text, str) and distjudge.is_text(text) for text in said):
+    if any(not isinstance(x, str) or not distjudge.is_text(x) for turn in messages for x in turn.values()):
         form = 'messages {"role": text, "content": text}'
         raise InputError(f"{where}: {short(name)}: must be a list of {form}, not {short(repr(value))}")
     return messages
@@ -85,9 +86,8 @@ def prompts_of(own: dict[str, Any], columns: Iterable[str]) -> Callable[..., lis
     """
     template, text, pair = own["template"], own["text"], own["swap"] or ()
     column_of = {name: text if name == "text" and text else name for name in placeholders(template)}
-    known = {*columns, *([] if text else ["text"])}
+    known = {*columns, text or "text"}
     column_of = {name: column for name, column in column_of.items() if column in known}
-    other = dict(zip(pair, reversed(pair), strict=True))
 
     def make(where: str, row: dict[str, Any], about: str | None = None) -> list[str]:
         said = {c: text_of(where, c, row[c]) if c in row else about for c in column_of.values()}
@@ -100,7 +100,7 @@ def prompts_of(own: dict[str, Any], columns: Iterable[str]) -> Callable[..., lis
                 remedy = "with a --template that has {text}, a conversation is shown as text"
                 raise InputError(f"{where}: {short(text)}: {error}; {remedy}") from None
         shown = {column: as_text(value) for column, value in said.items()}
-        orders = [{}, other] if pair else [{}]
+        orders = [{}, dict(zip(pair, reversed(pair), strict=True))] if pair else [{}]
         return [fill(template, {n: shown[o.get(c, c)] for n, c in column_of.items()}) for o in orders]
 
     return make
@@ -117,33 +117,35 @@ def as_text(said: str | list[dict[str, str]]) -> str:
 COLUMN_OPTIONS = ("text", "label", "counts", "item", "group", "rater", "optional", "swap")
 
 
-def conditions(config: Any) -> list[tuple[str, bool, str]]:
-    """(column, whether its cells must be the value, value) of --where."""
+def conditions(config: Any) -> list[tuple[str, str, str, str]]:
+    """What --where asks, each as written, and its column, "=" or "!=", and what its value looks like."""
     found = [re.fullmatch(r"([^=]*?)(!?=)(.*)", text, re.DOTALL) for text in config.where]
     if None in found:
         wrong = config.where[found.index(None)]
         raise InputError(f"where: '{short(wrong)}' is not COLUMN=VALUE or COLUMN!=VALUE")
-    return [(sources.tidy(match[1]), match[2] == "=", look(match[3])) for match in found]
+    return [(m[0], sources.tidy(m[1]), m[2], look(plain(m[3]))) for m in found]
 
 
 def columns_named(config: Any) -> dict[str, tuple[str, ...]]:
     """{option: the columns that it names}"""
     named = {option: getattr(config, option) or () for option in COLUMN_OPTIONS}
     named = {option: (given,) if isinstance(given, str) else given for option, given in named.items()}
-    return named | {"swap": config.swap[:2], "where": tuple(column for column, _, _ in conditions(config))}
+    return named | {"swap": config.swap[:2], "where": tuple(column for _, column, _, _ in conditions(config))}
 
 
 def resolved(config: Any, path: str, columns: list[str]) -> Any:
     """The options, with the columns as the table names them. Raises InputError if one is wrong or missing."""
     there = f"The columns are {', '.join(short(column, 30) for column in columns)}"
-    plainly = {sources.tidy(column): column for column in columns}
+    tidied = {sources.tidy(column): column for column in columns}
     changed: dict[str, Any] = {}
     for option, names in columns_named(config).items():
         found: list[str] = []
-        for name in names:
-            start = sources.tidy(name[:-1]) if name.endswith("*") else None
-            some = [c for c in columns if start is not None and c.startswith(start)]
-            if not (some := some or [plainly[key] for key in (sources.tidy(name),) if key in plainly]):
+        for name in map(sources.tidy, names):
+            start = name[:-1].rstrip() if name.endswith("*") else None
+            some = [
+                c for key, c in tidied.items() if key == name or (start is not None and key.startswith(start))
+            ]
+            if not some:
                 close = difflib.get_close_matches(name, columns, 1)
                 meant = f", did you mean '{short(close[0])}'?" if close else "."
                 raise InputError(f"{path}: {option}: no column '{short(name)}'{meant} {there}")
@@ -152,21 +154,28 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
             is_one = isinstance(getattr(config, option), str)
             changed[option] = found[0] if is_one else (*found, *getattr(config, option)[len(names) :])
     config = dataclasses.replace(config, **changed)
-    if twice := [name for name, times in Counter(config.label + config.counts).items() if times > 1]:
-        raise InputError(f"{path}: label: column '{short(twice[0])}' is named twice")
-    if bool(config.label) == bool(config.counts):
-        problem = "name the column with the votes with --label, or columns of counts with --counts, not both"
-        raise InputError(f"{path}: label: {problem}. {there}")
-    if config.by_column and (config.counts or config.text or config.item):
-        raise InputError(f"{path}: by_column: the columns of --label are the items and their texts")
-    if config.rater and len(config.label) > 1 and not config.by_column:
-        raise InputError(f"{path}: rater: with several columns of votes each column is a person")
-    if not config.prompts and not config.text and not config.by_column:
-        problem = "name the column with the judged text (--text), or a template of columns (--template)"
-        problem += "; if a row is a person and each column of --label an item, add --by_column"
-        raise InputError(f"{path}: text: {problem}. {there}")
-    if len(config.swap) % 2:
-        raise InputError("swap: name two columns, and where needed the labels that trade places, in pairs")
+    used = Counter(config.label + config.counts).most_common(1) or [("", 0)]
+    a_vote = "name the column with the votes with --label, or columns of counts with --counts, not both"
+    a_text = (
+        "name the column with the judged text (--text), or a template of columns (--template); if a row is "
+    )
+    a_text += "a person and each column of --label an item, add --by_column"
+    is_panel = len(config.label) > 1 and not config.by_column
+    has_items = config.by_column and (config.counts or config.text or config.item)
+    has_text = config.prompts or config.text or config.by_column
+    for is_wrong, problem in (
+        (used[0][1] > 1, f"label: column '{short(used[0][0])}' is named twice"),
+        (bool(config.label) == bool(config.counts), f"label: {a_vote}. {there}"),
+        (has_items, "by_column: the columns of --label are the items and their texts"),
+        (config.rater and is_panel, "rater: with several columns of votes each column is a person"),
+        (not has_text, f"text: {a_text}. {there}"),
+        (
+            len(config.swap) % 2,
+            "swap: name two columns, and where needed the labels that trade places, in pairs",
+        ),
+    ):
+        if is_wrong:
+            raise InputError(f"{path}: {problem}")
     return config
 
 
@@ -182,52 +191,61 @@ def template_of(config: Any, path: str, columns: list[str]) -> str:
     return template
 
 
-# --- cells of votes ---------------------------------------------------------------------------------------
-ALIKE = {c: "'" for c in '‘’‚‛“”„‟´`«»‹›"＂＇'} | {c: "-" for c in "‐‑‒–—―−﹣－"}
-INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]")
+# --- what a cell says -------------------------------------------------------------------------------------
+ALIKE = {c: "'" for c in '‘’‚‛“”„‟´`«»‹›"'} | {c: "-" for c in "‐‑‒–—―−﹣"} | {"\u0307": ""}
+ALIKE |= dict(zip("авекмнорстухіјѕαβεζηικμνορτυχ", "abekmhopctyxijsabezhikmnoptyx", strict=True))
 NO_VOTE_WORDS = r"""n/a na n.a n-a n\a #n/a #na <na> nan nat null #null! nil none missing empty blank void
 - #value! #ref! #div/0! ? ?? ??? . .. ... / _ * unknown unsure undecided undefined skip skipped refused dk idk
 unanswered unrated k.a unbekannt ns/nc"""
 NO_VOTE_PHRASES = """no vote|no answer|no opinion|no response|not answered|not applicable|not sure|not rated|
 not available|none of these|none of the above|none of them|don't know|do not know|dont know|i don't know|
 can't tell|cannot tell|can't say|can't decide|cannot decide|prefer not to say|prefer not to answer|
-keine angabe|keine antwort|weiß nicht|ne sais pas|sans réponse|no sé"""
-CHOSEN = ("choices", "rating", "number", "value", "label", "labels", "answer", "choice", "vote")
+keine angabe|keine antwort|keine ahnung|weiß nicht|ne sais pas|sans réponse|no sé"""
+# "rank": an entry of a ranking, {"rank": 1, "value": "a"}, has two of these and is no vote
+CHOSEN = "choices rating number value label labels answer choice vote selected score rank".split()
 SEPARATORS = ("\n", "<br>", ";", "；", "|", ",", "，", "、", "/", "\t", "+", " ")
-MONTH = r"(jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*\.?"
-DATE = (
-    r"\d{1,2}[-. /]+%s([-. /]+\d+)?|%s[-. /]+\d+|\d{4}-\d\d-\d\d.*|\d{1,2}(?P<s>[./])\d{1,2}(?P=s)\d{2,4}\b.*"
-)
-DATE = re.compile(DATE.replace("%s", MONTH), re.I)
-MARKS = dict.fromkeys(("true", "x", "✓", "✔", "☑", "yes", "checked", "selected", "on"), "1")
-MARKS |= dict.fromkeys(("false", "no", "unchecked", "not selected", "off", "☐", ""), "0")
-PEOPLE = re.compile(
-    r"(.*[._ ])?(rater|annotator|worker|user|judge|coder|participant|who)([._ ]?(id|name))?", re.I
-)
-REFUSED = re.compile(r".*(rejected|discarded|cancell?ed|invalid).*", re.I)
+MARKS = dict.fromkeys("true x ✓ ✔ ☑ yes checked selected on wahr vrai".split(), "1")
+MARKS |= dict.fromkeys(("false", "no", "unchecked", "not selected", "off", "☐", "falsch", "faux", ""), "0")
+PEOPLE = "rater annotator worker user judge coder participant respondent prolific who completed_by"
+PEOPLE = re.compile(rf"(.*[\W_])?({PEOPLE.replace(' ', '|')})([\W_]*(p?id|name))?", re.I)
+STATE = re.compile(r".*status|answer", re.I)
+REFUSED = "reject rejected discarded draft canceled cancelled invalid ignore returned timed.out preview spam"
+REFUSED = re.compile(rf"(\w+ )?({REFUSED.replace(' ', '|')})", re.I)
 
 
 @functools.lru_cache(10_000)
 def look(text: str) -> str:
     """What a label looks like: case, quotes, dashes, spaces, unseen signs, a last full stop do not count."""
-    seen = unicodedata.normalize("NFC", text).casefold().translate(str.maketrans(ALIKE))
+    seen = unicodedata.normalize("NFKC", text).casefold().translate(str.maketrans(ALIKE))
     seen = "".join(c for c in seen if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
-    seen = unicodedata.normalize("NFC", " ".join(seen.split()))
-    return re.sub("^-+$", "-", seen.rstrip(".。．") or seen)
+    seen = re.sub(r"\s*([^\w\s])\s*", r"\1", unicodedata.normalize("NFC", " ".join(seen.split())))
+    return re.sub("^-+$", "-", seen.rstrip(".。") or seen)
 
 
 NO_VOTE = {look(word) for word in [*NO_VOTE_WORDS.split(), *NO_VOTE_PHRASES.split("|")]}
 
 
+def visible(text: str) -> str:
+    """A text without unseen signs and odd spaces."""
+    return unicodedata.normalize("NFC", " ".join(re.sub(sources.UNSEEN, "", text).split()))
+
+
 def plain(text: str) -> str:
-    """A label without unseen signs and odd spaces; numbers in digits: "4.0" and "+4" are 4, "2.50" is 2.5."""
-    text = unicodedata.normalize("NFC", " ".join(INVISIBLE.sub("", text).split()))
-    number = re.fullmatch(r"([+-]?)(\d{0,300})(?:\.(\d{0,300}))?", text.replace("\u2212", "-"))
+    """A label without unseen signs and odd spaces; numbers in digits: "4.0", "+4" and "'4" are 4."""
+    text = visible(text)
+    number = re.fullmatch(r"'?([+-]?)(\d{0,300})(?:\.(\d{0,300}))?", text.replace("\u2212", "-"))
     if not number or not (number[2] or number[3]):
         return text
     whole, part = str(int(number[2] or 0)), (number[3] or "").rstrip("0")
     sign = "-" if number[1] == "-" and (part or whole != "0") else ""
     return sign + whole + (f".{part}" if part else "")
+
+
+def label_in(config: Any, text: str) -> str:
+    """A label in its plain form; decimal commas, where the user says so, as points."""
+    if config.decimal == "comma" and re.fullmatch(r"[+\-\u2212]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?", text):
+        text = text.replace(".", "").replace(",", ".")
+    return plain(text)
 
 
 def is_number(label: str) -> bool:
@@ -260,25 +278,36 @@ def parsed(text: str) -> Any:
     return value if isinstance(value, (list, dict, tuple, set)) else text
 
 
-def people_in(where: str, column: str, value: Any) -> list[tuple[str, ...]]:
-    """What each person chose, of a cell of votes: mostly one person, one text. Of a list, each entry's."""
+def people_in(where: str, row: dict[str, Any], column: str) -> list[list[str] | None]:
+    """What each person chose, of a cell of votes: mostly one person, one text. Of a list, each entry's.
+
+    None: an answer that its tool marks as discarded or draft.
+    """
+    value = row[column]
     try:
         value = parsed(value) if isinstance(value, str) and value[-1:] in ("]", "}", ")") else value
     except ValueError as error:
         raise InputError(f"{where}: {short(column)}: {short(repr(value))} {error}") from None
     if isinstance(value, str):
-        return [(cell(where, column, value),)]
-    value = value.tolist() if hasattr(value, "tolist") else value
-    people = value if isinstance(value, (list, tuple)) else [value]
-    return [tuple(choices_in(where, column, one)) for one in people]
+        return [[cell(where, column, value)]]
+    if isinstance(value, dict) and len(value) > 1 and all(isinstance(one, list) for one in value.values()):
+        value = pandas.DataFrame(value).to_dict(
+            "records"
+        )  # {"value": ["1", "2"], "status": [...]} of Argilla
+    people = list(value) if isinstance(value, (list, tuple)) else [value]
+    states = row.get(f"{column}.status")
+    if not isinstance(states, list):
+        states = [one.get("status") if isinstance(one, dict) else None for one in people]
+    pairs = zip(people, states, strict=True)
+    return [None if REFUSED.fullmatch(str(s)) else choices_in(where, column, one) for one, s in pairs]
 
 
 def choices_in(where: str, column: str, value: Any) -> list[str]:
     """The texts that one person chose."""
     if isinstance(value, (list, tuple)):
         return [choice for one in value for choice in choices_in(where, column, one)]
-    if isinstance(value, datetime.date):
-        raise InputError(f"{where}: {short(column)}: {a_date(value)}")
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta)):
+        raise InputError(f"{where}: {short(column)}: '{short(value, 30)}' {A_DATE}")
     if not isinstance(value, dict):
         return [cell(where, column, value)]
     keys = [key for key in CHOSEN if key in value]
@@ -288,197 +317,209 @@ def choices_in(where: str, column: str, value: Any) -> list[str]:
     return choices_in(where, column, value[keys[0]])
 
 
-def a_date(value: Any) -> str:
-    problem = f"'{short(value, 30)}' is a date; spreadsheets make dates of cells such as 3-4 or 1/2"
-    return f"{problem}: format the column as text and enter the votes again"
-
-
 def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
     """{label: votes} of the columns of counts of a row."""
+    what = " ".join(map(short, config.counts))
     given: Any = {column: row[column] for column in config.counts}
-    if len(config.counts) == 1:
-        name, given = config.counts[0], row[config.counts[0]]
-        form = 'must be an object such as {"1": 0, "2": 3}'
+    if len(given) == 1:
+        (given,), form = given.values(), 'must be an object such as {"1": 0, "2": 3}'
         try:
             given = parsed(given) if isinstance(given, str) else given
         except ValueError as error:
-            raise InputError(f"{where}: {short(name)}: {form}; {short(repr(given))} {error}") from None
+            raise InputError(f"{where}: {what}: {form}; {short(repr(given))} {error}") from None
         if not isinstance(given, dict):
-            raise InputError(f"{where}: {short(name)}: {form}, not {short(repr(given))}")
+            raise InputError(f"{where}: {what}: {form}, not {short(repr(given))}")
     found: Counter = Counter()
+    thousands = "[' ]" if config.decimal == "comma" else "[,' ]"
     for label, number in given.items():
-        text = "" if distjudge.is_missing(number) else look(str(number))
-        text = re.sub(r"(?<=\d)[,' ](?=\d{3}(\D|$))", "", text)  # thousands
-        text = MARKS.get(text, plain(text))
-        if not re.fullmatch(r"[0-9]{1,300}", text) or re.fullmatch(r"\d+(\.\d{3})+", str(number).strip()):
-            problem = f"a number of votes is needed, not '{short(number, 30)}'"
+        said = "" if distjudge.is_missing(number) else look(str(number))
+        text = label_in(config, re.sub(rf"(?<=\d){thousands}(?=\d{{3}}(\D|$))", "", said))
+        text = MARKS.get(text, text)
+        unclear = config.decimal == "point" and re.fullmatch(r"\d+(\.\d{3})+", said)
+        if unclear or not re.fullmatch(r"[0-9]{1,300}", text):
+            remedy = "; --decimal comma takes such points for thousands" if unclear else ""
+            problem = f"a number of votes is needed, not '{short(number, 30)}'{remedy}"
             raise InputError(f"{where}: {short(label)}: {problem}")
         if int(text) > 10**9:
-            problem = f"more than a billion votes for '{short(label, 30)}'"
-            raise InputError(f"{where}: {' '.join(map(short, config.counts))}: {problem}")
+            raise InputError(f"{where}: {what}: more than a billion votes for '{short(label, 30)}'")
         found[cell(where, "label", label)] += int(text)
     return found
 
 
 # --- from a table to items --------------------------------------------------------------------------------
-@dataclasses.dataclass
-class Panel:
-    """The votes on one item. people: {choices: how many people made them}; named: {person: their choices}."""
-
-    prompts: list[str]
-    group: str
-    where: str
-    people: Counter = dataclasses.field(default_factory=Counter)
-    named: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    rows: int = 0
-    list_at: str = ""
+Panel = namedtuple("Panel", "number prompts group at")  # an item before its votes are counted
+# A text that somebody chose. ballot: a number for what one person, or `people` alike, chose in one cell
+Choice = namedtuple("Choice", "item ballot person text people in_list at column")
 
 
 def own(config: Any, out: Any) -> None:
     """A row a vote, a row an item (several columns, or counts), or a row a person (--by_column): items."""
     if not config.raw:
-        raise InputError(
-            "raw: name your table: CSV, Excel, Parquet, .json, .jsonl or a Hugging Face data set"
-        )
-    first: dict[str, str] = {}  # a text in a cell of votes: where it stands first
+        problem = "name your table: CSV, Excel, Parquet, .json, .jsonl or a Hugging Face data set"
+        raise InputError(f"raw: {problem}")
     panels: dict[str, Panel] = {}
+    choices: list[Choice] = []
     wanted = [name for names in columns_named(config).values() for name in names if not name.endswith("*")]
     for path in config.raw:
         columns, rows = sources.read_table(path, config.hub_split, config.sheet, wanted)
         given = resolved(config, path, columns)
         out.own = {"template": template_of(given, path, columns), "text": given.text, "item": given.item}
         out.own |= {"optional": list(given.optional), "swap": list(given.swap[:2]) or None}
-        read_panels(given, out, rows, columns, panels, first)
-    texts: Counter = Counter()
-    for chosen, number in ((c, n) for panel in panels.values() for c, n in panel.people.items()):
-        texts.update({text: number * chosen.count(text) for text in chosen})
-    out.labels, meaning = understand(given, texts, first, out.notes)
-    traded = traded_labels(given.swap, out.labels) if given.swap and first else {}
+        read_votes(given, out, list(rows), columns, panels, choices)
+    said = pandas.DataFrame(choices, columns=Choice._fields)
+    texts = said[said.text != ""].groupby("text", sort=False)
+    texts = texts.agg(people=("people", "sum"), at=("at", "first"), column=("column", "first"))
+    texts["at"] += ": " + texts.pop("column").map(short)
+    out.labels, meaning = understand(given, texts, out.notes)
+    votes = count(given, out, said, meaning)
+    traded = traded_labels(given.swap, out.labels) if given.swap and len(texts) else {}
     out.own["swap_labels"] = traded or None
-    for number, (key, panel) in enumerate(panels.items(), 1):
-        labels = {chosen: [label for text in chosen for label in meaning[text]] for chosen in panel.people}
-        if panel.list_at and panel.rows > 1 and config.multi != "split":
-            problem = "a person's cell holds several labels; --multi split counts each as a vote"
-            raise InputError(f"{panel.list_at}: {problem}")
-        counts = dict.fromkeys(out.labels, 0)
-        for chosen, people in panel.people.items():
-            for label in labels[chosen]:
-                counts[label] += people
-        out.read["votes"] += sum(counts.values())
-        name = key if config.item or config.by_column else str(number)
+    counts = votes.groupby(["item", "label"]).people.sum().to_dict()
+    out.read["votes"] += sum(counts.values())
+    named: dict[int, dict[str, Any]] = {}
+    for (item, person), labels in votes[votes.person != ""].groupby(["item", "person"], sort=False).label:
+        named.setdefault(item, {})[person] = labels.iloc[0] if len(labels) == 1 else labels.tolist()
+    for key, panel in panels.items():
+        name = key if config.item or config.by_column else str(panel.number + 1)
         swap = {"prompt": panel.prompts[1], "labels": traded} if traded else None
-        said = {person: labels[chosen] for person, chosen in panel.named.items()}
-        said = {person: several[0] if len(several) == 1 else several for person, several in said.items()}
-        out.add_item(name, panel.prompts[0], counts, group=panel.group, swap=swap, annotators=said)
+        shares = {label: counts.get((panel.number, label), 0) for label in out.labels}
+        more = {"group": panel.group, "swap": swap, "annotators": named.get(panel.number)}
+        out.add_item(name, panel.prompts[0], shares, **more)
     say_doubts(config, out, panels)
 
 
-def read_panels(config: Any, out: Any, rows: Iterable, columns: list[str], panels: dict, first: dict) -> None:
-    """Adds the rows of a table to the panels; counts what is left out."""
+def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: dict, choices: list) -> None:
+    """Adds the rows of a table to the Panels and their Choices; counts what is left out."""
     make, by_vote = prompts_of(out.own, columns), len(config.label) == 1 or config.by_column
+    table = pandas.DataFrame([row for _, row in rows], columns=columns, dtype=object)
+    texts_in = lambda c: table[c].map(lambda x: x if isinstance(x, str) else "")  # noqa: E731
+    keep: dict[tuple[str, str], Any] = {}  # of several wanted values of a column any does
+    for asked, name, sign, value in conditions(config):
+        c = next(c for c in columns if sources.tidy(c) == name)
+        is_it = table[c].map(lambda x: look(plain("" if distjudge.is_missing(x) else str(x)))) == value
+        if not is_it.any():
+            log.warning("--where %s: no row has that value", shlex.quote(short(asked)))
+        keep[c, sign] = keep.get((c, sign), False) | is_it
+    for (_, sign), is_it in keep.items():
+        table = table[(is_it if sign == "=" else ~is_it)[table.index]]
+    out.read["rows"] += len(rows)
+    out.dropped["row left out by --where"] += len(rows) - len(table)
+    texts = [c for c in columns if c == config.text or f"{{{c}}}" in out.own["template"]]
+    used = {name for names in columns_named(config).values() for name in names} | {*texts}
+    free = [c for c in columns if c not in used]
+    for c in [*texts, *filter(STATE.fullmatch, free)]:
+        for value, number in texts_in(c).value_counts().items():
+            if REFUSED.fullmatch(value) if c in free else look(value[:30]) in NO_VOTE:
+                option = shlex.quote(f"{short(c)}!={short(value, 30)}")
+                text = "%d rows count whose %s is '%s'; --where %s leaves them out"
+                log.warning(text, number, short(c), short(value, 30), option)
     items = [(c, (c,)) for c in config.label] if config.by_column else [(None, config.label)]
-    no_vote, asked = {look(plain(word)) for word in config.no_vote}, conditions(config)
-    states = {c for c in columns if c.lower().endswith("status")} - {c for c, _, _ in asked}
-    persons = [
-        c for c in columns if PEOPLE.fullmatch(c) and by_vote and not (config.rater or config.by_column)
-    ]
-    votes_of: Counter = Counter()
-    for where, row in rows:
-        out.read["rows"] += 1
-        fits: dict[str, bool] = {}  # of several wanted values of a column any does
-        for c, wanted, value in asked:
-            is_it = look(plain(cell(where, c, row[c]))) == look(plain(value))
-            fits[c] = fits.get(c, False) or is_it if wanted else fits.get(c, True) and not is_it
-        if not all(fits.values()):
-            out.dropped["row left out by --where"] += 1
-            continue
-        for c in states:
-            out.doubts[c, short(row[c], 30)] += REFUSED.fullmatch(str(row[c])) is not None
+    keys = []
+    for where, row in (
+        (rows[k][0], row) for k, row in zip(table.index, table.to_dict("records"), strict=True)
+    ):
         group = cell(where, config.group, row[config.group]) if config.group else ""
         for text, vote_columns in items:
+            keys.append("")
             if not (prompts := make(where, row, text)):
                 out.dropped["row without text"] += 1
                 continue
             key = text or (cell(where, config.item, row[config.item]) if config.item else "")
             if config.item and not key:
                 raise InputError(f"{where}: {config.item}: empty, so the vote belongs to no item")
-            key = key or (prompts[0] if by_vote else where)
-            panel = panels.get(key) or panels.setdefault(key, Panel(prompts, group, where))
-            differs = "text" if panel.prompts != prompts else "group" if panel.group != group else ""
-            if differs:
-                problem = f"its {differs} differs from that at {panel.where}"
+            keys[-1] = key = key or (prompts[0] if by_vote else where)
+            is_new = key not in panels
+            panel = panels.setdefault(key, Panel(len(panels), prompts, group, where))
+            differs = "group" if panel.group != group else ""
+            if panel.prompts != prompts and [*map(visible, panel.prompts)] != [*map(visible, prompts)]:
+                differs = "text"
+            problem = f"its {differs} differs from that at {panel.at}" if differs else ""
+            if not (is_new or by_vote or config.counts or differs):
+                problem = f"stands twice, first at {panel.at}; with columns of votes a row is an item"
+            if problem:
                 raise InputError(f"{where}: item '{short(key)}': {problem}")
-            if panel.rows and not by_vote and not config.counts:
-                problem = f"stands twice, first at {panel.where}; with columns of votes a row is an item"
-                raise InputError(f"{where}: item '{short(key)}': {problem}")
-            panel.rows += 1
-            votes_of.update((key, c, str(row[c])) for c in persons)
-            for column, person, chosen, number in votes_in(config, where, row, vote_columns, panel):
-                said = chosen
-                if no_vote or "" in chosen or not chosen:
-                    said = tuple(text for text in chosen if text and look(plain(text)) not in no_vote)
-                    out.dropped["cell named by --no_vote"] += sum(map(bool, chosen)) - len(said)
-                    out.dropped["empty cell"] += not any(chosen)
-                if len(said) > 1:
-                    panel.list_at, panel.rows = panel.list_at or f"{where}: {short(column)}", 2
-                for text in said:
-                    if text not in first:
-                        first[text] = f"{where}: {short(column)}"
-                if said and person and person in panel.named:
-                    kind = "" if panel.named[person] == said else ", with another label: the first counts"
-                    out.dropped[f"second vote of a person on an item{kind}"] += 1
-                elif said:
-                    panel.people[said] += number
-                    panel.named |= {person: said} if person else {}
-    for column in persons:
-        if again := sum(number - 1 for (_, c, _), number in votes_of.items() if c == column):
-            text = (
-                "%d votes are a person's second on an item, by column '%s'; --rater %s counts a person once"
-            )
-            log.warning(text, again, short(column), shlex.quote(short(column)))
+            for column, person, chosen, people, in_list in votes_in(config, where, row, vote_columns):
+                out.dropped["vote that its tool marks as discarded or draft"] += chosen is None
+                same = (people, in_list, where, column)
+                texts = [] if chosen is None else chosen or [""]
+                choices += [Choice(panel.number, len(choices), person, one, *same) for one in texts]
+    for c in filter(PEOPLE.fullmatch, free if by_vote and not (config.rater or config.by_column) else ()):
+        votes_of = Counter(zip(keys, table[c].fillna("").map(str), strict=True))
+        if again := sum(number - 1 for (key, who), number in votes_of.items() if key and who):
+            text = "%d votes are a person's second on an item, by column '%s'; --rater %s counts one"
+            log.warning(text, again, short(c), shlex.quote(short(c)))
 
 
-def votes_in(
-    config: Any, where: str, row: dict[str, Any], columns: Iterable[str], panel: Panel
-) -> Iterator[tuple[str, str, tuple[str, ...], int]]:
-    """(column, person or "", what they chose, how many people did) of a row."""
+def votes_in(config: Any, where: str, row: dict[str, Any], columns: Iterable[str]) -> Iterator[tuple]:
+    """(column, person or "", what they chose, how many people did, whether it is one of a list) of a row."""
     names = row[config.rater] if config.rater else ""
     if config.counts:
-        what, counts = " ".join(config.counts), counts_in(config, where, row)
-        if name := cell(where, config.rater or "", names):
-            yield what, name, tuple(Counter(counts).elements()), 1
-        else:
-            yield from ((what, "", (label,), number) for label, number in counts.items())
+        what, counts, name = (
+            " ".join(config.counts),
+            counts_in(config, where, row),
+            cell(where, "rater", names),
+        )
+        yield from ((what, "", [label], 0 if name else number, False) for label, number in counts.items())
+        if name:
+            yield what, name, list(Counter(counts).elements()), 1, False
         return
     for column in columns:
-        people = people_in(where, column, row[column])
-        if isinstance(names, (list, tuple)):
-            if len(names) != len(people):
-                raise InputError(f"{where}: {config.rater}: {len(names)} names for {len(people)} votes")
-            for name, chosen in zip(names, people, strict=True):
-                yield column, cell(where, config.rater, name), chosen, 1
-        elif config.rater:  # a list is what this person chose
-            yield column, cell(where, config.rater, names), tuple(itertools.chain.from_iterable(people)), 1
-        else:
-            panel.list_at = panel.list_at or (f"{where}: {short(column)}" if len(people) > 1 else "")
-            yield from ((column, "", chosen, 1) for chosen in people or [()])
+        people = people_in(where, row, column)
+        if not config.rater:
+            yield from ((column, "", chosen, 1, len(people) > 1) for chosen in people or [[]])
+            continue
+        if not isinstance(names, (list, tuple)):  # a list is what this person chose
+            names, people = [names], [[text for one in people for text in one or []]]
+        if len(names) != len(people):
+            raise InputError(f"{where}: {config.rater}: {len(names)} names for {len(people)} votes")
+        for name, chosen in zip(names, people, strict=True):
+            yield column, cell(where, config.rater, name), chosen, 1, False
+
+
+def count(config: Any, out: Any, said: Any, meaning: dict[str, list[str]]) -> Any:
+    """The choices that are votes, a row a vote, with the "label"; counts the others in out.dropped.
+
+    Raises InputError where a person chose several labels and --multi does not say what that means.
+    """
+    votes = said.assign(label=said.text.map(meaning | {"": []})).explode("label", ignore_index=True)
+    out.dropped["cell named by --no_vote"] += int(((votes.label == NOTHING) & (votes.people > 0)).sum())
+    out.dropped["empty cell"] += int((said.text == "").sum())
+    votes = votes[votes.label.notna() & (votes.label != NOTHING) & (votes.people > 0)]
+    is_among = votes.item.map(said.groupby("item")["at"].nunique()) > 1  # the item has several rows
+    several = votes.duplicated("ballot", keep=False) | (votes.in_list & is_among)
+    if config.multi != "split" and several.any():
+        first = votes[several].iloc[0]
+        labels = votes[votes.ballot == first.ballot].label
+        if len(labels) == 1:  # one of a list
+            labels = votes[(votes["at"] == first["at"]) & (votes.column == first.column)].label
+        problem = (
+            f"a person's cell holds several labels, {listed(labels)}; --multi split counts each as a vote"
+        )
+        if len(meaning[first.text]) > 1:
+            problem += f"; if they are one label, name all: --labels {quoted([first.text])} ..."
+        raise InputError(f"{first['at']}: {short(first.column)}: {problem}")
+    firsts = votes.groupby(["item", "person"]).ballot.transform("min")
+    late = votes[(votes.person != "") & (votes.ballot != firsts)]
+    labels = votes.groupby("ballot").label.agg(list) if len(late) else {}
+    for ballot, first in dict(zip(late.ballot, firsts[late.index], strict=True)).items():
+        kind = "" if labels[ballot] == labels[first] else ", with another label: the first counts"
+        out.dropped[f"second vote of a person on an item{kind}"] += 1
+    return votes.drop(late.index)
 
 
 def say_doubts(config: Any, out: Any, panels: dict[str, Panel]) -> None:
     """Warns of what may not be meant."""
-    for (column, value), number in out.doubts.items():
-        if number:
-            option = shlex.quote(f"{short(column)}!={value}")
-            log.warning("%d rows count whose %s is '%s'; --where %s", number, short(column), value, option)
     rows, empty = out.read["rows"], out.dropped["row without text"]
     if empty > 0.05 * rows:
-        text = "%d of %d rows are left out, as a text in them is empty; --optional COLUMN allows that"
-        log.warning(text, empty, rows)
+        remedy = "--optional COLUMN allows that; cells that were merged must be filled down"
+        log.warning("%d of %d rows are left out, as a text in them is empty; %s", empty, rows, remedy)
     same: dict[str, str] = {}
-    twins = [(same.setdefault(panel.prompts[0], key), key) for key, panel in panels.items()]
+    twins = [(same.setdefault(visible(panel.prompts[0]), key), key) for key, panel in panels.items()]
     if twins := [pair for pair in twins if pair[0] != pair[1]]:
-        remedy = "" if config.item else "; --item COLUMN tells items apart, and adds rows of counts up"
-        text = "%d of %d items have the prompt of another item, such as '%s' and '%s'%s"
+        remedy = "" if config.item else "; --item COLUMN says which rows are one item, and adds them up"
+        text = (
+            "%d of %d items have the prompt of another item, up to spaces and unseen signs: '%s' and '%s'%s"
+        )
         log.warning(text, len(twins), len(panels), *map(short, twins[0]), remedy)
     if out.rows and all(sum(row["counts"].values()) < 2 for row in out.rows):
         log.warning("every item has one vote only: nothing shows how far people disagree on one item")
@@ -488,26 +529,23 @@ def traded_labels(swap: tuple[str, ...], order: list[str]) -> dict[str, str]:
     """{label: label in the other order} of a pair of columns; swap[2:] names two labels, else names tell."""
     if unknown := [label for label in swap[2:] if label not in order]:
         raise InputError(f"swap: '{short(unknown[0])}' is not one of {listed(order)}")
-    if (
-        not swap[2:]
-        and distjudge.are_numeric(order)
-        and [plain(f"-{label}") for label in order] == order[::-1]
-    ):
-        return dict(zip(order, order[::-1], strict=True))
-    wanted = [tuple(map(look, swap[:2])), apart(*swap[:2])]
-    every = list(itertools.permutations(order, 2))
+    mirrored = dict(zip(order, order[::-1], strict=True))
+    if not swap[2:] and all(plain(f"-{label}") == other for label, other in mirrored.items()):
+        return mirrored
+    every, wanted = list(itertools.permutations(order, 2)), [tuple(map(look, swap[:2])), apart(*swap[:2])]
     pairs = list(zip(swap[2::2], swap[3::2], strict=True))
-    is_named = bool(pairs)
     pairs = pairs or [pair for pair in every if tuple(map(look, pair)) in wanted]
     pairs = pairs or [pair for pair in every if apart(*pair) in wanted]
     traded = dict(pairs) | {other: one for one, other in pairs}
     # one label may be its own mirror, a tie; of two or more nobody can tell
-    if (len(pairs) != 1 and not is_named) or len(set(order) - set(traded)) > 1:
-        mirrored = [pair for pair in zip(order, order[::-1], strict=True)][: (len(order) + 1) // 2]
-        example = " ".join(map(shlex.quote, (*swap[:2], *itertools.chain(*mirrored))))
+    if (len(pairs) != 1 and not swap[2:]) or len(set(order) - set(traded)) > 1:
+        ends = [label for label in order if look(label) not in ("tie", "both", "neither", "same", "equal")]
+        ends = [*zip(ends, ends[::-1], strict=True)][: (len(ends) + 1) // 2]
+        if len(ends) > 1 and not distjudge.are_numeric(order):
+            ends = [("LABEL", "ITS MIRROR"), ("LABEL", "...")]
+        example = " ".join(map(shlex.quote, (*swap[:2], *itertools.chain(*ends))))
         problem = f"which of the labels {listed(order)} trade places cannot be told; name them in pairs, "
-        problem += "one that stays with itself"
-        raise InputError(f"swap: {problem}, as in --swap {example}")
+        raise InputError(f"swap: {problem}one that stays with itself, as in --swap {example}")
     return traded
 
 
@@ -520,76 +558,113 @@ def apart(one: str, other: str) -> tuple[str, str]:
 
 
 # --- what votes say ---------------------------------------------------------------------------------------
-def understand(
-    config: Any, texts: Counter, first: dict[str, str], notes: list[str]
-) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """The labels in order, and {text of a cell: its labels}. Raises InputError, with the row, if in doubt."""
-    order = named_labels(config.labels)
+NOTHING = ""  # the label of a text that --no_vote names
+POINT = re.compile(r"(-?\d+)[-:=.( ]\D+")  # "4 - agree", "1 (not at all)"
+MONTH = r"(jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*\.?"
+DATE = r"\d{1,2}[-. /]+%s([-. /]+\d+)?|%s[-. /]+\d+|\d{4}-\d\d-\d\d.*|\d{1,2}:\d\d(:\d\d)?"
+DATE = (DATE + r"|\d{1,2}(?P<s>[./])\d{1,2}(?P=s)\d{2,4}\b.*").replace("%s", MONTH)
+A_DATE = (
+    "is a date or time, which spreadsheets make of cells such as 3-4, 1/2 or 3:4; enter such votes as text"
+)
+FORMS = {  # texts that are no label unless --labels names them: what they are and what to do
+    DATE: A_DATE,
+    r"\d+([.,]\d+)?\s?%": "is a share; bins make labels of shares, as in --bins 0 20 40 60 80 100",
+    r"\d+\s?/\s?\d+": "may be points, a date or two votes; name such labels, as in --labels 1/5 2/5 3/5",
+}
+FORMS = {re.compile(form, re.I): problem for form, problem in FORMS.items()}
+
+
+def understand(config: Any, texts: Any, notes: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The labels in order, and {text: its labels}. Raises InputError, with the row, if in doubt.
+
+    texts: a DataFrame of what cells say, with "people" (how many say so) and "at" (where it stands first).
+    """
+    silent, order = {look(plain(word)) for word in config.no_vote}, named_labels(config.labels)
     if len(config.counts) > 1 and not order:
-        order = [plain(column) for column in config.counts]
-    said = {text: label_in(config, text) for text in {**first, **texts}}
+        order = [label for label in map(plain, config.counts) if look(label) not in silent]
+    meaning = read_texts(config, order, silent, texts["at"])
+    heard = {look(label) for labels in meaning.values() for label in labels}
+    if unheard := [word for word in config.no_vote if look(plain(word)) not in heard]:
+        log.warning("--no_vote: no cell says %s", quoted(unheard))
+    meaning = {t: [NOTHING if look(x) in silent else x for x in labels] for t, labels in meaning.items()}
     if config.bins:
-        return binned(config, order, said, first, notes)
-    known = {look(label): label for label in order}
-    if len(config.counts) > 1:  # "rate:::1" is 1, where that is a label
-        ends = {t: [k for k in known if re.search(rf"(\W|_){re.escape(k)}$", look(t))] for t in said}
-        said |= {t: max(keys, key=len) for t, keys in ends.items() if keys and look(said[t]) not in known}
-    alone = {look(label) for label in said.values()}
-    times = Counter(part for label in said.values() for part in set(map(look, parts_of(label))))
-    meaning: dict[str, tuple[str, ...]] = {}
-    for text, label in said.items():
-        doubtless = look(label) in known or look(label) in NO_VOTE or DATE.fullmatch(label)
-        parts = [] if doubtless else parts_of(label)
-        seen = [look(part) for part in parts]
-        decimal = known.get(look(plain(label.replace(",", ".")))) if "," in label else None
-        if len(parts) == 1:  # "red;", as Microsoft Forms writes it
-            joined = True
-        elif order:
-            joined = bool(parts) and all(part in known for part in seen)
-        else:
-            joined = bool(parts) and (all(map(is_number, parts)) or any(part in alone for part in seen))
-            joined = joined or (bool(parts) and all(times[part] > 1 for part in seen))
-        if joined and len(parts) > 1 and config.multi != "split":
-            problem = "holds several labels: --multi split counts each as a vote"
-            if re.fullmatch(r"[+-]?\d+,\d+", label):
-                problem = "may be several votes (--multi split) or have a decimal comma (--decimal comma)"
-            raise InputError(f"{first[text]}: '{short(text)}' {problem}")
-        labels = parts if joined else [decimal or label]
-        meaning[text] = tuple(known.get(look(label), label) for label in labels)
-        if order and meaning[text][0] not in order:
-            problem = f"'{short(text, 30)}' is not one of {listed(order)}"
-            if words := [word for word in said if look(word) in NO_VOTE and look(said[word]) not in known]:
-                problem += f"; --no_vote {quoted(words)} leaves such cells out"
-            raise InputError(f"{first[text]}: {problem}")
-    votes: Counter = Counter()
-    found: dict[str, str] = {}  # a label: where it stands first
-    for text, labels in meaning.items():
-        for label in labels:
-            votes[label] += texts[text]
-            found.setdefault(label, first.get(text, ""))
-    order = order or found_labels(votes, found)
-    what = " ".join(map(short, config.label or config.counts))
-    if found and len(order) < 2:
+        order = bin_labels(config, order, meaning, texts["at"], notes)
+    votes = texts.assign(label=texts.index.map(meaning)).explode("label")
+    votes = votes[votes.label != NOTHING].groupby("label", sort=False).agg({"people": "sum", "at": "first"})
+    order = order or found_labels(votes)
+    if len(votes) and len(order) < 2:
+        what = " ".join(map(short, config.label or config.counts))
         raise InputError(f"{what}: only the label {listed(order)} occurs; name them all with --labels")
-    if changed := [text for text, labels in meaning.items() if labels != (text,) and texts[text]]:
-        some = ", ".join(
-            f"'{short(text, 20)}' as {short(' '.join(meaning[text]), 20)}" for text in changed[:5]
-        )
-        number = sum(texts[text] for text in changed)
+    changed = [t for t, labels in meaning.items() if labels not in ([t], [NOTHING]) and texts.people[t]]
+    if changed and not config.bins:
+        some = ", ".join(f"'{short(t, 20)}' as {short(' '.join(meaning[t]), 20)}" for t in changed[:5])
+        number = texts.people[changed].sum()
         notes.append(f"cells that do not say their label to the letter: {number:,}, such as {some}")
-    if doubtful := [
-        label for label in order if look(label) in NO_VOTE and not (config.labels or config.counts)
-    ]:
-        some = ", ".join(f"'{short(label, 20)}' ({votes[label]:,})" for label in doubtful)
+    if config.bins or config.labels or config.counts:
+        return order, meaning
+    if doubtful := [label for label in order if look(label) in NO_VOTE]:
+        some = ", ".join(f"'{short(label, 20)}' ({votes.people[label]:,})" for label in doubtful)
         text = "labels that read like no vote are counted as labels: %s; --no_vote %s leaves them out"
         log.warning(text, some, quoted(doubtful))
-    if distjudge.are_numeric(order) and found and not (config.labels or config.counts):
-        if unchosen := [label for label in order if not votes[label]]:
+    if order and distjudge.are_numeric(order):
+        if unchosen := [label for label in order if label not in votes.index]:
             notes.append(f"labels that nobody chose, within the scale: {', '.join(unchosen)}")
-        notes.append(
-            f"the scale was found in the votes: {order[0]} to {order[-1]}; --labels names a wider one"
-        )
+        ends = f"{order[0]} to {order[-1]}"
+        notes.append(f"the scale was found in the votes: {ends}; --labels names a wider one")
     return order, meaning
+
+
+def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> dict[str, list[str]]:
+    """{text: the labels in it}, of `order` if there are any. first: where each text stands first."""
+    said = {text: label_in(config, text) for text in first.index}
+    if config.bins:
+        return {text: [label] for text, label in said.items()}
+    known = {look(label): label for label in order}
+    if len(config.counts) > 1:  # "rate:::1" is 1, where that is a label
+        start = distjudge.common_length(min(config.counts), max(config.counts))
+        start = len(re.sub(r"[^\W_]*$", "", config.counts[0][:start]))
+        ends = {text: look(re.sub(r"[\W_]+", " ", text[start:])) for text in said if look(text) not in known}
+        spaced = {look(re.sub(r"[\W_]+", " ", label)): label for label in order}
+        said |= {text: spaced[end] for text, end in ends.items() if end in spaced}
+    sure = {*known, *silent, *NO_VOTE}
+    marks, is_split = SEPARATORS, config.multi == "split"
+    if is_split and not known:  # one for all cells: "yes, but;no" holds two
+        marks = [m for m in marks if any(parts_of(x, [m]) for x in said.values() if look(x) not in sure)][:1]
+    times = Counter(look(part) for label in said.values() for part in {*parts_of(label), label})
+    meaning: dict[str, list[str]] = {}
+    for text, label in said.items():
+        ways = [[label]] if look(label) in sure else [way for m in marks if (way := parts_of(label, [m]))]
+        fits = [way for way in ways if all(look(part) in sure for part in way)]
+        number = plain(label.replace(",", ".")) if re.fullmatch(r"[+-]?\d+,\d+", label) else ""
+        if not known and not fits:
+            again = lambda way: all(map(is_number, way)) or any(times[look(x)] > 1 for x in way)  # noqa: E731
+            fits = [way for way in ways[:1] if is_split or len(way) == 1 or again(way)]
+        if number and fits and not is_split:
+            problem = "may be several votes (--multi split) or have a decimal comma (--decimal comma)"
+            raise InputError(f"{first[text]}: '{short(text)}' {problem}")
+        point = POINT.fullmatch(look(label)) if known and distjudge.are_numeric(order) else None
+        fits += [[one] for one in (number, point and point[1]) if one and look(one) in known]
+        meaning[text] = [
+            known.get(look(x), x) for x in (fits or (ways if known and is_split else []) or [[label]])[0]
+        ]
+        for one in meaning[text]:
+            problem = next((what for form, what in FORMS.items() if form.fullmatch(one)), "")
+            if known and not problem and look(one) not in silent:
+                problem = f"is not one of {listed(order)}"
+                if words := [x for x in (one, *said) if look(x) in NO_VOTE and look(x) not in known]:
+                    problem += f"; --no_vote {quoted(words)} leaves such cells out"
+            if problem and look(one) not in known:
+                raise InputError(f"{first[text]}: '{short(one, 30)}' {problem}")
+    return meaning
+
+
+def parts_of(text: str, marks: Iterable[str] = SEPARATORS) -> list[str]:
+    """The labels that a cell may hold, by the first of the marks in it; [] of a cell with one label."""
+    for mark in marks if not any(form.fullmatch(text) for form in FORMS) else ():
+        parts = [plain(part) for part in text.split(mark) if part.strip()] if mark in text else []
+        if len(parts) > 1 or (parts and mark in "\n;；|"):
+            return parts if mark != " " or all(map(is_number, parts)) else []
+    return []
 
 
 def quoted(words: Iterable[str]) -> str:
@@ -598,51 +673,44 @@ def quoted(words: Iterable[str]) -> str:
     return " ".join(map(shlex.quote, list(kinds.values())[:20]))
 
 
-def label_in(config: Any, text: str) -> str:
-    """A label in its plain form; percents, and decimal commas where the user says so, as numbers."""
-    if config.decimal == "comma" and re.fullmatch(r"[+\-\u2212]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?", text):
-        text = text.replace(".", "").replace(",", ".")
-    return plain(text)
-
-
-def parts_of(text: str) -> list[str]:
-    """The labels that a cell may hold, by the first separator in it; [] of a cell with one label."""
-    for mark in SEPARATORS:
-        parts = [plain(part) for part in text.split(mark) if part.strip()] if mark in text else []
-        if len(parts) > 1 or (parts and mark in "\n;；|"):
-            return parts if mark != " " or all(map(is_number, parts)) else []
-    return []
-
-
-def binned(
-    config: Any, names: list[str], said: dict[str, str], first: dict[str, str], notes: list[str]
-) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """Numbers as the bins they fall in: each from its lower edge up to the upper one, the last with it."""
-    numbers = {text: plain(label.rstrip(" %")) for text, label in said.items()}
-    numbers = {text: float(number) for text, number in numbers.items() if is_number(number)}
+def bin_labels(config: Any, names: list[str], meaning: dict, first: Any, notes: list[str]) -> list[str]:
+    """Puts numbers into bins: each from its lower edge up to the upper one, the last with it."""
+    said = {
+        t: label_in(config, visible(t).rstrip(" %")) for t, labels in meaning.items() if labels != [NOTHING]
+    }
+    numbers = {text: float(number) for text, number in said.items() if is_number(number)}
     edges = [float(edge) for edge in config.bins if is_number(plain(edge))]
     if len(edges) < max(3, len(config.bins)) or edges != sorted(set(edges)):
-        example = equal_edges(numbers.values() or (0, 100))
+        example = equal_edges(min(numbers.values(), default=0), max(numbers.values(), default=100))
         raise InputError(f"bins: name three edges or more, from low to high, as in --bins {example}")
     names = names or [str(number) for number in range(1, len(edges))]
     if len(names) != len(edges) - 1:
         raise InputError(f"bins: {len(names)} --labels for {len(edges) - 1} bins")
+    percents = {text for text in said if "%" in text}
+    shares = [text for text, number in numbers.items() if 0 < number <= 1 < edges[1] and text not in percents]
     for text in said:
+        problem = ""
         if text not in numbers or not edges[0] <= numbers[text] <= edges[-1]:
-            problem = f"'{short(text, 30)}' is no number from {edges[0]:g} to {edges[-1]:g}"
-            raise InputError(f"{first[text]}: {problem}; if it is no vote, --no_vote {quoted([text])}")
-    places = {
-        text: min(bisect.bisect_right(edges, number), len(names)) - 1 for text, number in numbers.items()
-    }
-    bins = (
+            problem = f"is no number from {edges[0]:g} to {edges[-1]:g}"
+            problem += f"; if it is no vote, --no_vote {quoted([text])}"
+            if re.fullmatch(r"\d+,\d+ ?%?", text):
+                problem = "has a decimal comma: --decimal comma reads it"
+        elif text in shares and percents:
+            problem = "stands beside percents; write all in one way"
+        elif text in shares and max(numbers.values()) <= 1:
+            problem = f"is a share, as are all: --bins {equal_edges(0, 1)}"
+        if problem:
+            raise InputError(f"{first[text]}: '{short(text, 30)}' {problem}")
+    ends = [
         f"{name} is {low:g} to {high:g}" for name, low, high in zip(names, edges, edges[1:], strict=False)
-    )
-    notes.append(f"bins, an edge being the upper bin's: {', '.join(bins)}")
-    return names, {text: (names[place],) for text, place in places.items()}
+    ]
+    places = pandas.cut([*numbers.values()], [*edges[:-1], math.inf], right=False, labels=False)
+    meaning |= {text: [names[place]] for text, place in zip(numbers, places, strict=True)}
+    notes.append(f"bins, an edge being the upper bin's: {', '.join(ends)}")
+    return names
 
 
-def equal_edges(numbers: Iterable[float]) -> str:
-    low, high = min(numbers), max(numbers)
+def equal_edges(low: float, high: float) -> str:
     return " ".join(f"{low + (high - low) * k / 5:g}" for k in range(6))
 
 
@@ -661,57 +729,50 @@ def named_labels(labels: Iterable[str]) -> list[str]:
     return out
 
 
-def found_labels(votes: Counter, first: dict[str, str]) -> list[str]:
-    """The labels that occur (label: where it stands first), in order; InputError if they are no one scale."""
-    words = [label for label in first if not distjudge.are_numeric([label])]
-    whole = [label for label in first if re.fullmatch(r"-?\d{1,300}", label)]
-    parts = [label for label in first if label not in whole and label not in words]
-    low, high = min(map(int, whole), default=0), max(map(int, whole), default=0)
-    shown = {label: f"'{short(label, 20)}'" for label in first}
-    pairs = itertools.combinations(words[:200], 2)
-    twins = next(((odd, other) for other, odd in pairs if look(odd) == look(other)), None)
-    percents = [label for label in words if re.fullmatch(r"\d+([.,]\d+)? ?%", label)]
-    problem = ""
-    if dates := [label for label in words if DATE.fullmatch(label)]:
-        odd, problem = dates[0], a_date(dates[0])
-    elif percents:
-        odd, problem = percents[0], f"{shown[percents[0]]} is a share; bins make labels of shares written as"
-        problem += " percents or from 0 to 100, as in --bins 0 20 40 60 80 100"
-    elif (whole or parts) and words:
-        odd, number = words[0], (whole or parts)[0]
-        problem = f"mixed scales: {shown[odd]} among numbers such as {shown[number]}"
-        problem += f" ({first[number].rpartition(': ')[0]}); if such words are no vote, "
-        problem += f"--no_vote {quoted(words)} leaves them out; else clean the column"
+def found_labels(votes: Any) -> list[str]:
+    """The labels that occur, in order. Raises InputError if they are no one scale.
+
+    votes: a DataFrame, by label, of how many "people" chose it, and "at", where it stands first.
+    """
+    words = [label for label in votes.index if not distjudge.are_numeric([label])]
+    values = {label: float(label) for label in votes.index if label not in words}
+    parts = [label for label in values if "." in label]
+    low, high = min(values.values(), default=0), max(values.values(), default=0)
+    alike: dict[str, str] = {}  # the commonest of the words that look alike
+    for word in sorted(words, key=lambda word: (-votes.people[word], len(word))):
+        alike.setdefault(look(word), word)
+    twins = [word for word in words if alike[look(word)] != word]
+    odd = (words or parts or [""])[0]
+    said, problem = f"'{short(odd, 20)}'", ""
+    if values and words:
+        number, point = next(iter(values)), POINT.fullmatch(look(odd))
+        remedy = (
+            f"if such words are no vote, --no_vote {quoted(words)} leaves them out; else clean the column"
+        )
+        remedy = f"with a scale, as in --labels 1-5, it counts as {point[1]}" if point else remedy
+        at = votes["at"][number].rpartition(": ")[0]
+        problem = f"mixed scales: {said} among numbers such as '{short(number, 20)}' ({at}); {remedy}"
     elif parts:
-        odd, problem = parts[0], f"{shown[parts[0]]} is not a whole number; a vote is one label"
-        numbers = sorted(map(float, first))
-        step = 0.5 if all(number % 0.5 == 0 for number in numbers) else 0.25
-        points = [numbers[0] + step * k for k in range(min(100, int((numbers[-1] - numbers[0]) / step)) + 1)]
-        if set(numbers) <= set(points) and len(points) <= 41:
-            problem += f"; half points are named, as in --labels {' '.join(f'{point:g}' for point in points)}"
-        else:
-            problem += f" (is this column a mean?); bins make labels, as in --bins {equal_edges(numbers)}"
+        step = 0.5 if all(value % 0.5 == 0 for value in values.values()) else 0.25
+        remedy = f" (is this column a mean?); bins make labels, as in --bins {equal_edges(low, high)}"
+        if all(value % step == 0 for value in values.values()) and 0 < high - low <= 40 * step:
+            points = (f"{low + step * k:g}" for k in range(int((high - low) / step) + 1))
+            remedy = f"; name the scale, as in --labels {' '.join(points)}"
+        problem = f"{said} is not a whole number; a vote is one label{remedy}"
     elif twins:
-        odd, other = twins
-        problem = "differ only in capitals" if odd.casefold() == other.casefold() else "look alike"
-        kept = {
-            look(word): word for word in sorted(words, key=lambda w: (votes[w], -len(w)))
-        }  # the commonest
-        kept |= {look(word): word.casefold() for word in twins if odd.casefold() == other.casefold()}
-        problem = (
-            f"{shown[odd]} and {shown[other]} {problem}; with --labels {quoted(sorted(kept.values()))} both"
-        )
-        problem += " count as one"
+        odd, other = twins[0], alike[look(twins[0])]
+        how = "differ only in capitals" if odd.casefold() == other.casefold() else "look alike"
+        remedy = f"with --labels {quoted(sorted(alike.values()))} both count as one"
+        problem = f"'{short(odd, 20)}' and '{short(other, 20)}' {how}; {remedy}"
     elif len(words) > 20:
-        odd, problem = words[20], f"{len(words)} different labels, such as {listed(words[:4])}"
-        problem += ": is it the right column?"
+        problem = f"{len(words)} different labels, such as {listed(words[:4])}: is it the right column?"
     elif high - low > 20:
-        odd = max(whole, key=lambda label: abs(int(label)))
-        problem = f"mixed scales? The votes reach from {short(low)} to {short(high)}; name the scale, as in "
-        problem += (
-            "--labels 1-10, put it into bins, as in --bins 0 20 40 60 80 100, or name what is no vote, "
+        odd = max(values, key=lambda label: abs(values[label]))
+        problem = (
+            f"mixed scales? The votes reach from {low:.6g} to {high:.6g}; name the scale, as in --labels "
         )
-        problem += f"as in --no_vote {short(odd, 20)}"
+        problem += "1-10, put it into bins, as in --bins 0 20 40 60 80 100, or name what is no vote, as in "
+        problem += f"--no_vote {short(odd, 20)}"
     if problem:
-        raise InputError(f"{first[odd]}: {problem}")
-    return [str(number) for number in range(low, high + 1)] if whole else sorted(words)
+        raise InputError(f"{votes['at'][odd]}: {problem}")
+    return [str(number) for number in range(int(low), int(high) + 1)] if values else sorted(words)

@@ -1,6 +1,5 @@
 """Converters: exact counts on the published files, hand-made files in the published formats for the rest."""
 
-import dataclasses
 import gzip
 import hashlib
 import json
@@ -249,22 +248,6 @@ def test_chaosnli_by_hand_and_what_it_shares_with_snli(tmp_path, convert):
         distjudge.load_data(config)  # what every run with --test does
 
 
-def test_keep_apart_refuses_or_removes():
-    def items(*rows):
-        fields = ("id", "prompt", "group")
-        named = (dict(zip(fields, row.split(), strict=False)) for row in rows)
-        return distjudge.load_items([{"counts": {"a": 1, "b": 0}} | row for row in named])
-
-    train, test = items("1 p", "2 q g", "3 r", "4 s"), items("x p", "y z g", "3 other")
-    kept, counts = distjudge.keep_apart(train, test, overlap="remove")
-    assert [item.id for item in kept] == ["4"] and counts == {"prompt": 1, "group": 1, "id": 1}
-    with pytest.raises(InputError, match="item 'x': prompt: also in the training items"):
-        distjudge.keep_apart(train, test)
-    turned = [dataclasses.replace(train[3], swap=distjudge.Swap(test[0].prompt, (1, 0)))]
-    assert distjudge.keep_apart(turned, test, "remove") == ([], {"prompt": 1, "group": 0, "id": 0})
-    assert distjudge.keep_apart(train[3:], test) == (train[3:], {"prompt": 0, "group": 0, "id": 0})
-
-
 def test_nli_as_published(data_dir, tmp_path):
     snli, chaos, linguists = data_dir("snli"), data_dir("chaosnli"), data_dir("ling_in_loop")
     card, items = published(sorted(snli.glob("*.jsonl")), tmp_path / "snli", "snli")
@@ -318,10 +301,7 @@ def test_summeval_joins_the_published_annotations_with_their_articles(tmp_path):
     bare = write(tmp_path / "x.jsonl", rows)
     more = ("--out", tmp_path / "o", "--split", "none")
     run("summeval", "--raw", bare, tmp_path / "articles.parquet", *more)
-    assert (
-        len(read(tmp_path / "o", "items")) == 4
-        and card_of(tmp_path / "o")["dropped"]["item without text"] == 4
-    )
+    assert card_of(tmp_path / "o")["dropped"]["item without text"] == 4 == len(read(tmp_path / "o", "items"))
     with pytest.raises(InputError, match="no article text: the published annotations come without"):
         run("summeval", "--raw", bare, "--out", tmp_path / "n")
 

@@ -74,9 +74,7 @@ def test_a_cut_download_goes_on_where_it_stopped(server, tmp_path):
 
 
 def test_the_next_run_goes_on_too(server, tmp_path):
-    with pytest.raises(
-        InputError, match=r"x.bin: could not be downloaded .the connection ended after 200000 of 512000 bytes"
-    ):
+    with pytest.raises(InputError, match=r"downloaded .the connection ended after 200000 of 512000 bytes"):
         fetch(f"{server}/cut", tmp_path, tries=1)
     assert (tmp_path / "x.bin.part").stat().st_size == 200_000
     fetch(f"{server}/whole", tmp_path)
@@ -90,16 +88,12 @@ def test_a_whole_part_is_taken_and_a_server_without_ranges_starts_again(server, 
     (tmp_path / "x.bin.part").write_bytes(b"something else")
     assert fetch(f"{server}/plain", tmp_path).read_bytes() == CONTENT
     (tmp_path / "x.bin").rename(tmp_path / "x.bin.part")
-    (tmp_path / "x.bin.part").write_bytes(
-        CONTENT + b"more"
-    )  # longer than the file: thrown away, then fetched
+    (tmp_path / "x.bin.part").write_bytes(CONTENT + b"more")  # too long: thrown away, then fetched
     assert fetch(f"{server}/whole", tmp_path).read_bytes() == CONTENT
 
 
 def test_a_wrong_checksum_is_refused(server, tmp_path):
-    with pytest.raises(
-        InputError, match=r"x.bin: the download from .*/whole has the checksum .*; it was thrown away"
-    ):
+    with pytest.raises(InputError, match=r"the download from .*/whole has the checksum .*; it was thrown"):
         fetch(f"{server}/whole", tmp_path, b"other")
     assert not list(tmp_path.iterdir())
     (tmp_path / "x.bin").write_bytes(b"put here by hand")
