@@ -316,16 +316,13 @@ def mtbench(config: PrepareConfig, out: Converted) -> None:
     for (turn, question, *models), votes in sorted(panels.items()):
         judges = [judge for _, _, judge in votes if judge]
         again += len(judges) - len(set(judges))
-        told = [
-            talks.get((x, question)) or (questions.get(question), answers.get((x, question))) for x in models
-        ]
+        keys = [(model, question) for model in models]
+        told = [talks.get(key) or (questions.get(question), answers.get(key)) for key in keys]
         if missing := [model for model, texts in zip(models, told, strict=True) if not all(texts)]:
             problem = (
-                f"question {question}: its text or the answer of {missing[0]} is missing: name the file with"
+                f"question {question}: its text or the answer of {missing[0]} is missing: name the file "
             )
-            problem += (
-                " the conversations, or FastChat's question.jsonl and model_answer/*.jsonl, with --raw too"
-            )
+            problem += "with the conversations, or FastChat's question.jsonl and model_answer/*.jsonl, too"
             raise InputError(f"{votes[0][0]}: {problem}")
         asked, both = told[0][0][:turn], [texts[1][:turn] for texts in told]
         if not all(text.strip() for text in asked) or {turn} != {len(texts) for texts in (asked, *both)}:
@@ -425,9 +422,7 @@ def emobank(config: PrepareConfig, out: Converted) -> None:
         out.read[name] = len(tables[name])
     if len(tables) < 2:
         missing = {"emobank.csv", "individual_reader_ratings.csv"} - set(tables)
-        raise InputError(
-            f"raw: {' and '.join(sorted(missing))} of EmoBank's folder corpus/ must be named too"
-        )
+        raise InputError(f"raw: {' and '.join(sorted(missing))} of EmoBank's folder corpus/ must be named")
     votes, letter = defaultdict(list), dimension[0].upper()
     for where, row in tables["individual_reader_ratings.csv"]:
         check_known(where, letter, [field(where, row, letter)], RATING, "1 to 5")
@@ -490,9 +485,7 @@ def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
     return out.rows, card | {"read": dict(out.read), "dropped": dict(out.dropped)}
 
 
-def split_rows(
-    rows: list[dict], items: list[distjudge.Item], how: str, seed: int, dropped: dict[str, int]
-) -> dict[str, list[dict]]:
+def split_rows(rows: list[dict], items: list, how: str, seed: int, dropped: dict) -> dict[str, list[dict]]:
     """{name of a file: its rows}; items: the rows, loaded."""
     if how == "none":
         return {"items": rows}

@@ -136,7 +136,7 @@ How = namedtuple("How", "split sheet wanted", defaults=("train", None, ()))
 
 
 def read_table(
-    path: str, split: str = "train", sheet: str | None = None, wanted: Iterable[str] = ()
+    path: str, split="train", sheet: str | None = None, wanted=()
 ) -> tuple[list[str], Iterable[Row]]:
     """Columns and rows of a table; every row has every column.
 
@@ -194,8 +194,8 @@ def _read(path: str, how: How) -> Iterator[Any]:
         raise InputError(f"{path}: cannot be read as {name}: {problem}") from None
 
 
-def _numbered(path: str, rows: Iterable[dict], first: int) -> Iterator[Row]:
-    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, first))
+def _numbered(path: str, rows: Iterable[dict]) -> Iterator[Row]:
+    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
 SECOND_HEADERS = re.compile(r'\{"ImportId":.*|(Open-Ended )?Response')  # of Qualtrics, of SurveyMonkey
@@ -318,7 +318,7 @@ def _read_excel(path: str, how: How) -> Iterator[Any]:
 def _read_parquet(path: str, how: How) -> Iterator[Any]:
     with pyarrow.parquet.ParquetFile(path) as file:
         yield file.schema_arrow.names
-        yield from _numbered(path, (row for batch in file.iter_batches() for row in batch.to_pylist()), 1)
+        yield from _numbered(path, (row for batch in file.iter_batches() for row in batch.to_pylist()))
 
 
 def _read_datasets(path: str, how: How) -> Iterator[Any]:
@@ -332,7 +332,7 @@ def _read_datasets(path: str, how: How) -> Iterator[Any]:
         table = table[how.split]
     yield table.column_names
     names = distjudge.class_names(table.features)
-    yield from _numbered(path, (distjudge.with_names(row, names) for row in table), 1)
+    yield from _numbered(path, (distjudge.with_names(row, names) for row in table))
 
 
 def _read_json(path: str, how: How) -> Iterator[Any]:

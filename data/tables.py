@@ -141,10 +141,8 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
     for option, names in columns_named(config).items():
         found: list[str] = []
         for name in map(sources.tidy, names):
-            start = name[:-1].rstrip() if name.endswith("*") else None
-            some = [
-                c for key, c in tidied.items() if key == name or (start is not None and key.startswith(start))
-            ]
+            start = (name[:-1].rstrip(),) if name.endswith("*") else ()
+            some = [c for key, c in tidied.items() if key == name or key.startswith(start)]
             if not some:
                 close = difflib.get_close_matches(name, columns, 1)
                 meant = f", did you mean '{short(close[0])}'?" if close else "."
@@ -156,10 +154,9 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
     config = dataclasses.replace(config, **changed)
     used = Counter(config.label + config.counts).most_common(1) or [("", 0)]
     a_vote = "name the column with the votes with --label, or columns of counts with --counts, not both"
-    a_text = (
-        "name the column with the judged text (--text), or a template of columns (--template); if a row is "
-    )
-    a_text += "a person and each column of --label an item, add --by_column"
+    a_text = "name the column with the judged text (--text), or a template of columns (--template); if a row "
+    a_text += "is a person and each column of --label an item, add --by_column"
+    a_swap = "name two columns, and where needed the labels that trade places, in pairs"
     is_panel = len(config.label) > 1 and not config.by_column
     has_items = config.by_column and (config.counts or config.text or config.item)
     has_text = config.prompts or config.text or config.by_column
@@ -169,10 +166,7 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
         (has_items, "by_column: the columns of --label are the items and their texts"),
         (config.rater and is_panel, "rater: with several columns of votes each column is a person"),
         (not has_text, f"text: {a_text}. {there}"),
-        (
-            len(config.swap) % 2,
-            "swap: name two columns, and where needed the labels that trade places, in pairs",
-        ),
+        (len(config.swap) % 2, f"swap: {a_swap}"),
     ):
         if is_wrong:
             raise InputError(f"{path}: {problem}")
@@ -291,9 +285,7 @@ def people_in(where: str, row: dict[str, Any], column: str) -> list[list[str] | 
     if isinstance(value, str):
         return [[cell(where, column, value)]]
     if isinstance(value, dict) and len(value) > 1 and all(isinstance(one, list) for one in value.values()):
-        value = pandas.DataFrame(value).to_dict(
-            "records"
-        )  # {"value": ["1", "2"], "status": [...]} of Argilla
+        value = pandas.DataFrame(value).to_dict("records")  # Argilla's {"value": [...], "status": [...]}
     people = list(value) if isinstance(value, (list, tuple)) else [value]
     states = row.get(f"{column}.status")
     if not isinstance(states, list):
@@ -415,9 +407,8 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
                 log.warning(text, number, short(c), short(value, 30), option)
     items = [(c, (c,)) for c in config.label] if config.by_column else [(None, config.label)]
     keys = []
-    for where, row in (
-        (rows[k][0], row) for k, row in zip(table.index, table.to_dict("records"), strict=True)
-    ):
+    for k, row in zip(table.index, table.to_dict("records"), strict=True):
+        where = rows[k][0]
         group = cell(where, config.group, row[config.group]) if config.group else ""
         for text, vote_columns in items:
             keys.append("")
@@ -454,11 +445,8 @@ def votes_in(config: Any, where: str, row: dict[str, Any], columns: Iterable[str
     """(column, person or "", what they chose, how many people did, whether it is one of a list) of a row."""
     names = row[config.rater] if config.rater else ""
     if config.counts:
-        what, counts, name = (
-            " ".join(config.counts),
-            counts_in(config, where, row),
-            cell(where, "rater", names),
-        )
+        what, counts = " ".join(config.counts), counts_in(config, where, row)
+        name = cell(where, "rater", names)
         yield from ((what, "", [label], 0 if name else number, False) for label, number in counts.items())
         if name:
             yield what, name, list(Counter(counts).elements()), 1, False
@@ -492,9 +480,7 @@ def count(config: Any, out: Any, said: Any, meaning: dict[str, list[str]]) -> An
         labels = votes[votes.ballot == first.ballot].label
         if len(labels) == 1:  # one of a list
             labels = votes[(votes["at"] == first["at"]) & (votes.column == first.column)].label
-        problem = (
-            f"a person's cell holds several labels, {listed(labels)}; --multi split counts each as a vote"
-        )
+        problem = f"a person's cell holds several labels, {listed(labels)}; --multi split counts each"
         if len(meaning[first.text]) > 1:
             problem += f"; if they are one label, name all: --labels {quoted([first.text])} ..."
         raise InputError(f"{first['at']}: {short(first.column)}: {problem}")
@@ -517,9 +503,7 @@ def say_doubts(config: Any, out: Any, panels: dict[str, Panel]) -> None:
     twins = [(same.setdefault(visible(panel.prompts[0]), key), key) for key, panel in panels.items()]
     if twins := [pair for pair in twins if pair[0] != pair[1]]:
         remedy = "" if config.item else "; --item COLUMN says which rows are one item, and adds them up"
-        text = (
-            "%d of %d items have the prompt of another item, up to spaces and unseen signs: '%s' and '%s'%s"
-        )
+        text = "%d of %d items have the prompt of another item, up to unseen signs: '%s' and '%s'%s"
         log.warning(text, len(twins), len(panels), *map(short, twins[0]), remedy)
     if out.rows and all(sum(row["counts"].values()) < 2 for row in out.rows):
         log.warning("every item has one vote only: nothing shows how far people disagree on one item")
@@ -563,9 +547,7 @@ POINT = re.compile(r"(-?\d+)[-:=.( ]\D+")  # "4 - agree", "1 (not at all)"
 MONTH = r"(jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*\.?"
 DATE = r"\d{1,2}[-. /]+%s([-. /]+\d+)?|%s[-. /]+\d+|\d{4}-\d\d-\d\d.*|\d{1,2}:\d\d(:\d\d)?"
 DATE = (DATE + r"|\d{1,2}(?P<s>[./])\d{1,2}(?P=s)\d{2,4}\b.*").replace("%s", MONTH)
-A_DATE = (
-    "is a date or time, which spreadsheets make of cells such as 3-4, 1/2 or 3:4; enter such votes as text"
-)
+A_DATE = "is a date or time, which spreadsheets make of cells such as 3-4 or 1/2; enter such votes as text"
 FORMS = {  # texts that are no label unless --labels names them: what they are and what to do
     DATE: A_DATE,
     r"\d+([.,]\d+)?\s?%": "is a share; bins make labels of shares, as in --bins 0 20 40 60 80 100",
@@ -644,9 +626,8 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
             raise InputError(f"{first[text]}: '{short(text)}' {problem}")
         point = POINT.fullmatch(look(label)) if known and distjudge.are_numeric(order) else None
         fits += [[one] for one in (number, point and point[1]) if one and look(one) in known]
-        meaning[text] = [
-            known.get(look(x), x) for x in (fits or (ways if known and is_split else []) or [[label]])[0]
-        ]
+        best, *_ = fits or (known and is_split and ways) or [[label]]
+        meaning[text] = [known.get(look(part), part) for part in best]
         for one in meaning[text]:
             problem = next((what for form, what in FORMS.items() if form.fullmatch(one)), "")
             if known and not problem and look(one) not in silent:
@@ -675,9 +656,7 @@ def quoted(words: Iterable[str]) -> str:
 
 def bin_labels(config: Any, names: list[str], meaning: dict, first: Any, notes: list[str]) -> list[str]:
     """Puts numbers into bins: each from its lower edge up to the upper one, the last with it."""
-    said = {
-        t: label_in(config, visible(t).rstrip(" %")) for t, labels in meaning.items() if labels != [NOTHING]
-    }
+    said = {t: label_in(config, visible(t).rstrip(" %")) for t in meaning if meaning[t] != [NOTHING]}
     numbers = {text: float(number) for text, number in said.items() if is_number(number)}
     edges = [float(edge) for edge in config.bins if is_number(plain(edge))]
     if len(edges) < max(3, len(config.bins)) or edges != sorted(set(edges)):
@@ -701,12 +680,11 @@ def bin_labels(config: Any, names: list[str], meaning: dict, first: Any, notes: 
             problem = f"is a share, as are all: --bins {equal_edges(0, 1)}"
         if problem:
             raise InputError(f"{first[text]}: '{short(text, 30)}' {problem}")
-    ends = [
-        f"{name} is {low:g} to {high:g}" for name, low, high in zip(names, edges, edges[1:], strict=False)
-    ]
+    ends = zip(names, edges, edges[1:], strict=False)
     places = pandas.cut([*numbers.values()], [*edges[:-1], math.inf], right=False, labels=False)
     meaning |= {text: [names[place]] for text, place in zip(numbers, places, strict=True)}
-    notes.append(f"bins, an edge being the upper bin's: {', '.join(ends)}")
+    ends = ", ".join(f"{name} is {low:g} to {high:g}" for name, low, high in ends)
+    notes.append(f"bins, an edge being the upper bin's: {ends}")
     return names
 
 
@@ -746,9 +724,7 @@ def found_labels(votes: Any) -> list[str]:
     said, problem = f"'{short(odd, 20)}'", ""
     if values and words:
         number, point = next(iter(values)), POINT.fullmatch(look(odd))
-        remedy = (
-            f"if such words are no vote, --no_vote {quoted(words)} leaves them out; else clean the column"
-        )
+        remedy = f"if such words are no vote, --no_vote {quoted(words)} leaves them out"
         remedy = f"with a scale, as in --labels 1-5, it counts as {point[1]}" if point else remedy
         at = votes["at"][number].rpartition(": ")[0]
         problem = f"mixed scales: {said} among numbers such as '{short(number, 20)}' ({at}); {remedy}"
@@ -768,11 +744,8 @@ def found_labels(votes: Any) -> list[str]:
         problem = f"{len(words)} different labels, such as {listed(words[:4])}: is it the right column?"
     elif high - low > 20:
         odd = max(values, key=lambda label: abs(values[label]))
-        problem = (
-            f"mixed scales? The votes reach from {low:.6g} to {high:.6g}; name the scale, as in --labels "
-        )
-        problem += "1-10, put it into bins, as in --bins 0 20 40 60 80 100, or name what is no vote, as in "
-        problem += f"--no_vote {short(odd, 20)}"
+        problem = f"mixed scales? The votes reach from {low:.6g} to {high:.6g}; --labels 1-10 names a scale, "
+        problem += f"--bins 0 20 40 60 80 100 makes labels, --no_vote {short(odd, 20)} leaves such votes out"
     if problem:
         raise InputError(f"{votes['at'][odd]}: {problem}")
     return [str(number) for number in range(int(low), int(high) + 1)] if values else sorted(words)

@@ -371,7 +371,7 @@ TOOLS = [  # tasks of Label Studio or columns of a table, flags, votes or words 
         "a:2 b:1",
         "left out: 1 vote that its tool marks as discarded or draft; 1 empty cell",
     ),
-    ([studio("ab", "b")], "", "a person's cell holds several labels, {a, b}; --multi split counts", ""),
+    ([studio("ab", "b")], "", "a person's cell holds several labels, {a, b}; --multi split counts each", ""),
     ([studio("ab", "b")], "--multi split", "a:1 b:2", ""),
     ({"v": [[ONE, OTHER, ONE, {"value": "b"}]]}, "", "a:2 b:1", MARKED),
     ({"v": [ARGILLA]}, "", "a:1 b:1", MARKED),
@@ -504,7 +504,7 @@ def test_a_person_counts_once(own, capsys, caplog):
     assert said in capsys.readouterr().out
     assert distjudge.load_items("o/items.jsonl")[0].votes == 2
     own("id,text,v\n0,x,1\n0.0,x,2\n", "--text text --label v --item id")
-    assert "1 of 2 items have the prompt of another item, up to spaces and" in caplog.text
+    assert "1 of 2 items have the prompt of another item, up to unseen signs" in caplog.text
 
 
 def test_one_hot_rows_add_up(own, caplog):
