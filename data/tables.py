@@ -322,9 +322,9 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
         if not isinstance(given, dict):
             raise InputError(f"{where}: {what}: {form}, not {short(repr(given))}")
     found: Counter = Counter()
-    thousands = "[' ]" if config.decimal == "comma" else "[,' ]"
+    thousands = "['’ ]" if config.decimal == "comma" else "[,'’ ]"
     for label, number in given.items():
-        said = "" if distjudge.is_missing(number) else look(str(number))
+        said = "" if distjudge.is_missing(number) else visible(str(number)).casefold()
         text = label_in(config, re.sub(rf"(?<=\d){thousands}(?=\d{{3}}(\D|$))", "", said))
         text = MARKS.get(text, text)
         unclear = config.decimal == "point" and re.fullmatch(r"\d+(\.\d{3})+", said)
@@ -384,11 +384,11 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
     """Adds the rows of a table to the Panels and their Choices; counts what is left out."""
     make, by_vote = prompts_of(out.own, columns), len(config.label) == 1 or config.by_column
     table = pandas.DataFrame([row for _, row in rows], columns=columns, dtype=object)
-    texts_in = lambda c: table[c].map(lambda x: x if isinstance(x, str) else "")  # noqa: E731
+    said_in = lambda c: ["" if distjudge.is_missing(x) else str(x) for x in table[c]]  # noqa: E731
     keep: dict[tuple[str, str], Any] = {}  # of several wanted values of a column any does
     for asked, name, sign, value in conditions(config):
         c = next(c for c in columns if sources.tidy(c) == name)
-        is_it = table[c].map(lambda x: look(plain("" if distjudge.is_missing(x) else str(x)))) == value
+        is_it = pandas.Series([look(plain(text)) == value for text in said_in(c)], table.index, dtype=bool)
         if not is_it.any():
             log.warning("--where %s: no row has that value", shlex.quote(short(asked)))
         keep[c, sign] = keep.get((c, sign), False) | is_it
@@ -400,7 +400,7 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
     used = {name for names in columns_named(config).values() for name in names} | {*texts}
     free = [c for c in columns if c not in used]
     for c in [*texts, *filter(STATE.fullmatch, free)]:
-        for value, number in texts_in(c).value_counts().items():
+        for value, number in Counter(said_in(c)).items():
             if REFUSED.fullmatch(value) if c in free else look(value[:30]) in NO_VOTE:
                 option = shlex.quote(f"{short(c)}!={short(value, 30)}")
                 text = "%d rows count whose %s is '%s'; --where %s leaves them out"
@@ -435,7 +435,7 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
                 texts = [] if chosen is None else chosen or [""]
                 choices += [Choice(panel.number, len(choices), person, one, *same) for one in texts]
     for c in filter(PEOPLE.fullmatch, free if by_vote and not (config.rater or config.by_column) else ()):
-        votes_of = Counter(zip(keys, table[c].fillna("").map(str), strict=True))
+        votes_of = Counter(zip(keys, said_in(c), strict=True))
         if again := sum(number - 1 for (key, who), number in votes_of.items() if key and who):
             text = "%d votes are a person's second on an item, by column '%s'; --rater %s counts one"
             log.warning(text, again, short(c), shlex.quote(short(c)))
@@ -689,7 +689,7 @@ def bin_labels(config: Any, names: list[str], meaning: dict, first: Any, notes: 
 
 
 def equal_edges(low: float, high: float) -> str:
-    return " ".join(f"{low + (high - low) * k / 5:g}" for k in range(6))
+    return " ".join(f"{low + ((high - low) or 1) * k / 5:g}" for k in range(6))
 
 
 def named_labels(labels: Iterable[str]) -> list[str]:
