@@ -506,6 +506,9 @@ def main(config: ExportConfig) -> None:
     judge = load_judge(config.run, backend=backend) if form != "none" else None
     try:
         if judge:
+            if judge.calibration:
+                distjudge.log.warning("%s cannot carry the calibration: it answers as before it", out)
+                judge.calibration = None
             export_judge(judge, config, folder, out, device)
     finally:
         (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
