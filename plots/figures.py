@@ -103,7 +103,7 @@ def pieces(prompts: list[str], width: int) -> list[str]:
 
     first, last = len(common(prompts)), len(common([prompt[::-1] for prompt in prompts]))
     own = [" ".join((prompt[first : len(prompt) - last] or prompt).split()) for prompt in prompts]
-    if first:
+    if first and len(set(prompts)) > 1:
         return [short(text, width) for text in own]
     return [short(text if len(text) <= width else "..." + text[3 - width :], width) for text in own]
 

@@ -8,7 +8,8 @@
 A table (CSV, TSV, Excel, Parquet) gets its prompts from the template that the judge was trained with, in
 card.json of --run, or that you name with --template and --text. Without one they stand in its column
 "prompt". --out has the same rows and columns, and judge_p(LABEL), judge_mode, judge_mean, judge_entropy,
-judge_credible_set, judge_label_mass; for pairs judge_flipped, for rows that --skip_bad skipped judge_problem.
+judge_credible_set or judge_conformal_set, judge_label_mass; for pairs judge_flipped, with --route
+judge_to_people, for rows that --skip_bad skipped judge_problem.
 
 A line of JSON needs a "prompt", or the template's columns. "id", votes and any other field pass through. An
 output line holds them, without the prompt, and these, which replace fields of the same name:
@@ -17,6 +18,9 @@ output line holds them, without the prompt, and these, which replace fields of t
     mode            the most probable label; mean: the mean rating, where the labels are numbers
     entropy         in nats
     credible_set    the smallest set of labels with --level of the probability
+    conformal_set   in its place, from a judge that was calibrated (recipes/calibrate.py): holds the vote of
+                    a new person as often as --level; an interval where the labels are numbers
+    to_people       with --route: whether people should look at it, for the judge is too unsure
     label_mass      probability of all labels over the vocabulary; low_mass: true if it is under --min_mass
     flipped         whether the two orders of a pair have another verdict
     key             a hash of judge, settings and prompt, by which a later call knows the line
@@ -26,7 +30,8 @@ to the one that means the same there; those that keep it may be left out. Both a
 
 Called again, the command goes on where it stopped. The lines of --out (for a table: of OUT.part.jsonl) are
 compared with the first rows of the input and kept; a last one that was cut is redone. A file that holds
-anything else is left alone, and so are a table that is there already and a symbolic link.
+anything else is left alone, and so are a table that is there already and a symbolic link. After a stop the
+seventh digit may be another than without one, for other prompts share the forward pass.
 """
 
 import collections
@@ -36,10 +41,8 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import signal
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,8 @@ import torch
 from recipes import sheets
 from recipes.sheets import Row, Template
 
-OURS = {"predicted", "mode", "mean", "entropy", "credible_set", "label_mass", "low_mass", "flipped", "key"}
+OURS = {"predicted", "mode", "mean", "entropy", "credible_set", "conformal_set", "label_mass", "low_mass"}
+OURS |= {"to_people", "flipped", "key"}
 SHOW = 20  # no more items than this are shown as a table; a figure shows the first so many
 WINDOW = 2048  # prompts read ahead at a time, which share what they have in common; sets the memory
 
@@ -76,15 +80,18 @@ class Settings:  # what recipes/judge_ray.py has too
     min_mass: float = 0.5
     """Items whose label mass is less are flagged: the model would rather say something else than a label."""
     level: float = 0.9
-    """Probability that a credible set holds at least."""
+    """Probability that a credible or conformal set holds at least."""
+    route: float = 0.0
+    """Mark about this share of items for people: where the entropy is as high as it was on that share of the
+    items that the judge was calibrated on."""
     skip_bad: bool = False
     """Report rows that cannot be judged and go on, instead of stopping at the first."""
 
     def check(self) -> None:
-        if not 0 < self.level <= 1 or not 0 <= self.min_mass <= 1 or self.pack_tokens < 0:
-            raise InputError(
-                "level must be above 0 and at most 1, min_mass between 0 and 1, pack_tokens 0 or more"
-            )
+        shares = (self.level, self.min_mass, self.route)
+        if not all(0 <= share <= 1 for share in shares) or not self.level or self.pack_tokens < 0:
+            more = "route and min_mass between 0 and 1, pack_tokens 0 or more"
+            raise InputError(f"level must be above 0 and at most 1, {more}")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -114,8 +121,8 @@ class Tally:
         self.problems: dict[str, dict] = {}  # the table cells of rows that were skipped, by where they stand
 
     def add(self, row: dict[str, Any]) -> None:
-        pairs, flipped = "flipped" in row, row.get("flipped", False)
-        self.number.update(items=1, low=int("low_mass" in row), pairs=int(pairs), flipped=int(flipped))
+        number = {name: int(row.get(name, False)) for name in ("low_mass", "flipped", "to_people")}
+        self.number.update(number, items=1, pairs=int("flipped" in row))
         self.first += [row] if len(self.first) < SHOW else []
 
     def bad(self, problem: str, where: str = "") -> None:
@@ -129,7 +136,9 @@ class Tally:
         number = self.number
         said = {
             "bad": f"skipped {number['bad']} bad rows",
-            "low": f"{number['low']} of {number['items']} have a label mass under {self.config.min_mass:g}",
+            "to_people": f"{number['to_people']} of {number['items']} are for people to look at",
+            "low_mass": f"{number['low_mass']} of {number['items']} have a label mass under "
+            f"{self.config.min_mass:g}",
             "pairs": f"the verdict flips with the order in {number['flipped']} of {number['pairs']} pairs",
         }
         return [words for name, words in said.items() if number[name]]
@@ -161,7 +170,12 @@ class Judging:
         spellings, labels = distjudge.parse_spellings(config.spellings), config.labels or None
         self.judge = distjudge.load_judge(config.run, labels, spellings=spellings, four_bit=config.four_bit)
         self.judge.pack_tokens = config.pack_tokens or self.judge.pack_tokens
-        self.config, self.hash = config, judge_hash(self.judge, config.min_mass, config.level)
+        fitted = self.judge.calibration and dataclasses.asdict(self.judge.calibration)
+        if config.route and not fitted:
+            raise InputError(f"route: {config.run} is not calibrated; recipes/calibrate.py does that")
+        self.route = config.route and fitted["entropies"][round(100 * (1 - config.route))]
+        self.hash = judge_hash(self.judge, config.min_mass, config.level, config.route, fitted)
+        self.config = config
         self.cut: list[Ask] = []  # the row whose judgment kept() found cut
 
     def ask(self, row: dict[str, Any], where: str, filled: dict[str, Any] | None = None) -> Ask | str:
@@ -237,14 +251,19 @@ class Judging:
     def describe(self, q: torch.Tensor, mass: float, flipped: bool | None) -> dict[str, Any]:
         """What an output line says about a prediction (C,); numbers have the seven digits of float32."""
         digits = lambda x: float(f"{float(x):.7g}")  # noqa: E731
-        labels, q = self.judge.labels, q[None]
+        labels, q, entropy = self.judge.labels, q[None], distjudge.entropy(q).item()
         row: dict[str, Any] = {
             "predicted": {label: digits(x) for label, x in zip(labels, q[0], strict=True)},
             "mode": distjudge.modes(q, labels)[0],
-            "entropy": digits(distjudge.entropy(q)[0]),
-            "credible_set": distjudge.credible_sets(q, labels, self.config.level)[0],
+            "entropy": digits(entropy),
             "label_mass": digits(mass),
         }
+        if fitted := self.judge.calibration:
+            sets = distjudge.conformal_sets(q, labels, fitted.conformal, self.config.level)
+        else:
+            sets = distjudge.credible_sets(q, labels, self.config.level)
+        row["conformal_set" if fitted else "credible_set"] = sets[0]
+        row |= {"to_people": entropy >= self.route} if self.config.route else {}
         if distjudge.are_numeric(labels):
             row["mean"] = digits(distjudge.mean_rating(q, labels)[0])
         row |= {"low_mass": True} if mass < self.config.min_mass else {}
@@ -291,35 +310,24 @@ def judge_hash(judge: Judge, *settings: Any) -> str:
     return digest.hexdigest()
 
 
-def pieces(prompts: Sequence[str]) -> list[str]:
-    """What tells prompts apart: each without the words that all begin with. Of one alone, its last line."""
-    if len(set(prompts)) == 1:
-        return [prompt.strip().rpartition("\n")[2] for prompt in prompts]
-    start = min(distjudge.common_length(prompts[0], prompt) for prompt in prompts)
-    start -= len(re.search(r"\S*$", prompts[0][:start])[0])  # to the beginning of a word
-    return [prompt[start:] for prompt in prompts]
-
-
 def draw(tally: Tally, labels: Sequence[str], path: str) -> None:
     """Bars of the predictions, and of the votes beside them where an item has counts of these labels."""
-    import pandas
-    from matplotlib.figure import Figure
+    from plots import figures
 
-    rows = tally.first
-    names, wide, bars = [short(label, 12) for label in labels], min(4, len(rows)), {}
-    figure = Figure(figsize=(2.3 * wide, 2.1 * -(-len(rows) // wide)), layout="constrained")
-    for number, (row, text) in enumerate(zip(rows, pieces(tally.prompts), strict=True), 1):
-        shares, counts = {"judge": list(row["predicted"].values())}, row.get("counts")
-        if isinstance(counts, dict) and set(counts) <= set(labels):
-            shares["votes"] = [counts.get(label, 0) / sum(counts.values()) for label in labels]
-        ax = figure.add_subplot(-(-len(rows) // wide), wide, number, ylim=(0, 1.02))
-        frame = pandas.DataFrame(shares, index=names)
-        frame.plot.bar(ax=ax, rot=20, legend=False, color=["#e08214", "#4878a8"])
-        title = "\n".join(textwrap.wrap(short(text, 60), 30))
-        ax.set_title(title.replace("$", r"\$"), fontsize=8, loc="left")
-        bars |= {bar.get_label(): bar for bar in ax.containers}
-    figure.legend(bars.values(), bars.keys(), loc="outside upper right", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    rows, wide, votes = tally.first, min(4, len(tally.first)), []
+    for counts in (row.get("counts") for row in rows):
+        known = isinstance(counts, dict) and set(counts) <= set(labels)
+        votes.append([counts.get(label, 0) if known else 0 for label in labels])
+    q = torch.tensor([list(row["predicted"].values()) for row in rows])
+    prompts, ids = [{"prompt": text} for text in tally.prompts], [row["id"] for row in rows]
+    run = figures.Run(list(labels), ids, torch.tensor(votes).double(), q, None, {}, rows=prompts)
+    size = {"figsize": (2.4 * wide, 2.1 * -(-len(rows) // wide)), "squeeze": False, "sharey": True}
+    figure, axes = figures.plt.subplots(-(-len(rows) // wide), wide, **size)
+    for i, ax in enumerate(axes.flat):
+        figures.draw_item(ax, run, i, {"judge": q}, "") if i < len(rows) else ax.remove()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    figure.savefig(path)
+    figures.plt.close(figure)
 
 
 def find_run(config: Settings) -> None:
@@ -420,13 +428,9 @@ def main(config: JudgeConfig) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
         with distjudge.locked(out) if is_file else contextlib.nullcontext():
             judge_all(config, out, journal)
-        print(end="", flush=True)
     except KeyboardInterrupt:
         more = f"; what {journal} holds is kept, and the same command goes on" if out else ""
         raise distjudge.Stopped(f"stopped{more}", signal.SIGINT) from None
-    except BrokenPipeError:  # who reads the output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as what SIGPIPE ends
 
 
 if __name__ == "__main__":

@@ -126,12 +126,15 @@ def for_columns(found: Template | None, path: str, columns: Sequence[str], item:
 # --- what is added ----------------------------------------------------------------------------------------
 def added(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """What a table says of an output row, by column. None: nothing."""
+    braced = lambda held: held and "{" + ", ".join(held) + "}"  # noqa: E731
     return {f"judge_p({label})": row["predicted"].get(label) for label in labels} | {
         "judge_mode": row["mode"],
         "judge_mean": row.get("mean"),
         "judge_entropy": row["entropy"],
-        "judge_credible_set": "{" + ", ".join(row["credible_set"]) + "}",
+        "judge_credible_set": braced(row.get("credible_set")),
+        "judge_conformal_set": braced(row.get("conformal_set")),
         "judge_label_mass": row["label_mass"],
+        "judge_to_people": row.get("to_people"),
         "judge_flipped": row.get("flipped"),
         "judge_problem": row.get("problem"),
     }

@@ -245,12 +245,6 @@ def test_memory_is_bounded_by_the_window(run_folder, monkeypatch):
         assert len(read) == 8 * (n // 8 + 1)
 
 
-def test_the_figure_shows_the_texts():
-    prompts = [f"How good is it?\nReview: the {text}" for text in ("soup was fine", "soap", "tea")]
-    assert recipe.pieces(prompts) == ["soup was fine", "soap", "tea"]
-    assert recipe.pieces(prompts[:1] * 2) == ["Review: the soup was fine"] * 2
-
-
 def test_pipes_flags_and_the_figure(judged, run_folder, tmp_path, monkeypatch, capsys):
     votes = [{"counts": {"a": 2, "b": 1, "tie": 0}}, {"counts": {"other": 1}}, {}, {}, {}]
     rows = [row | {"id": f"$x$ <b> {i}", "odd": "\ud800"} | votes[i] for i, row in enumerate(soups(5))]
@@ -268,7 +262,7 @@ def test_pipes_flags_and_the_figure(judged, run_folder, tmp_path, monkeypatch, c
     assert "5 of 5 have a label mass under 1" in said.err
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     work, rows[0]["id"] = recipe.Tally(config), "1"
-    work.first, work.prompts = out[:2], ["Rate it: good soup", "Rate it: bad soup"]
+    work.first, work.prompts = out[:2], ["Rate it: good soup", "Rate it: bad tea"]
     recipe.draw(work, LABELS, "f.svg")
     assert "good soup" in (drawn := (tmp_path / "f.svg").read_text()) and "Rate it" not in drawn
     with pytest.raises(InputError, match="stdin:2: broken JSON"):
@@ -318,12 +312,12 @@ def test_a_reader_that_has_enough_and_a_closed_input_end_in_no_traceback(run_fol
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script = f"{sys.executable} {recipe.__file__} --run {run_folder} --items"
     for command, code, words in (
-        (f"{script} in.jsonl | head -1 | wc -l; exit ${{PIPESTATUS[0]}}", 141, ""),
+        (f"{script} in.jsonl | head -1 | wc -l; exit ${{PIPESTATUS[0]}}", 0, ""),
         (f"{script} - <&-", 2, "error: the standard input or output, named as -, is closed\n"),
     ):
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (code, words)
-        assert done.stdout.strip() == "1" * (code == 141)
+        assert done.stdout.strip() == "1" * (code == 0)
 
 
 def test_ctrl_c_keeps_what_is_judged(judged, tmp_path, monkeypatch, capsys):
