@@ -169,18 +169,23 @@ def truths_of(items: Sequence[Item]) -> torch.Tensor | None:
     return torch.tensor([list(t.values()) for t in truths], dtype=torch.float64) if all(truths) else None
 
 
-def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: bool = False) -> list[Item]:
+def load_items(
+    *sources: Any, labels: Sequence[str] | None = None, complete: bool = False, votes: bool = True
+) -> list[Item]:
     """Reads items from .jsonl, .json or .gz files, lists of dicts, `datasets.Dataset`s or pandas DataFrames.
 
     A row holds "prompt", a text or a list of messages {"role": ..., "content": ...}, and the votes, as
     "counts": {label: votes} with every label, as "annotations": [label, ...], one a person, or as
     "distribution": {label: share} with "votes", the number of people. It may hold "id" (else a hash of the
     prompt), "group" (items that stay on one side of a split), "split" ("train" or "test"), "truth" ({label:
-    probability}) and, for a pair, "swap": {"prompt": the other order, "labels": {label: its like there}}.
+    probability}), for a pair "swap": {"prompt": the other order, "labels": {label: its like there}} and, for
+    messages, "where" the row is from.
 
     Label order: `labels` where given (an item may then leave out labels without votes, unless `complete`);
     else numeric labels by value; else that of the first item with the commonest label set; else, with
-    annotations only, alphabetical. Raises InputError, one line a problem (file, line, id, field), at most 20.
+    annotations only, alphabetical. With votes=False and `labels` items may have no votes: counts of 0.
+
+    Raises InputError, one line a problem (file, line, id, field), at most 20.
     """
     flat: list[Any] = []
     for source in sources:
@@ -193,7 +198,7 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
         if problem:
             wrong.append(f"{where}: {problem}")
             continue
-        fields, bad = parse_row(row)
+        fields, bad = parse_row(row, votes)
         if (name := fields["id"]) in seen:
             bad.append(("id", f"duplicate, first at {seen[name]}"))
         elif name:
@@ -206,7 +211,7 @@ def load_items(*sources: Any, labels: Sequence[str] | None = None, complete: boo
     for fields in parsed:
         head, swap, given = fields["head"], fields["swap"], {}
         for field in (fields["kind"], "truth"):
-            given[field] = fields[field] or {}
+            given[field] = fields.get(field) or {}
             must_match = field in ("counts", "distribution") and (labels is None or complete)
             if must_match and set(given[field]) != set(order):
                 differ = f"labels {listed(given[field])} differ from {listed(order)} of {example}"
@@ -311,7 +316,8 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
             raise InputError(f"load_items: expected paths, dicts, a Dataset or a DataFrame, got {kind}")
         names = class_names(getattr(source, "features", None))
         for i, (row, wrong) in enumerate(map(_as_row, source)):
-            yield f"items[{i}]", with_names(row, names), wrong
+            where = f"items[{i}]" if is_missing(row.get("where")) else short(row["where"], 1000)
+            yield where, with_names(row, names), wrong
         return
     shown = "stdin" if source == "-" else short(source, 1000)
     reader = gzip.open if Path(source).suffix == ".gz" else open

@@ -21,7 +21,6 @@ Two things must be true: the rated items are a random draw, and the judge was tr
 
 import dataclasses
 import itertools
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +38,6 @@ from scipy.special import stdtr, stdtrit
 FILES = ("table.txt", "table.json", "forest.png")
 METHODS = {"votes": "votes alone", "judge": "judge alone (biased)", "ppi": "votes and judge (PPI++)"}
 LEVEL = 0.95
-VOTES = ("counts", "annotations", "distribution")  # one of these fields holds them
 WORDS = (
     "With {rated} of {items} items rated and the judge, you are as sure as with {worth:.0f} rated items "
     "alone. The judge's weight is {weight:.2f}, from 0 (not heard) to 1. Alone it is off by {least:+.3f} to "
@@ -104,31 +102,35 @@ def vote_noise(counts: np.ndarray, columns: np.ndarray) -> float:
     counts = counts[counts.sum(1) > 1]
     m = counts.sum(1)
     mean = counts @ columns / m[:, None]
-    squares = (counts @ columns**2 - m[:, None] * mean**2).sum()
-    return float(squares / (m - 1).sum()) if len(m) else 0.0
+    return float((counts @ columns**2 - m[:, None] * mean**2).sum() / (m - 1).sum()) if len(m) else 0.0
 
 
 def between(residuals: np.ndarray, system: np.ndarray, m: np.ndarray, noise: float) -> float:
     """Variance of residuals (n, K) within systems beyond the noise of their m votes, by moments, or 0."""
     size, members = np.bincount(system), np.eye(system.max() + 1)[system]
     means = members.T @ residuals / np.maximum(size, 1)[:, None]
-    squares = ((residuals - means[system]) ** 2).sum()
-    expected = noise * ((1 - 1 / size[system]) / m).sum()
-    free = len(m) - (size > 0).sum()
-    return max(0.0, float((squares - expected) / free)) if free else 0.0
+    squares, free = ((residuals - means[system]) ** 2).sum(), len(m) - (size > 0).sum()
+    return max(0.0, float(squares - noise * ((1 - 1 / size[system]) / m).sum()) / free) if free else 0.0
 
 
 def tuned(w: np.ndarray, t: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """PPI++'s weight of the judge for all groups, then without each one: (1 + G,), between 0 and 1.
+    """The weight of the judge for all groups, then without each one: (1 + G,), between 0 and 1.
 
-    w (G, S, 1), t, x (G, S, K): sums of weights, weighted ratings and weighted predictions. It makes the
-    sum of the systems' variances least: cov(ratings, judge) / var(judge), both by groups.
+    w (G, S, 1), t, x (G, S, K): sums of weights, weighted ratings and weighted predictions. PPI++ makes the
+    sum of the systems' variances least: cov(ratings, judge) / var(judge), both by groups. Few groups find
+    such a weight by chance. So it is times 1 - (t se / weight)^2 / 2, or 0, where se is its jackknife error
+    over groups and t Student's (a positive part as James and Stein's, with a larger constant).
     """
     (sw, st, sx, tx, wx, tw, ww, xx) = map(without_each, (w, t, x, t * x, w * x, t * w, w * w, x * x))
     y, f = st / sw, sx / sw
     cov = ((tx - y * wx - f * tw + y * f * ww) / sw**2).sum((1, 2))
     var = ((xx - 2 * f * wx + f * f * ww) / sw**2).sum((1, 2))
-    return np.clip(np.divide(cov, var, out=np.zeros_like(cov), where=var > 1e-12), 0, 1)
+    weight = np.divide(cov, var, out=np.zeros_like(cov), where=var > 1e-12)
+    free = (w > 0).any((1, 2)).sum() - 1
+    error = free / (free + 1) * ((weight[1:] - weight[0]) ** 2).sum()
+    weight = weight.clip(0, 1)
+    lost = stdtrit(free, (1 + LEVEL) / 2) ** 2 / 2 * error / np.maximum(weight, 1e-9) ** 2
+    return weight * (1 - lost).clip(0, 1)
 
 
 def without_each(a: np.ndarray) -> np.ndarray:
@@ -211,9 +213,8 @@ def interval(e: Estimate, slope: np.ndarray, least: float, most: float, value: f
         half = stdtrit(df, (1 + LEVEL) / 2) * se
     else:
         se, df, half = 0, n - 1, (most - least) * (1 - ((1 - LEVEL) / 2) ** (1 / n))
-    low, high = max(least, value - half), min(most, value + half)
-    found = {"estimate": value, "low": low, "high": high, "se": se, "df": df}
-    return {name: float(number) for name, number in found.items()}
+    found = map(float, (value, max(least, value - half), min(most, value + half), se, df))
+    return dict(zip(("estimate", "low", "high", "se", "df"), found, strict=True))
 
 
 def win(e: Estimate, a: int, b: int) -> dict[str, float]:
@@ -224,9 +225,8 @@ def win(e: Estimate, a: int, b: int) -> dict[str, float]:
     return interval(e, slope, 0, 1, e.value[a] @ slope[a])
 
 
-def holm(gaps: list[dict[str, float]]) -> list[float]:
-    """p-values of differences, corrected for being many (Holm 1979); 1 where an interval has no spread."""
-    single = [2 * stdtr(gap["df"], -abs(gap["estimate"]) / gap["se"]) if gap["se"] else 1.0 for gap in gaps]
+def holm(single: Sequence[float]) -> list[float]:
+    """p-values corrected for being many (Holm 1979)."""
     p = pandas.Series(single, dtype=float).sort_values()
     return (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1).sort_index().tolist()
 
@@ -258,7 +258,8 @@ def compare(panel: Panel) -> dict[str, Any]:
         pairs.append({"a": names[a], "b": names[b]} | {m: found(m, units[a] - units[b]) for m in tested})
         pairs[-1] |= {"win": {how: win(e, a, b) for how, e in shares.items()}} if numeric else {}
     gaps = [(pair, pair[measure]["ppi"]) for pair in pairs for measure in tested]
-    for (pair, gap), p in zip(gaps, holm([gap for _, gap in gaps]), strict=True):
+    single = [2 * stdtr(g["df"], -abs(g["estimate"]) / g["se"]) if g["se"] else 1.0 for _, g in gaps]
+    for (pair, gap), p in zip(gaps, holm(single), strict=True):
         gap["p_holm"] = p
         if numeric and p < 1 - LEVEL:
             better, worse = (pair["a"], pair["b"]) if gap["estimate"] > 0 else (pair["b"], pair["a"])
@@ -269,31 +270,45 @@ def compare(panel: Panel) -> dict[str, Any]:
 
 
 # --- what is read -----------------------------------------------------------------------------------------
-def load(path: str, change: Callable[[dict], dict], labels: Sequence[str] | None = None) -> list[Item]:
-    """Items from the rows of a file as `change` makes them, which raises ValueError with what is wrong."""
-    places, rows = [], []
+def rows_of(path: str, **default: Any) -> list[dict[str, Any]]:
+    """The rows of a file, with "where" they stand. default: fields that a row may lack."""
+    rows = []
     for where, row, problem in distjudge.read_rows(path):
-        places.append(where)
-        try:
-            rows.append(change(row))
-        except ValueError as error:
-            raise InputError(f"{where}: {problem or error}") from None
+        if problem:
+            raise InputError(f"{where}: {problem}")
+        rows.append(default | row | {"where": where})
+    return rows
+
+
+def read_predictions(path: str) -> dict[str, Item]:
+    """Predictions by id, as items with shares_of(); the prompt is "-" where a line has none."""
+    made = []
+    for row in rows_of(path, prompt="-"):
+        if distjudge.is_missing(row.get("id")) or not isinstance(row.get("predicted"), dict):
+            needed = "a prediction needs id and predicted, {label: probability}"
+            raise InputError(f"{row['where']}: predicted: {needed}")
+        shares = {"distribution": row["predicted"], "votes": 10**9}  # too many to be rounded to whole votes
+        made.append({field: row[field] for field in ("id", "prompt", "where")} | shares)
     try:
-        items = distjudge.load_items(rows, labels=labels)
+        return {item.id: item for item in distjudge.load_items(made or path)}
     except InputError as error:
-        at = {f"items[{i}]": where for i, where in enumerate(places)}
-        text = re.sub(r"items\[\d+\]", lambda found: at.get(found[0], found[0]), str(error))
-        text = text if labels else re.sub(": (counts|truth): ", ": predicted: ", text)
-        raise InputError(text.replace("load_items", short(path, 1000))) from None
-    return [dataclasses.replace(item, where=where) for item, where in zip(items, places, strict=True)]
+        raise InputError(str(error).replace(": distribution: ", ": predicted: ")) from None
 
 
-def as_prediction(row: dict[str, Any]) -> dict[str, Any]:
-    """A line of predictions as an item, whose truth is what was predicted."""
-    if distjudge.is_missing(row.get("id")) or not isinstance(row.get("predicted"), dict):
-        raise ValueError("predicted: a prediction needs id and predicted, {label: probability}")
-    counts = dict.fromkeys(row["predicted"], 1)  # a stand-in
-    return {"id": row["id"], "prompt": row.get("prompt", "-"), "counts": counts, "truth": row["predicted"]}
+def matched(items: Sequence[Item], predicted: dict[str, Item], path: str) -> np.ndarray:
+    """The predictions (N, C) of items. Raises InputError if one has none of its id and prompt."""
+    for item in items:
+        prompts = {item.prompt, predicted[item.id].prompt} - {"-"} if item.id in predicted else ()
+        if len(prompts) != 1:
+            text = "has no prediction of this id and prompt; judge all items"
+            raise InputError(f"{item.named}: {short(path, 1000)} {text}")
+    return distjudge.shares_of([predicted[item.id] for item in items]).numpy()
+
+
+def group_of(items: Sequence[Item]) -> np.ndarray:
+    """The number of each item's group, (N,); an item without a group is one of its own."""
+    names = [f"item {item.id}" if item.group is None else f"group {item.group}" for item in items]
+    return pandas.factorize(np.array(names, dtype=object))[0]
 
 
 def read_panel(config: SystemsConfig) -> Panel:
@@ -301,37 +316,27 @@ def read_panel(config: SystemsConfig) -> Panel:
     if bool(config.run) == bool(config.predictions):
         raise InputError("name a judge with --run, or a file of predictions with --predictions")
     judge = distjudge.load_judge(config.run) if config.run else None
-    predicted = {} if judge else {item.id: item for item in load(config.predictions, as_prediction)}
+    predicted = {} if judge else read_predictions(config.predictions)
     labels = judge.labels if judge else distjudge.labels_of([*predicted.values()])
-    named, rated = [], []
-
-    def with_votes(row: dict[str, Any]) -> dict[str, Any]:
+    rows = rows_of(config.items)
+    items = distjudge.load_items(rows or config.items, labels=labels, votes=False)
+    for row in rows:
         try:
-            named.append(distjudge.as_label(row.get(config.field)))
+            row[config.field] = distjudge.as_label(row.get(config.field))
         except ValueError as error:
-            raise ValueError(f"{config.field}: the name of a system {error}") from None
-        rated.append(not all(distjudge.is_missing(row.get(kind)) for kind in VOTES))
-        return row if rated[-1] else row | {"counts": {labels[0]: 1}}  # a stand-in
-
-    items = load(config.items, with_votes, labels)
-    system, systems = pandas.factorize(np.array(named, dtype=object))
-    groups = [f"item {item.id}" if item.group is None else f"group {item.group}" for item in items]
-    group, counts = pandas.factorize(np.array(groups, dtype=object))[0], distjudge.counts_of(items).numpy()
+            raise InputError(f"{row['where']}: {config.field}: the name of a system {error}") from None
+    system, systems = pandas.factorize(np.array([row[config.field] for row in rows], dtype=object))
+    panel = Panel(labels, list(systems), system, group_of(items), distjudge.counts_of(items).numpy(), None)
     for s, name in enumerate(systems):
-        if (n := len(np.unique(group[(system == s) & rated]))) < 2:
+        if (n := len(np.unique(panel.group[(system == s) & panel.rated]))) < 2:
             few = f"has rated items in {n} groups, and an interval needs two"
             raise InputError(f"{short(config.items, 1000)}: {config.field} '{short(name)}' {few}")
     if judge:
         distjudge.keep_short(judge, items, "error", "given")
-        q = distjudge.judge_items(judge, items, progress=True)[0]
+        panel.q = distjudge.judge_items(judge, items, progress=True)[0].numpy().astype(float)
     else:
-        for item in items:
-            if (ready := predicted.get(item.id)) is None or ready.prompt not in ("-", item.prompt):
-                text = "has no prediction of this id and prompt; judge all items"
-                raise InputError(f"{item.named}: {short(config.predictions, 1000)} {text}")
-        q = distjudge.truths_of([predicted[item.id] for item in items])
-    counts = np.where(np.array(rated)[:, None], counts, 0)
-    return Panel(labels, list(systems), system, group, counts, q.numpy().astype(float))
+        panel.q = matched(items, predicted, config.predictions)
+    return panel
 
 
 # --- what is shown ----------------------------------------------------------------------------------------
@@ -387,18 +392,23 @@ def draw(table: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main(config: SystemsConfig) -> None:
+def publish(config: Any, files: Sequence[str], lines: Sequence[str], found: dict, draw: Callable) -> None:
+    """Writes lines, what was found and its picture as three `files` into config.out, and prints the lines."""
     out = Path(config.out)
-    distjudge.check_out(out, *FILES)
-    table = compare(read_panel(config))
     out.mkdir(parents=True, exist_ok=True)
     with distjudge.locked(out):
-        lines = [*tables(table), words(table)]
         about = {"settings": dataclasses.asdict(config), "versions": distjudge.versions()}
-        distjudge.write_json(out / "table.json", about | table | {"words": lines[-1]})
-        distjudge.write_lines(out / "table.txt", lines)
-        draw(table, out / "forest.png")
+        distjudge.write_lines(out / files[0], lines)
+        distjudge.write_json(out / files[1], about | found)
+        draw(found, out / files[2])
     print("\n".join(lines))
+
+
+def main(config: SystemsConfig) -> None:
+    distjudge.check_out(config.out, *FILES)
+    table = compare(read_panel(config))
+    lines = [*tables(table), words(table)]
+    publish(config, FILES, lines, table | {"words": lines[-1]}, draw)
 
 
 if __name__ == "__main__":
