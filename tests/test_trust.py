@@ -1,0 +1,189 @@
+"""recipes/trust.py: measures by hand, on simulated panels whose truth is known, and the command."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import distjudge
+
+import numpy as np
+import pytest
+import trust
+from trust import TrustConfig, distances, excess, left_out, measure, slices, slices_of
+
+SCRIPT = Path(trust.__file__)
+
+
+def named(row):
+    return dict(zip("12345", row.tolist(), strict=True))
+
+
+def items_of(counts, groups):
+    rows = zip(counts, groups, strict=True)
+    return [distjudge.Item(f"i{i}", "Rate.", named(votes), f"g{g}") for i, (votes, g) in enumerate(rows)]
+
+
+def panel(rng, groups=60, each=4, judge=0.5, bias=0.0, votes=4):
+    """Votes, predictions, groups, truth: a judge whose logits err by group and by item."""
+    group = np.repeat(np.arange(groups), each)
+    normal = lambda n: rng.standard_normal((n, 5))  # noqa: E731
+    logits = normal(groups)[group] + normal(len(group))
+    error = judge * (0.5 * normal(groups)[group] + normal(len(group))) + bias * np.arange(5)
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (logits, logits + error))
+    return rng.multinomial(rng.integers(2, votes + 1, len(p)), p), q, group, p
+
+
+def test_measures_by_hand():
+    counts, q = np.array([[2, 1], [1, 0], [0, 4]]), np.array([[0.5, 0.5], [1, 0], [0.25, 0.75]])
+    distance, apart = distances(q, counts)
+    # the pairs of two votes that agree: 1 of 3, none there is, 6 of 6
+    assert apart == pytest.approx([2 / 3, math.nan, 0], nan_ok=True)
+    assert distance == pytest.approx([0.5 - 1 + 1 / 3, math.nan, 0.625 - 1.5 + 1], nan_ok=True)
+    # of 2 and 1 votes: without a voter of two the others tie, without the other one both say the first
+    expected = [[(2 * 0.5 + 0.5) / 3, (2 * 0.5 + 0) / 3], [math.nan] * 2, [1, 1]]
+    assert left_out(q, counts) == pytest.approx(np.array(expected), nan_ok=True)
+    parts = distances(q, counts * 1.5)[0]
+    assert np.isnan(parts).tolist() == [True, True, False]  # people do not come in halves
+
+
+def test_one_person_is_worth_one():
+    """A judge that says one more person's vote is worth one, and scores as one person does."""
+    rng = np.random.default_rng(0)
+    counts, _, group, p = panel(rng, groups=3000, each=1)
+    one = np.array([rng.multinomial(1, row) for row in p])
+    found = measure(one.astype(float), items_of(counts, group), {}, draws=100)
+    assert found["people"]["mean"] == pytest.approx(1, abs=0.06)
+    assert found["brier"]["judge"]["mean"] == pytest.approx(found["brier"]["one person"]["mean"], rel=0.04)
+    assert found["accuracy"]["judge"]["mean"] == pytest.approx(
+        found["accuracy"]["one person"]["mean"], abs=0.03
+    )
+    assert found["brier"]["everybody"]["mean"] == pytest.approx((1 - (p**2).sum(1)).mean(), abs=0.01)
+    ends = found["accuracy"]["gain"]
+    assert ends["low"] < 0 < ends["high"]
+
+
+def test_excess_is_a_t_test():
+    from scipy.stats import norm
+
+    error = np.array([0.0, 1, 2, 3, 10, 12, 11, 13])
+    inside = np.arange(8) > 3
+    gap, p = excess(error, inside, np.arange(8))
+    se = (2 * (5 / 4) / 4 * 4 / 3) ** 0.5  # both sides have variance 5 / 4 (over n) and four items
+    assert gap == 10 and p == pytest.approx(trust.stdtr(3, -10 / se))
+    assert excess(-error, inside, np.arange(8))[1] > 0.99  # smaller errors are no failure
+    paired = excess(error, inside, np.arange(8) // 2)
+    assert paired[1] > p and excess(error, inside, inside.astype(int))[1] == 1
+    rng, wide = np.random.default_rng(1), np.arange(4000) % 2 == 0
+    many = rng.standard_normal(4000) + 0.1 * wide
+    gap, p = excess(many, wide, np.arange(4000))
+    assert p == pytest.approx(norm.sf(gap / (many.std() * (4 / 4000) ** 0.5)), rel=0.1)
+
+
+def test_slices_are_quarters_or_values():
+    numbers = slices_of([*range(20), None])
+    assert list(numbers) == ["0 to 4", "5 to 9", "10 to 14", "15 to 19"]
+    assert [int(inside.sum()) for inside in numbers.values()] == [5] * 4
+    values = slices_of(["a", None, 2, True])
+    assert {name: inside.argmax() for name, inside in values.items()} == {"a": 0, "2": 2, "True": 3}
+
+
+@pytest.mark.parametrize("draws", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_intervals_hold(draws):
+    """Worth and shift against a panel a thousand times as large."""
+    rng, held = np.random.default_rng(0), []
+    _, q, _, p = panel(np.random.default_rng(1), groups=60_000, bias=0.15)
+    worth = (1 - (p**2).sum(1)).mean() / ((q - p) ** 2).sum(1).mean()
+    shift = ((q - p) @ np.arange(1, 6)).mean()
+    for _ in range(draws):
+        counts, q, group, _ = panel(rng, bias=0.15)
+        found = measure(q, items_of(counts, group), {}, draws=100 if draws < 100 else 1000)
+        ends = found["people"], found["shifts"]["mean rating"]["shift"]
+        both = zip(ends, (worth, shift), strict=True)  # a worth without a high end has no end
+        held.append(
+            [end["low"] <= true and (end["high"] is None or true <= end["high"]) for end, true in both]
+        )
+    least, most = (0.85, 1) if draws < 100 else (0.92, 0.98)
+    assert all(least <= share <= most for share in np.mean(held, axis=0)), np.mean(held, axis=0)
+
+
+@pytest.mark.parametrize("judge", [0, 0.5])
+@pytest.mark.parametrize("panels", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_nothing_is_flagged_where_nothing_is_wrong(judge, panels):
+    """Slices that know nothing of the errors: flagged in one panel of twenty at most. A bad one is seen."""
+    rng, flagged, seen = np.random.default_rng(0), 0, 0
+    for _ in range(panels):
+        counts, q, group, _ = panel(rng, judge=judge)
+        distance, by_group = distances(q, counts)[0], rng.integers(5, size=60)[group]
+        fields = {"a": by_group, "b": rng.integers(8, size=240), "c": rng.random(240)}
+        fields |= {"group": rng.permutation(240) // 12}
+        flagged += any(row["p_holm"] < 0.05 for row in slices(distance, group, fields))
+        q = np.where((by_group == 2)[:, None], np.eye(5)[0], q)
+        rows = slices(distances(q, counts)[0], group, fields)
+        seen += (rows[0]["slice"], rows[0]["p_holm"] < 0.05) == ("2", True)
+    assert flagged <= 0.05 * panels + 2 * (0.05 * 0.95 * panels) ** 0.5
+    assert seen > 0.8 * panels
+
+
+def write(path, rows):
+    distjudge.write_lines(path, map(json.dumps, rows))
+
+
+def test_the_command_on_a_closed_models_file(tmp_path):
+    """Predictions as api.py writes them, votes in another file; one item unrated, one not asked."""
+    counts, q, group, _ = panel(np.random.default_rng(0), bias=0.5)
+    items, judged = [], []
+    for i in range(len(q)):
+        own = {"id": f"i{i}", "prompt": f"Rate {i}."}
+        items.append(own | {"group": f"g{group[i]}", "source": "xy"[i % 2]})
+        items[-1] |= {"counts": named(counts[i])} if i else {}
+        judged.append(own | {"predicted": named(q[i]), "label_mass": 0.9})
+    (tmp_path / "gpt").mkdir()
+    write(tmp_path / "items.jsonl", items)
+    write(tmp_path / "gpt" / "predictions.jsonl", judged[:0:-1][:-1] + judged[:1])
+    given = ["--predictions", "gpt", "--items", "items.jsonl", "--by", "source", "--out", "out"]
+    done = subprocess.run([sys.executable, SCRIPT, *given], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "trust.txt").read_text() == done.stdout
+    assert (tmp_path / "out" / "trust.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "out" / "trust.json").read_text())
+    kept = [i for i in range(len(q)) if i > 1]
+    expected = measure(q[kept], items_of(counts[kept], group[kept]), {})
+    assert found["people"] == pytest.approx(expected["people"])
+    assert found["left_out"] == 2 and "2 items without votes or without a prediction" in done.stdout
+    assert "the judge is too lenient" in done.stdout
+    assert {row["slice"] for row in found["slices"] if row["field"] == "source"} == {"x", "y"}
+
+
+def test_words_as_labels_and_one_vote_an_item(tmp_path, capsys):
+    judged, votes = {"predicted": {"yes": 0.9, "no": 0.1}}, [["no"], ["yes"], ["yes"], ["yes"]] * 10
+    rows = [judged | {"id": str(i), "annotations": vote} for i, vote in enumerate(votes)]
+    write(tmp_path / "judged.jsonl", rows)
+    trust.main(TrustConfig(str(tmp_path / "judged.jsonl"), str(tmp_path / "out")))
+    found, said = json.loads((tmp_path / "out" / "trust.json").read_text()), capsys.readouterr().out
+    assert found["people"]["mean"] is None and "Worth in people: unknown" in said and "lenient" not in said
+    assert found["shifts"]["share of yes"]["shift"]["mean"] == pytest.approx(0.15)
+    assert found["slices"] == [] and list(found["shifts"]) == ["share of yes", "share of no"]
+
+
+BAD = [
+    ({"predicted": {"1": 0.5, "2": 0.7}}, {}, "judged.jsonl:2: item 'b': predicted: shares .* not to 1.2"),
+    ({"counts": {"7": 1}}, {}, r"judged.jsonl:2: item 'b': counts: unknown label \{7\}"),
+    ({"id": "a"}, {}, "judged.jsonl:2: item 'a': id: duplicate, first at .*judged.jsonl:1"),
+    ({}, {"by": ("place",)}, "judged.jsonl: by: no item has a field 'place'"),
+    ({}, {"predictions": "none"}, "none: no such file"),
+    ({}, {"items": "other.jsonl"}, "other.jsonl: no item has both votes and a prediction"),
+]
+
+
+@pytest.mark.parametrize(("fields", "given", "message"), BAD)
+def test_bad_input(tmp_path, monkeypatch, fields, given, message):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": name, "predicted": {"1": 0.5, "2": 0.5}, "counts": {"1": 1, "2": 2}} for name in "ab"]
+    rows[1] |= fields
+    write(tmp_path / "judged.jsonl", rows)
+    write(tmp_path / "other.jsonl", [{"id": "c", "prompt": "Rate c.", "counts": {"1": 1}}])
+    with pytest.raises(distjudge.InputError, match=message):
+        trust.main(TrustConfig(**{"predictions": "judged.jsonl", "out": "out"} | given))
+    assert not (tmp_path / "out").exists()
