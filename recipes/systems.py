@@ -298,8 +298,8 @@ def read_predictions(path: str) -> dict[str, Item]:
 def matched(items: Sequence[Item], predicted: dict[str, Item], path: str) -> np.ndarray:
     """The predictions (N, C) of items. Raises InputError if one has none of its id and prompt."""
     for item in items:
-        prompts = {item.prompt, predicted[item.id].prompt} - {"-"} if item.id in predicted else ()
-        if len(prompts) != 1:
+        ready = predicted.get(item.id)
+        if not ready or len({item.prompt, ready.prompt} - {"-"}) > 1:
             text = "has no prediction of this id and prompt; judge all items"
             raise InputError(f"{item.named}: {short(path, 1000)} {text}")
     return distjudge.shares_of([predicted[item.id] for item in items]).numpy()
