@@ -712,12 +712,12 @@ def kept(config: StudyConfig, file: Path) -> StudyConfig:
     if problem:
         raise InputError(f"{file}: {problem}; remove it, and give the settings again")
     told, training = {"report": True, "out": config.out}, vars(tiny.TinyConfig()).keys() - {"seed", *IDLE[2:]}
-    for field in dataclasses.fields(config):
-        name, given = field.name, getattr(config, field.name)
+    for name, default in vars(StudyConfig()).items():
+        given = getattr(config, name)
         was = tuple(old.get(name, given)) if isinstance(given, tuple) else old.get(name, given)
-        if given not in (was, field.default) and name in training:
+        if given not in (was, default) and name in training:
             raise InputError(f"report: {name} is {was} in {file}, not {given}; leave it out")
-        told.setdefault(name, was if given == field.default else given)
+        told.setdefault(name, was if given == default else given)
     return StudyConfig(**told)
 
 
