@@ -2100,7 +2100,7 @@ def worst_case(
 # ----------------------------------------------------------------------------------------------------------
 # The method's settings by name. On a recipe's command line, flags beside --preset win.
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"alpha": 0.8, "eps": 0.25, "steps": 5, "step_size": 0.05, "teacher": 0.0, "answer": 0.0},
+    "paper": {"alpha": 0.8, "eps": 0.25, "steps": 5, "teacher": 0.0, "answer": 0.0},
     "single": {"alpha": 0.0, "eps": 0.0, "teacher": 0.0},
     "kl": {"alpha": 1.0, "eps": 0.0, "teacher": 0.0},
     "teacher": {"alpha": 1.0, "eps": 0.0, "teacher": 5.0, "schedule": "constant"},
@@ -2148,9 +2148,7 @@ class Config:
     loss: str = "kl"
     """What alpha weighs: an entry of LOSSES."""
     steps: int = 5
-    """Steps of the adversary."""
-    step_size: float = 0.05
-    """Step size of the adversary."""
+    """Steps of the adversary, each of size 0.05."""
 
     epochs: float = 2.0
     """Passes over the training items."""
@@ -2182,9 +2180,7 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
-        least = dict.fromkeys(
-            "eps steps step_size teacher answer learning_rate lora_rank eval_every".split(), 0
-        )
+        least = dict.fromkeys("eps steps teacher answer learning_rate lora_rank eval_every".split(), 0)
         least |= dict.fromkeys("save_every pack_tokens weight_decay".split(), 0)
         least |= {"batch_size": 1, "max_length": 1}
         ranges = {name: (low, math.inf, f"{low} or more") for name, low in least.items()}
@@ -2331,7 +2327,7 @@ def train(
             with autocast():
                 logq, log_mass = label_logprobs(judge.model, batch, judge.tokens, with_mass=config.answer > 0)
             progress.check_finite(logq, [ids[i] for i in chosen])
-            target = adversary(logq, p, config.eps, config.steps, config.step_size)
+            target = adversary(logq, p, config.eps, config.steps)
             if said is not None:  # the votes are moved first, and the teacher's are added to them
                 target = shrink_votes(people * target, config.teacher * said[members].to(n))
             losses = hybrid(logq, p, config.alpha, target, config.loss)

@@ -48,7 +48,7 @@ def by_hand(judge, items, config, steps):
         q, mass = said[:, columns].log_softmax(1), said.softmax(1)[:, columns].sum(1)
         worst = p.double()
         for _ in range(config.steps):
-            up = worst + config.step_size * (worst.clamp_min(1e-12).log() - q.detach().double() + 1)
+            up = worst + 0.05 * (worst.clamp_min(1e-12).log() - q.detach().double() + 1)
             worst = distjudge.project_ball(up, p.double(), config.eps)
         kl = (torch.xlogy(worst, worst) - worst * q).sum(1)
         loss = config.alpha * kl - (1 - config.alpha) * (r * q).sum(1) - config.answer * mass.log()
@@ -74,7 +74,7 @@ def test_training_is_that_of_a_loop_written_out_by_hand(tiny_model, tmp_path, an
     with torch.no_grad():
         for judge in judges:
             judge.model.lm_head.weight *= 4  # a model sure of itself: gradients longer than 1
-    more = {"learning_rate": 1e-3, "weight_decay": 0.1, "steps": 3, "step_size": 0.1, "answer": answer}
+    more = {"learning_rate": 1e-3, "weight_decay": 0.1, "steps": 3, "answer": answer}
     config = settings(tmp_path, lora_rank=0, batch_size=6, epochs=5.0, **more)
     log = train(judges[0], items, config)
     losses, norms = by_hand(judges[1], items, config, 5)
