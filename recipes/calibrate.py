@@ -32,6 +32,8 @@ from distjudge import InputError, Item
 import pandas
 import torch
 
+from recipes.systems import matched, read_predictions
+
 LEVELS, KEPT = (50, 80, 90, 95), (100, 95, 90, 80, 70, 60, 50)  # percent
 SHOWN = "people kl kl_corrected accuracy total_variation brier emd entropy_correlation mean_correlation"
 
@@ -71,17 +73,11 @@ def judge_items(config: CalibrateConfig) -> tuple[list[Item], torch.Tensor]:
     return items, judge.score([prompt for item in items for prompt in item.prompts], progress=True)[0]
 
 
-def read_predictions(path: str) -> tuple[list[Item], torch.Tensor]:
+def predictions_of(path: str) -> tuple[list[Item], torch.Tensor]:
     """Items and log-probabilities (N, C) from a file of predictions; these are raised to 1e-6 first."""
-    items = distjudge.load_items(path)
-    rows, labels = [row for _, row, _ in distjudge.read_rows(path)], distjudge.labels_of(items)
-    try:
-        q = torch.tensor([[row["predicted"][label] for label in labels] for row in rows]).double()
-    except (KeyError, TypeError, ValueError):
-        text = f"a line lacks a probability for each of {distjudge.listed(labels)}"
-        raise InputError(f"{path}: predicted: {text}") from None
-    distjudge.item_scores(q, items)  # refuses what is no distribution
-    return items, q.clamp_min(1e-6).log()
+    predicted = read_predictions(path)
+    items = distjudge.load_items(path, labels=distjudge.labels_of([*predicted.values()]))
+    return items, torch.from_numpy(matched(items, predicted, path)).clamp_min(1e-6).log()
 
 
 def sets(items: Sequence[Item], logq: torch.Tensor, draws: int) -> pandas.DataFrame:
@@ -137,7 +133,7 @@ def main(config: CalibrateConfig) -> None:
         distjudge.save_calibration(None, run)
         print(f"{config.run}: no calibration any more; the judge answers as it was trained")
         return
-    items, logq = read_predictions(config.predictions) if config.predictions else judge_items(config)
+    items, logq = predictions_of(config.predictions) if config.predictions else judge_items(config)
     calibration, after = distjudge.calibrate(items, logq)
     before, table = distjudge.average_items(items, logq)[0], kept(items, after)
     scores = pandas.DataFrame([distjudge.evaluate(q, items) for q in (before, after)], ["before", "after"]).T
@@ -148,7 +144,7 @@ def main(config: CalibrateConfig) -> None:
         "kept": table,
     }
     print(calibration.about(distjudge.labels_of(items)))
-    for name, found in (tables | {"kept": table}).items():
+    for name, found in tables.items():
         print(f"\n{name}\n{found.to_string()}")
     if config.run:
         distjudge.save_calibration(calibration, run)

@@ -35,6 +35,7 @@ FILES = ("trust.txt", "trust.json", "trust.png")
 FEW = 10  # a slice of fewer items is left out
 SHOWN = 8  # slices of a field that the page shows, the worst ones
 SURE = 0.05  # p of what is called sure
+NO_END = "no end"  # a worth that votes cannot tell from the truth's; None: nothing is known
 Fields = Mapping[str, Sequence[Any]]  # N values for each name
 PAGE = """{items} items, {votes:,.0f} votes. In brackets: 95 % intervals.
 
@@ -47,12 +48,13 @@ majority of the others, each voter left out in turn (accuracy).
 {ceiling}
 Accuracy, judge less one person: {gain}
 
-What the judge says more often or less often than people.{verdict}
-{shares}
+What the judge says more often or less often than people.
+{verdict}{shares}
 
 Where it fails more than elsewhere (p under {sure}, Holm over all slices): {fails}
-Distance: squared, from what everybody thinks. Excess: distance above that of all other items. Left out are
-slices of fewer than {few} items, and here (not in trust.json) those behind the worst {shown} of a field.
+Distance: squared, from what everybody thinks, estimated without the noise of votes; so it may be below 0.
+Excess: distance above that of all other items. Left out are slices of fewer than {few} items, and here (not
+in trust.json) those behind the worst {shown} of a field.
 {worst}"""
 
 
@@ -140,7 +142,7 @@ def slices(distance: np.ndarray, cluster: np.ndarray, fields: Fields) -> list[di
 
 # --- the page ----------------------------------------------------------------------------------------------
 def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2000) -> dict[str, Any]:
-    """What trust.json holds, of predictions (N, C) beside items with votes."""
+    """What trust.json holds, of predictions (N, C) beside items with votes: None is unknown, see NO_END."""
     labels, counts = distjudge.labels_of(items), distjudge.counts_of(items).numpy()
     p, hits, (distance, apart) = distjudge.shares_of(items).numpy(), left_out(q, counts), distances(q, counts)
 
@@ -152,10 +154,10 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
         nothing = dict.fromkeys(("mean", "low", "high", "p"))
         return distjudge.bootstrap(*both, groups=groups, draws=draws) if groups else nothing
 
-    def people(which: np.ndarray, alone: bool = False) -> dict[str, float | None]:
+    def people(which: np.ndarray, alone: bool = False) -> dict[str, float | str | None]:
         some = [dataclasses.replace(items[i], **{"group": None} if alone else {}) for i in which.nonzero()[0]]
         worth = distjudge.survey_equivalence(q[which], some, draws)
-        return {end: None if x == math.inf else x for end, x in worth.items()}
+        return {end: NO_END if x == math.inf else x for end, x in worth.items()}
 
     out = {"items": len(items), "votes": counts.sum(), "two_votes": int(np.isfinite(distance).sum())}
     out["people"] = people(np.full(len(items), True))
@@ -178,10 +180,11 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
     return out
 
 
-def said(x: Mapping[str, float | None], form: str = ".3f") -> str:
-    """A mean and its interval. A worth that has a low end only has no other end that votes could see."""
-    mean, low, high = ("no end" if x[k] is None else format(x[k], form) for k in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]" if x["low"] is not None else mean if x["mean"] is not None else "unknown"
+def said(x: Mapping[str, float | str | None], form: str = ".3f") -> str:
+    """A mean and its interval, so far as they are known."""
+    shown = {end: at if at in (None, NO_END) else format(at, form) for end, at in x.items()}
+    interval = " [{low}, {high}]".format_map(shown) if x["low"] is not None else ""
+    return "unknown" if x["mean"] is None else shown["mean"] + interval
 
 
 def page(found: Mapping[str, Any]) -> list[str]:
@@ -202,7 +205,7 @@ def page(found: Mapping[str, Any]) -> list[str]:
         ends = found["shifts"]["mean rating"]["shift"]
         sign = ((ends["low"] or 0) > 0) - ((ends["high"] or 0) < 0)
         words = ("neither lenient nor strict, as far as votes tell", "too lenient", "too strict")[sign]
-        verdict = f" If a high rating is a good one, the judge is {words}."
+        verdict = f"If a high rating is a good one, the judge is {words}.\n"
     told = {"worth": said(found["people"], ".1f"), "gain": said(found["accuracy"]["gain"], "+.3f")}
     for name, rows in {"ceiling": ceiling, "shares": shares, "worst": worst}.items():
         text = pandas.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format)
@@ -216,21 +219,27 @@ def page(found: Mapping[str, Any]) -> list[str]:
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """The worth of the judge with its interval, over all items and by slice."""
+    from matplotlib import ticker
+
     from plots.figures import HUMAN, MODEL, NEUTRAL, TRUTH, plt
 
     rows = [("all items", found["people"], MODEL)]
     for row in found["slices"]:
         name = f"{short(row['field'], 20)}: {short(row['slice'], 24)}"
         rows += [(name, row["people"], TRUTH if row["p_holm"] < SURE else NEUTRAL)] if "people" in row else []
-    known = [x for _, worth, _ in rows for x in worth.values() if x]
-    least, most = min(known, default=1) / 1.5, max(known, default=1) * 1.5
+    known = [1, *(x for _, worth, _ in rows for x in worth.values() if x not in (None, NO_END))]
+    least, most = min(known) / 1.5, max(known) * 1.5
     figure, ax = plt.subplots(figsize=(6, max(2.5, 0.8 + 0.24 * len(rows))))
     for k, (_, worth, colour) in enumerate(rows):
-        if any(worth.values()):  # an end that votes do not see lies at the edge
-            ax.plot([worth["low"] or least, worth["high"] or most], [k, k], "-", color=colour)
-            ax.plot(worth["mean"] or most, k, "o" if worth["mean"] else ">", color=colour, ms=4)
+        mean, *ends = (most if worth[end] == NO_END else worth[end] for end in ("mean", "low", "high"))
+        if mean is not None:
+            ax.plot(mean, k, ">" if mean == most else "o", color=colour, ms=4)
+            ax.plot([end or mean for end in ends], [k, k], "-", color=colour)
     ax.axvline(1, color=HUMAN, linestyle=":")
     ax.set(xscale="log", xlim=(least, most), xlabel="worth in people (dotted: one; black: fails more)")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     figure.savefig(path)

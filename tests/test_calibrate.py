@@ -290,13 +290,15 @@ def test_predictions_of_any_judge(tmp_path, capsys, monkeypatch):
         and "conformal" in said
         and [p.name for p in tmp_path.iterdir()] == [path.name]
     )
-    table = recipe.sets(*recipe.read_predictions("predictions.jsonl"), 3)
+    table = recipe.sets(*recipe.predictions_of("predictions.jsonl"), 3)
     assert (
         len(table) == 12 and table["votes held"].between(0, 1).all() and table["labels"].between(1, 3).all()
     )
     del rows[3]["predicted"]["2"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"predicted: a line lacks a probability for each of .1, 2, 3."):
+    with pytest.raises(
+        InputError, match=r"predictions.jsonl:4: item '3': predicted: shares must add up to 1"
+    ):
         main(predictions="predictions.jsonl")
 
 

@@ -89,6 +89,43 @@ def test_slices_are_quarters_or_values():
     assert {name: inside.argmax() for name, inside in values.items()} == {"a": 0, "2": 2, "True": 3}
 
 
+def test_slices_by_hand():
+    """Seven groups of twelve items: errors of a group hang together, but in slices by group items count."""
+    group, found = np.repeat(np.arange(7), 12), {}
+    distance = np.random.default_rng(0).random(84) + group % 3
+    distance[5] = math.nan
+    fields = {"half": np.arange(84) % 2, "group": group, "few": np.arange(84) < 9, "all": ["same"] * 84}
+    rows, told = slices(distance, group, fields), np.arange(84) != 5
+    for row in rows:
+        inside = {"half": fields["half"], "group": group, "few": fields["few"]}[row["field"]].astype(str)
+        inside = (inside == row["slice"])[told]
+        at = (np.arange(84) if row["field"] == "group" else group)[told]
+        gap, found[id(row)] = excess(distance[told], inside, at)
+        assert row["items"] == inside.sum() >= 10 and row["excess"] == gap
+        assert row["distance"] == distance[told][inside].mean()
+    assert [row["p_holm"] for row in rows] == pytest.approx(trust.holm([*found.values()]))
+    names = [(row["field"], row["slice"]) for row in rows]
+    assert len(rows) == 2 + 7 + 1 and names[-1] == ("few", "False")
+    for field in ("half", "group"):
+        errors = [row["distance"] for row in rows if row["field"] == field]
+        assert errors == sorted(errors, reverse=True)
+
+
+def test_a_worth_beyond_what_votes_can_tell(tmp_path, capsys):
+    """Two people of an item never agree: votes cannot tell such a judge from the truth."""
+    rows = [
+        {"id": str(i), "predicted": {"yes": 0.5, "no": 0.5}, "annotations": ["yes", "no"]} for i in range(20)
+    ]
+    write(tmp_path / "judged.jsonl", rows)
+    trust.main(TrustConfig(str(tmp_path / "judged.jsonl"), str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out" / "trust.json").read_text())["people"] == dict.fromkeys(
+        ("mean", "low", "high"), "no end"
+    )
+    assert "Worth in people: no end [no end, no end]" in capsys.readouterr().out
+    assert trust.said({"mean": 2.0, "low": None, "high": None, "p": None}, ".1f") == "2.0"
+    assert trust.said({"mean": 2.0, "low": 1.0, "high": "no end"}, ".1f") == "2.0 [1.0, no end]"
+
+
 @pytest.mark.parametrize("draws", [40, pytest.param(400, marks=pytest.mark.slow)])
 def test_intervals_hold(draws):
     """Worth and shift against a panel a thousand times as large."""
@@ -100,10 +137,9 @@ def test_intervals_hold(draws):
         counts, q, group, _ = panel(rng, bias=0.15)
         found = measure(q, items_of(counts, group), {}, draws=100 if draws < 100 else 1000)
         ends = found["people"], found["shifts"]["mean rating"]["shift"]
-        both = zip(ends, (worth, shift), strict=True)  # a worth without a high end has no end
-        held.append(
-            [end["low"] <= true and (end["high"] is None or true <= end["high"]) for end, true in both]
-        )
+        ends = [{end: math.inf if x == trust.NO_END else x for end, x in found.items()} for found in ends]
+        both = zip(ends, (worth, shift), strict=True)
+        held.append([end["low"] <= true <= end["high"] for end, true in both])
     least, most = (0.85, 1) if draws < 100 else (0.92, 0.98)
     assert all(least <= share <= most for share in np.mean(held, axis=0)), np.mean(held, axis=0)
 
