@@ -154,8 +154,10 @@ def main(config: CalibrateConfig) -> None:
 
         out = Path(config.out or run / "plots")
         out.mkdir(parents=True, exist_ok=True)
-        ax = table.filter(like="squared error,").plot(figsize=(5.5, 3.4), style=["o-", "s--"])
-        ax.set(xlabel="share of items that the judge keeps", ylabel="squared error above the votes' noise")
+        shown = table.filter(like="squared error,").set_axis(KEPT)
+        ax = shown.plot(figsize=(5.5, 3.4), style=["o-", "s--"], xlim=(102, 48))
+        ax.set_ylim(bottom=min(0, shown.min(axis=None)))
+        ax.set(xlabel="% of items that the judge keeps", ylabel="squared error above the votes' noise")
         print(f"drew {figures.save(ax.figure, out / 'kept')[0]}")
 
 

@@ -305,12 +305,6 @@ def matched(items: Sequence[Item], predicted: dict[str, Item], path: str) -> np.
     return distjudge.shares_of([predicted[item.id] for item in items]).numpy()
 
 
-def group_of(items: Sequence[Item]) -> np.ndarray:
-    """The number of each item's group, (N,); an item without a group is one of its own."""
-    names = [f"item {item.id}" if item.group is None else f"group {item.group}" for item in items]
-    return pandas.factorize(np.array(names, dtype=object))[0]
-
-
 def read_panel(config: SystemsConfig) -> Panel:
     """Items, votes and predictions. Raises InputError, also for a system rated in fewer than two groups."""
     if bool(config.run) == bool(config.predictions):
@@ -326,7 +320,8 @@ def read_panel(config: SystemsConfig) -> Panel:
         except ValueError as error:
             raise InputError(f"{row['where']}: {config.field}: the name of a system {error}") from None
     system, systems = pandas.factorize(np.array([row[config.field] for row in rows], dtype=object))
-    panel = Panel(labels, list(systems), system, group_of(items), distjudge.counts_of(items).numpy(), None)
+    group, counts = distjudge.group_numbers([item.group for item in items]), distjudge.counts_of(items)
+    panel = Panel(labels, list(systems), system, group.numpy(), counts.numpy(), None)
     for s, name in enumerate(systems):
         if (n := len(np.unique(panel.group[(system == s) & panel.rated]))) < 2:
             few = f"has rated items in {n} groups, and an interval needs two"

@@ -29,7 +29,7 @@ import pandas
 import torch
 from scipy.special import stdtr
 
-from recipes.systems import group_of, holm, matched, publish, read_predictions, rows_of
+from recipes.systems import holm, matched, publish, read_predictions, rows_of
 
 FILES = ("trust.txt", "trust.json", "trust.png")
 FEW = 10  # a slice of fewer items is left out
@@ -172,7 +172,8 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
     single = [row["shift"]["p"] or 1.0 for row in out["shifts"].values()]  # None where all is one group
     for row, p_holm in zip(out["shifts"].values(), holm(single), strict=True):
         row["p_holm"] = p_holm
-    out["slices"] = slices(distance, group_of(items), fields)
+    group = distjudge.group_numbers([item.group for item in items]).numpy()
+    out["slices"] = slices(distance, group, fields)
     for k, row in enumerate(out["slices"]):
         inside, earlier = row.pop("inside"), [other["field"] for other in out["slices"][:k]]
         if earlier.count(row["field"]) < SHOWN:

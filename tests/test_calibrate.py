@@ -275,6 +275,14 @@ def test_errors_kept_by_hand():
     assert table["KL to votes, by entropy"]["50 %"] == pytest.approx(math.log(1 / 0.8), abs=1e-4)
 
 
+def test_groups_weigh_alike_in_the_table_of_sets():
+    """One large group where the judge is wrong and forty items of their own where it is right."""
+    items = items_of([[0, 0, 3]] * 40 + [[3, 0, 0]] * 40, groups=["big"] * 40 + [None] * 40)
+    table = recipe.sets(items, torch.tensor([[0.98, 0.01, 0.01]] * 80).log().double(), 20)
+    held = table[table.sets == "credible"]["votes held"]
+    assert held["50 %"] > 0.95 and held["95 %"] > 0.95  # a mean over items would be 2 / 3
+
+
 def test_predictions_of_any_judge(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     q = (2 * log_q(30, 3)).softmax(1)
