@@ -632,7 +632,8 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
             problem = next((what for form, what in FORMS.items() if form.fullmatch(one)), "")
             if known and not problem and look(one) not in silent:
                 problem = f"is not one of {listed(order)}"
-                if words := [x for x in (one, *said) if look(x) in NO_VOTE and look(x) not in known]:
+                words = [x for x in (one, *said) if look(x) in NO_VOTE and look(x) not in {*known, *silent}]
+                if words:
                     problem += f"; --no_vote {quoted(words)} leaves such cells out"
             if problem and look(one) not in known:
                 raise InputError(f"{first[text]}: '{short(one, 30)}' {problem}")

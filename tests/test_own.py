@@ -6,7 +6,10 @@ import gzip
 import json
 import re
 import shlex
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import distjudge
 from distjudge import InputError
@@ -664,3 +667,12 @@ def test_messages_that_a_template_cannot_show(tokenizers_dir, tiny_tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="has no chat template for a prompt of several messages"):
         distjudge.PromptEncoder(tokenizer)(distjudge.prompt_text(SYSTEM))
+
+
+def test_words_already_named_no_vote_are_not_advised_again(tmp_path):
+    (tmp_path / "votes.csv").write_text("text;a;b\nx;4;k.A.\ny;4.5;2\n", encoding="utf-8")
+    command = ["own", "--raw", "votes.csv", "--text", "text", "--label", "a", "b", "--labels", "1-5"]
+    command += ["--no_vote", "k.A.", "--out", "out"]
+    script = Path(__file__).parents[1] / "data" / "prepare.py"
+    said = subprocess.run([sys.executable, script, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode == 2 and "'4.5' is not one of" in said.stderr and "--no_vote" not in said.stderr
