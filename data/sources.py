@@ -198,7 +198,9 @@ def _numbered(path: str, rows: Iterable[dict]) -> Iterator[Row]:
     return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
-SECOND_HEADERS = re.compile(r'\{"ImportId":.*|(Open-Ended )?Response')  # of Qualtrics, of SurveyMonkey
+SECOND_HEADERS = re.compile(
+    r'\{["\']ImportId["\']:.*|(Open-Ended )?Response'
+)  # of Qualtrics, of SurveyMonkey
 
 
 def _from_grid(path: str, grid: Iterable[Iterable[Any]], how: How, reading: str = "") -> Iterator[Any]:
@@ -342,8 +344,9 @@ def _read_json(path: str, how: How) -> Iterator[Any]:
         for where, row, problem in distjudge.json_rows(file, name):
             if problem:
                 raise InputError(f"{where}: {problem}")
-            done, data = row.get("annotations") or row.get("completions"), row.get("data")
-            if isinstance(data, dict) and isinstance(done, list) and all("result" in one for one in done):
+            done, data = row.get("annotations", row.get("completions")), row.get("data")
+            is_done = isinstance(done, list) and all(isinstance(x, dict) and "result" in x for x in done)
+            if isinstance(data, dict) and is_done:
                 tasks.append((where, {"id": row.get("id")} | data, done))
             else:
                 yield where, row
@@ -355,12 +358,14 @@ def _annotations(tasks: list[tuple[str, dict, list[dict]]]) -> Iterator[Row]:
     every = [result for _, _, done in tasks for one in done for result in one["result"]]
     names = dict.fromkeys(result["from_name"] for result in every if "from_name" in result)
     for where, data, done in tasks:
-        for one in done:
+        for one in done or [{"result": []}]:  # a task that nobody has answered
             said = [(x["from_name"], x["value"]) for x in one["result"] if "from_name" in x]  # no relation
             votes = {name: [[value for key, value in said if key == name]] for name in names}
             if one.get("was_cancelled"):
                 votes = {name: [{"status": "cancelled"}] for name in names}
-            yield where, data | {"completed_by": str(one.get("completed_by"))} | votes
+            who = one.get("completed_by")
+            who = who.get("email", who.get("id")) if isinstance(who, dict) else who
+            yield where, data | {"completed_by": "" if who is None else str(who)} | votes
 
 
 def _files(path: str) -> Iterator[tuple[str, Any]]:

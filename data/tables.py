@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import html
 import itertools
 import logging
 import math
@@ -32,13 +33,17 @@ log = logging.getLogger("distjudge")
 
 
 # --- prompts ----------------------------------------------------------------------------------------------
+PLACEHOLDER = re.compile(r"\{([^{}\n]+)\}")
+MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content)")
+
+
 def placeholders(template: str) -> list[str]:
-    return re.findall(r"\{([^{}\n]+)\}", template)
+    return PLACEHOLDER.findall(template)
 
 
 def fill(template: str, values: dict[str, Any]) -> str:
     """The template with its placeholders replaced, once: braces in a value stay as they are."""
-    return re.sub(r"\{([^{}\n]+)\}", lambda m: str(values[m[1]]) if m[1] in values else m[0], template)
+    return PLACEHOLDER.sub(lambda m: str(values[m[1]]) if m[1] in values else m[0], template)
 
 
 def read_template(path: str | Path, needed: list[str], optional: Iterable[str]) -> str:
@@ -58,6 +63,8 @@ def read_template(path: str | Path, needed: list[str], optional: Iterable[str]) 
 
 def cell(where: str, name: str, value: Any) -> str:
     """A cell as text, "" if it is empty. Raises InputError for bytes, lists, objects and broken text."""
+    if type(value) is str and value.isascii():  # most are
+        return value.strip()
     is_text = not isinstance(value, str) or distjudge.is_text(value)
     if not is_text or isinstance(value, (bytes, bytearray, list, tuple, dict, set)):
         kind = "text or a number" if is_text else "text without lone surrogates"
@@ -67,7 +74,7 @@ def cell(where: str, name: str, value: Any) -> str:
 
 def text_of(where: str, name: str, value: Any) -> str | list[dict[str, str]]:
     """A cell as text, or as messages {"role", "content"}, given as a list or as its JSON."""
-    is_json = isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content)", value)
+    is_json = isinstance(value, str) and MESSAGES.match(value)
     turns = parsed(value) if is_json else value
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return cell(where, name, value)
@@ -189,19 +196,23 @@ def template_of(config: Any, path: str, columns: list[str]) -> str:
 ALIKE = {c: "'" for c in '‘’‚‛“”„‟´`«»‹›"'} | {c: "-" for c in "‐‑‒–—―−﹣"} | {"\u0307": ""}
 ALIKE |= dict(zip("авекмнорстухіјѕαβεζηικμνορτυχ", "abekmhopctyxijsabezhikmnoptyx", strict=True))
 NO_VOTE_WORDS = r"""n/a na n.a n-a n\a #n/a #na <na> nan nat null #null! nil none missing empty blank void
-- #value! #ref! #div/0! ? ?? ??? . .. ... / _ * unknown unsure undecided undefined skip skipped refused dk idk
-unanswered unrated k.a unbekannt ns/nc"""
+- #value! #ref! #div/0! \n ? ?? ??? . .. ... / _ * unknown unsure undecided undefined skip skipped refused dk
+idk unanswered unrated k.a unbekannt ns/nc"""
 NO_VOTE_PHRASES = """no vote|no answer|no opinion|no response|not answered|not applicable|not sure|not rated|
 not available|none of these|none of the above|none of them|don't know|do not know|dont know|i don't know|
-can't tell|cannot tell|can't say|can't decide|cannot decide|prefer not to say|prefer not to answer|
-keine angabe|keine antwort|keine ahnung|weiß nicht|ne sais pas|sans réponse|no sé"""
+can't tell|cannot tell|can't say|can't decide|cannot decide|can't judge|cannot judge|unable to judge|
+prefer not to say|prefer not to answer|keine angabe|keine antwort|keine ahnung|weiß nicht|nicht anwendbar|
+ne sais pas|sans réponse|no sé|no sabe|no aplica"""
 # "rank": an entry of a ranking, {"rank": 1, "value": "a"}, has two of these and is no vote
 CHOSEN = "choices rating number value label labels answer choice vote selected score rank".split()
 SEPARATORS = ("\n", "<br>", ";", "；", "|", ",", "，", "、", "/", "\t", "+", " ")
 MARKS = dict.fromkeys("true x ✓ ✔ ☑ yes checked selected on wahr vrai".split(), "1")
 MARKS |= dict.fromkeys(("false", "no", "unchecked", "not selected", "off", "☐", "falsch", "faux", ""), "0")
-PEOPLE = "rater annotator worker user judge coder participant respondent prolific who completed_by"
-PEOPLE = re.compile(rf"(.*[\W_])?({PEOPLE.replace(' ', '|')})([\W_]*(p?id|name))?", re.I)
+MARKS |= dict.fromkeys(("nan", "null", "none", "n/a", "na", "-"), "0")
+PEOPLE = "rater annotator worker user judge coder participant respondent prolific who completed_by performer"
+PEOPLE = PEOPLE.replace(" ", "|") + "|evaluator|labell?er|assignee|email"
+A_PERSON = re.compile(rf"(ann|{PEOPLE})[\W_]*\d+", re.I)  # "Ann1", the name of one of them
+PEOPLE = re.compile(rf"(.*[\W_])?({PEOPLE})([\W_]*(p?id|name|address))?", re.I)
 STATE = re.compile(r".*status|answer", re.I)
 REFUSED = "reject rejected discarded draft canceled cancelled invalid ignore returned timed.out preview spam"
 REFUSED = re.compile(rf"(\w+ )?({REFUSED.replace(' ', '|')})", re.I)
@@ -209,11 +220,13 @@ REFUSED = re.compile(rf"(\w+ )?({REFUSED.replace(' ', '|')})", re.I)
 
 @functools.lru_cache(10_000)
 def look(text: str) -> str:
-    """What a label looks like: case, quotes, dashes, spaces, unseen signs, a last full stop do not count."""
-    seen = unicodedata.normalize("NFKC", text).casefold().translate(str.maketrans(ALIKE))
+    """What a label looks like: case, quotes, brackets around, dashes, spaces, unseen signs do not count."""
+    seen = unicodedata.normalize("NFKC", html.unescape(text)).casefold().translate(str.maketrans(ALIKE))
     seen = "".join(c for c in seen if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
-    seen = re.sub(r"\s*([^\w\s])\s*", r"\1", unicodedata.normalize("NFC", " ".join(seen.split())))
-    return re.sub("^-+$", "-", seen.rstrip(".。") or seen)
+    seen = unicodedata.normalize("NFC", " ".join(seen.replace("_", " ").split()) or seen)
+    seen = re.sub("^-+$", "-", re.sub(r"\s*([^\w\s])\s*", r"\1", seen).rstrip(".。") or seen)
+    inner = re.fullmatch(r"['(\[{]*(.*?)[')\]}]*", seen, re.DOTALL)[1]
+    return inner if re.search(r"\w", inner) else seen
 
 
 NO_VOTE = {look(word) for word in [*NO_VOTE_WORDS.split(), *NO_VOTE_PHRASES.split("|")]}
@@ -227,10 +240,12 @@ def visible(text: str) -> str:
 def plain(text: str) -> str:
     """A label without unseen signs and odd spaces; numbers in digits: "4.0", "+4" and "'4" are 4."""
     text = visible(text)
-    number = re.fullmatch(r"'?([+-]?)(\d{0,300})(?:\.(\d{0,300}))?", text.replace("\u2212", "-"))
+    number = re.fullmatch(r"'?([+-]?)(\d{0,300})(?:\.(\d{0,300}))?", re.sub("[\u2212\u2013]", "-", text))
     if not number or not (number[2] or number[3]):
         return text
     whole, part = str(int(number[2] or 0)), (number[3] or "").rstrip("0")
+    if len(part) > 6:  # 0.30000001192 is how a computer writes 0.3
+        return plain(f"{number[1]}{float(f'{whole}.{part}'):.6f}")
     sign = "-" if number[1] == "-" and (part or whole != "0") else ""
     return sign + whole + (f".{part}" if part else "")
 
@@ -243,7 +258,7 @@ def label_in(config: Any, text: str) -> str:
 
 
 def is_number(label: str) -> bool:
-    return re.fullmatch(r"-?\d{1,300}(\.\d{1,300})?", label) is not None
+    return NUMBER.fullmatch(label) is not None
 
 
 def parsed(text: str) -> Any:
@@ -251,7 +266,11 @@ def parsed(text: str) -> Any:
 
     Raises ValueError for what looks like a list and cannot be read.
     """
-    inner = re.sub(r"^(?:Counter|array)\((.*?)(?:, dtype=\w+)?\)$", r"\1", text.strip(), flags=re.DOTALL)
+    inner = re.sub(r"np\.\w+\(([^()]*)\)", r"\1", text.strip())
+    kinds = r"(?:Counter|array|tensor|defaultdict)\((?:<class '\w+'>, )?"
+    inner = re.sub(rf"^{kinds}(.*?)(?:, dtype=[\w.]+)?\)$", r"\1", inner, flags=re.DOTALL)
+    if re.fullmatch(r"\{[^:]*\}", inner):  # PostgreSQL's way to write a list
+        inner = f"[{inner[1:-1]}]"
     if inner[:1] + inner[-1:] not in ("[]", "{}", "()") and inner[:1] != "{":
         return text
     value, problem = distjudge.load_json(inner)
@@ -268,7 +287,7 @@ def parsed(text: str) -> Any:
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         if re.search(r"['\":]|\d\s*,", inner) or inner[:2] in ("[[", "{{"):
             raise ValueError("is neither JSON nor a list or dict of Python") from None
-        return text
+        return [part.strip() for part in inner[1:-1].split(",")] if "," in inner and inner[0] == "[" else text
     return value if isinstance(value, (list, dict, tuple, set)) else text
 
 
@@ -286,6 +305,8 @@ def people_in(where: str, row: dict[str, Any], column: str) -> list[list[str] | 
         return [[cell(where, column, value)]]
     if isinstance(value, dict) and len(value) > 1 and all(isinstance(one, list) for one in value.values()):
         value = pandas.DataFrame(value).to_dict("records")  # Argilla's {"value": [...], "status": [...]}
+    if isinstance(value, dict) and value and all(map(A_PERSON.fullmatch, map(str, value))):
+        value = list(value.values())
     people = list(value) if isinstance(value, (list, tuple)) else [value]
     states = row.get(f"{column}.status")
     if not isinstance(states, list):
@@ -302,7 +323,10 @@ def choices_in(where: str, column: str, value: Any) -> list[str]:
         raise InputError(f"{where}: {short(column)}: '{short(value, 30)}' {A_DATE}")
     if not isinstance(value, dict):
         return [cell(where, column, value)]
+    if value and all(type(is_it) is bool for is_it in value.values()):
+        return [cell(where, column, name) for name, is_it in value.items() if is_it]
     keys = [key for key in CHOSEN if key in value]
+    keys = keys or [key for key in value if len(value) == 1 and isinstance(value[key], dict)]
     if len(keys) != 1:
         problem = f"{short(repr(value))} is an object, not a vote; --counts reads {{label: votes}}"
         raise InputError(f"{where}: {short(column)}: {problem}")
@@ -321,6 +345,8 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
             raise InputError(f"{where}: {what}: {form}; {short(repr(given))} {error}") from None
         if not isinstance(given, dict):
             raise InputError(f"{where}: {what}: {form}, not {short(repr(given))}")
+        if given and all(map(A_PERSON.fullmatch, map(str, given))):
+            raise InputError(f"{where}: {what}: {short(repr(given))} are people's votes: use --label")
     found: Counter = Counter()
     thousands = "['’ ]" if config.decimal == "comma" else "[,'’ ]"
     for label, number in given.items():
@@ -405,10 +431,16 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
                 option = shlex.quote(f"{short(c)}!={short(value, 30)}")
                 text = "%d rows count whose %s is '%s'; --where %s leaves them out"
                 log.warning(text, number, short(c), short(value, 30), option)
+    own = {c: (re.findall(r"\d+", c) or [""])[-1] for c in config.counts}
+    numbers = {c: {x for x in map(plain, said_in(c)) if x.isdigit() and x != "0"} for c in own}
+    if len({n for some in numbers.values() for n in some} - {"1"}) > 1 and all(
+        numbers[c] <= {number} for c, number in own.items()
+    ):
+        out.notes.append("columns of counts say their own number: each such cell is one vote")
+        rows = [(where, row | {c: 1 for c in own if plain(str(row[c])) == own[c]}) for where, row in rows]
     items = [(c, (c,)) for c in config.label] if config.by_column else [(None, config.label)]
     keys = []
-    for k, row in zip(table.index, table.to_dict("records"), strict=True):
-        where = rows[k][0]
+    for where, row in (rows[k] for k in table.index):
         group = cell(where, config.group, row[config.group]) if config.group else ""
         for text, vote_columns in items:
             keys.append("")
@@ -447,7 +479,9 @@ def votes_in(config: Any, where: str, row: dict[str, Any], columns: Iterable[str
     if config.counts:
         what, counts = " ".join(config.counts), counts_in(config, where, row)
         name = cell(where, "rater", names)
-        yield from ((what, "", [label], 0 if name else number, False) for label, number in counts.items())
+        is_several = sum(number > 0 for number in counts.values()) > 1
+        votes = {label: 0 if name else number for label, number in counts.items()}
+        yield from ((what, "", [label], number, is_several) for label, number in votes.items())
         if name:
             yield what, name, list(Counter(counts).elements()), 1, False
         return
@@ -456,6 +490,11 @@ def votes_in(config: Any, where: str, row: dict[str, Any], columns: Iterable[str
         if not config.rater:
             yield from ((column, "", chosen, 1, len(people) > 1) for chosen in people or [[]])
             continue
+        if isinstance(names, str) and re.fullmatch(r"\[.+\]|\S+,\S+", names):  # a list as text
+            split, votes = [name.strip(" '\"") for name in names.strip("[]").split(",")], people
+            if config.multi == "split" and len(people) == 1 and people[0]:
+                votes = [[part] for part in parts_of(people[0][0])]
+            names, people = (split, votes) if len(split) == len(votes) else (names, people)
         if not isinstance(names, (list, tuple)):  # a list is what this person chose
             names, people = [names], [[text for one in people for text in one or []]]
         if len(names) != len(people):
@@ -474,7 +513,8 @@ def count(config: Any, out: Any, said: Any, meaning: dict[str, list[str]]) -> An
     out.dropped["empty cell"] += int((said.text == "").sum())
     votes = votes[votes.label.notna() & (votes.label != NOTHING) & (votes.people > 0)]
     is_among = votes.item.map(said.groupby("item")["at"].nunique()) > 1  # the item has several rows
-    several = votes.duplicated("ballot", keep=False) | (votes.in_list & is_among)
+    may_be_several = not config.counts or said.people.max() < 2  # else they are counts of many people
+    several = votes.duplicated("ballot", keep=False) | (votes.in_list & is_among & may_be_several)
     if config.multi != "split" and several.any():
         first = votes[several].iloc[0]
         labels = votes[votes.ballot == first.ballot].label
@@ -547,6 +587,8 @@ POINT = re.compile(r"(-?\d+)[-:=.( ]\D+")  # "4 - agree", "1 (not at all)"
 MONTH = r"(jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*\.?"
 DATE = r"\d{1,2}[-. /]+%s([-. /]+\d+)?|%s[-. /]+\d+|\d{4}-\d\d-\d\d.*|\d{1,2}:\d\d(:\d\d)?"
 DATE = (DATE + r"|\d{1,2}(?P<s>[./])\d{1,2}(?P=s)\d{2,4}\b.*").replace("%s", MONTH)
+WEAK = re.compile(r"\s+(?:and|or|und|et|y)\s+|[\W_]+")  # between labels that stand alone elsewhere
+NUMBER = re.compile(r"-?\d{1,300}(\.\d{1,300})?")
 A_DATE = "is a date or time, which spreadsheets make of cells such as 3-4 or 1/2; enter such votes as text"
 FORMS = {  # texts that are no label unless --labels names them: what they are and what to do
     DATE: A_DATE,
@@ -603,9 +645,12 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
         return {text: [label] for text, label in said.items()}
     known = {look(label): label for label in order}
     if len(config.counts) > 1:  # "rate:::1" is 1, where that is a label
-        start = distjudge.common_length(min(config.counts), max(config.counts))
-        start = len(re.sub(r"[^\W_]*$", "", config.counts[0][:start]))
-        ends = {text: look(re.sub(r"[\W_]+", " ", text[start:])) for text in said if look(text) not in known}
+        start, end = (
+            len(re.sub(r"[^\W_]*$", "", min(names)[: distjudge.common_length(min(names), max(names))]))
+            for names in (config.counts, [name[::-1] for name in config.counts])
+        )
+        middles = {t: t[start : len(t) - end] for t in said if look(t) not in known}
+        ends = {t: look(re.sub(r"[\W_]+", " ", middle)) for t, middle in middles.items()}
         spaced = {look(re.sub(r"[\W_]+", " ", label)): label for label in order}
         said |= {text: spaced[end] for text, end in ends.items() if end in spaced}
     sure = {*known, *silent, *NO_VOTE}
@@ -613,10 +658,15 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
     if is_split and not known:  # one for all cells: "yes, but;no" holds two
         marks = [m for m in marks if any(parts_of(x, [m]) for x in said.values() if look(x) not in sure)][:1]
     times = Counter(look(part) for label in said.values() for part in {*parts_of(label), label})
+    whole = {*sure, *(() if known else map(look, said.values()))}
     meaning: dict[str, list[str]] = {}
     for text, label in said.items():
         ways = [[label]] if look(label) in sure else [way for m in marks if (way := parts_of(label, [m]))]
         fits = [way for way in ways if all(look(part) in sure for part in way)]
+        if not fits and look(label) not in sure and not any(x.fullmatch(label) for x in (NUMBER, *FORMS)):
+            apart = WEAK.split(label)
+            others = [*(joined(label, sure, mark) for mark in SEPARATORS), apart * (len(apart) > 1)]
+            fits = [way for way in others if way and all(look(part) in whole for part in way)]
         number = plain(label.replace(",", ".")) if re.fullmatch(r"[+-]?\d+,\d+", label) else ""
         if not known and not fits:
             again = lambda way: all(map(is_number, way)) or any(times[look(x)] > 1 for x in way)  # noqa: E731
@@ -633,7 +683,7 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
             if known and not problem and look(one) not in silent:
                 problem = f"is not one of {listed(order)}"
                 words = [x for x in (one, *said) if look(x) in NO_VOTE and look(x) not in {*known, *silent}]
-                if words:
+                if words := words or [one] * (is_number(one) and look(one) not in silent):
                     problem += f"; --no_vote {quoted(words)} leaves such cells out"
             if problem and look(one) not in known:
                 raise InputError(f"{first[text]}: '{short(one, 30)}' {problem}")
@@ -647,6 +697,16 @@ def parts_of(text: str, marks: Iterable[str] = SEPARATORS) -> list[str]:
         if len(parts) > 1 or (parts and mark in "\n;；|"):
             return parts if mark != " " or all(map(is_number, parts)) else []
     return []
+
+
+def joined(text: str, sure: set[str], mark: str) -> list[str]:
+    """The labels in a cell, of those that are known, where labels may hold the mark too: "Yes, very,No"."""
+    found, open_part = [], ""
+    for part in text.split(mark):
+        open_part = f"{open_part}{mark}{part}" if open_part else part
+        if look(open_part) in sure:
+            found, open_part = [*found, plain(open_part)], ""
+    return [] if open_part else found
 
 
 def quoted(words: Iterable[str]) -> str:

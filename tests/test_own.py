@@ -231,9 +231,26 @@ def test_what_cells_say(own, cells, flags, said):
     assert votes_of(own(column(*cells), f"--text text --label v {flags}")) == said
 
 
+SAYS += [  # what other tools and languages write
+    (["{1, 1, 0}"], "", "0:1 1:2"),  # PostgreSQL
+    (["{yes,no}"], "", "no:1 yes:1"),
+    (["[np.int64(1), np.int64(0)]"], "", "0:1 1:1"),
+    (["tensor([1, 0, 1])"], "", "0:1 1:2"),
+    (['{"1": false, "2": true}', '[{"rating": {"1": true, "2": false}}]'], "", "1:1 2:1"),  # MTurk
+    (['{"Ann1": "1", "Ann2": "0"}'], "", "0:1 1:1"),  # LeWiDi
+    (["Yes, definitely,No", "No"], "--multi split --labels 'Yes, definitely' No", "Yes, definitely:1 No:2"),
+    (["red & blue", "red", "blue"], "--multi split", "blue:2 red:2"),
+    (["1", "\u20131", "0.30000001192"], "--labels -1 0.3 1", "-1:1 0.3:1 1:1"),
+    (["yes", "'yes'", "(no)", "[no]", "R&amp;D", "r&d"], "--labels yes no R&D", "yes:2 no:2 R&D:2"),
+    (["a", "b", "(blank)", "[no answer]"], "--no_vote blank 'no answer'", "a:1 b:1"),
+    ([":)", ":("], "", ":(:1 :):1"),
+]
 SEVERAL = "a person's cell holds several labels, "
 DOUBTS = [  # cells of one item, words of the refusal, the remedy in it, and the votes when it is followed
     (["0,0,1"], f"row 2: v: {SEVERAL}{{0, 0, 1}}", "--multi split", "0:2 1:1"),
+    (["a", "b", "a#b"], f"row 4: v: {SEVERAL}{{a, b}}", "--multi split", "a:2 b:2"),
+    (["a b", "b", "a"], f"row 2: v: {SEVERAL}{{a, b}}", "--multi split", "a:2 b:2"),
+    (["very_good", "very good", "bad"], "look alike", "--labels bad very_good", "bad:1 very_good:2"),
     (["red", "red, green", "green"], f"3: v: {SEVERAL}{{red, green}}", "--multi split", "green:2 red:2"),
     (['{"choices": ["a", "b"]}', "a"], f"row 2: v: {SEVERAL}{{a, b}}", "--multi split", "a:2 b:1"),
     (['["a", "b"]', "a"], f"row 2: v: {SEVERAL}{{a, b}}", "--multi split", "a:2 b:1"),
@@ -273,7 +290,7 @@ def test_a_remedy_works_when_followed(own, cells, words, remedy, said):
         (['{"rank": 1, "value": "a"}'], "'a'} is an object, not a vote"),
         (["2024-03-04 00:00:00", "1"], "row 2: v: '2024-03-04 00:00:00' is a date"),
         (["['yes' 'no']"], "row 2: v: \"['yes' 'no']\" is neither JSON nor a list"),
-        (["{1, 2}"], "row 2: v: must be text or a number, not {1, 2}"),
+        (["{1, 2}"], f"row 2: v: {SEVERAL}{{1, 2}}"),
         (["[1, 2"], "row 2: v: mixed scales"),
         (['{"ann": "yes"}'], "is an object, not a vote; --counts reads"),
     ],
@@ -525,6 +542,45 @@ def test_one_hot_rows_add_up(own, caplog):
     for where in ("Status=OK", "Status!=Rejected"):
         (row,) = own(table, f"{flags} --labels yes no --rater w --where {where}")
         assert row["counts"] == {"yes": 1, "no": 1} and row["annotators"] == {"a": "no", "b": "yes"}
+
+
+def test_columns_of_marks(own, capsys):
+    table = "id,text,a.1.on,a.2.on,a.3.on\n1,x,{},,\n1,x,,{},\n1,x,,nan,{}\n"
+    flags = "--text text --item id --counts a.*"
+    for marks in ("TRUE", "true", "x"), ("1", "1", "1"), ("1", "2", "3"):  # Potato writes a column's number
+        assert votes_of(own(table.format(*marks), f"{flags} --labels 1-3")) == "1:1 2:1 3:1"
+    assert "columns of counts say their own number: each such cell is one vote" in capsys.readouterr().out
+    table += "1,x,1,1,\n"
+    with pytest.raises(InputError, match=r"row 5: a.*several labels, .*; --multi split counts each"):
+        own(table.format(1, 1, 1), flags)
+    assert votes_of(own(table.format(1, 1, 1), f"{flags} --labels 1-3 --multi split")) == "1:2 2:2 3:1"
+    assert votes_of(own(table.format(1, 1, 4), f"{flags} --labels 1-3")) == "1:2 2:2 3:4"  # true counts
+
+
+def test_a_list_of_names_is_of_as_many_people(own, tmp_path):
+    for votes, names in (("1,0", "Ann1,Ann2"), ("[1, 0]", "['Ann1', 'Ann2']")):
+        table = f'text,v,who\nx,"{votes}","{names}"\ny,"{votes}","{names}"\n'
+        for row in own(table, "--text text --label v --rater who --multi split"):
+            assert row["annotators"] == {"Ann1": "1", "Ann2": "0"}
+    (tmp_path / "t.json").write_text('[{"text": "x", "v": {"Ann1": "1", "Ann2": "0"}}]')
+    with pytest.raises(InputError, match=r"are people's votes: use --label"):
+        own("t.json", "--text text --counts v")
+    table = "text,v\nx,3\nx,50\n"
+    with pytest.raises(InputError, match=r"'50' is not one of {1, 2, 3}; --no_vote 50 leaves such"):
+        own(table, "--text text --label v --labels 1-3")
+    assert votes_of(own(table, "--text text --label v --labels 1-3 --no_vote 50")) == "3:1"
+
+
+def test_tasks_of_label_studio(own, tmp_path, capsys, caplog):
+    said = lambda vote, **who: who | {"result": [{"from_name": "v", "value": {"choices": [vote]}}]}  # noqa: E731
+    done = [said("a", completed_by={"id": 1}), said("a", completed_by={"id": 1}), said("b"), said("b")]
+    tasks = [{"id": k, "data": {"text": f"t{k}"}, "annotations": done * (k == 0)} for k in range(2)]
+    (tmp_path / "t.json").write_text(json.dumps(tasks))
+    assert own("t.json", "--text text --label v")[0]["counts"] == {"a": 2, "b": 2}
+    assert "1 votes are a person's second" in caplog.text  # nameless annotations are not one person
+    assert "left out: 1 empty cell; 1 item without votes" in capsys.readouterr().out
+    (row,) = own("t.json", "--text text --label v --rater completed_by")
+    assert row["counts"] == {"a": 1, "b": 2} and row["annotators"] == {"1": "a"}
 
 
 def test_a_row_a_person(own):
