@@ -71,6 +71,7 @@ for each answer in this form, and nothing else. The percentages add up to 100.
 """
 TAG = r"(?:think|thinking|thought|reasoning)[>\]]"  # <think>...</think> and the like
 MARKS, STOPS = " \t\r\n\"'`*_()[]{}\u201c\u201d\u2018\u2019\u00ab\u00bb", ".,;:!\u3002\uff0c\uff01"
+CUT = "\u2026"  # behind an answer that the budget of tokens ended
 ODD = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # what an answer of another form raises
 SHOWN = "kl kl_noise_floor kl_marginal accuracy label_mass label_mass_min labels_missing order_flips".split()
 
@@ -224,8 +225,17 @@ class LabelReader:
         return self.texts.get(text, self.texts.get(text.strip(MARKS).rstrip(STOPS + MARKS)))
 
     def answer(self, text: str) -> int | None:
-        """The label that an answer, or its last line, is; None for anything else."""
-        line = after_thought(text).replace("\uff1a", ":").rpartition("\n")[2]
+        """The label that an answer, or its last line, is; None for anything else.
+
+        What was cut has no last line, and may have been about to say a longer label.
+        """
+        text = after_thought(text).replace("\uff1a", ":")
+        if text.endswith(CUT):
+            label = None if "\n" in text else self.answer(text.removesuffix(CUT))
+            own = [spelling for spelling, i in self.texts.items() if i == label]
+            longer = (text for text, i in self.texts.items() if i != label and text.startswith((*own,)))
+            return None if any(longer) else label
+        line = text.rpartition("\n")[2]
         name, _, value = line.rpartition(":")
         labels = [label for label in map(self.spoken, [name, *name.split()]) if label is not None]
         if not labels and re.fullmatch(r"[^\W\d_]+( [^\W\d_]+)?", name.strip(MARKS)):  # "Rating: 4"
@@ -323,8 +333,8 @@ def read_reply(reply: dict[str, Any], body: Mapping[str, Any]) -> dict[str, Any]
         if not text and (why or ended.lower() in FILTERED):
             refused = f"no answer: {distjudge.short(why or ended, 200)}"
         budget = body.get("max_tokens") or body.get("max_completion_tokens") or 0
-        if ended == "length" and not 0 < usage["completion_tokens"] < budget and "\n" in after_thought(text):
-            texts[-1] += "\n\u2026"  # what was cut has no last line
+        if text and ended == "length" and not 0 < usage["completion_tokens"] < budget:
+            texts[-1] += CUT
     if refused and not "".join(texts):
         return checked(answer | {"refused": [refused]})
     if not body.get("logprobs"):

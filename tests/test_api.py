@@ -268,6 +268,9 @@ def test_what_is_no_label_is_counted_and_shown_and_what_was_cut_has_no_last_line
     fake.answer = lambda prompt, body: {"choices": cut, "usage": {"completion_tokens": 24}}
     rows, metrics = measure(items(1), samples=3, model="cut")
     assert rows[0]["predicted"] == {"1": 0, "2": 0.5, "3": 0.5} and metrics["unread"] == 1
+    cut = [{"message": {"content": text}, "finish_reason": "length"} for text in ("1", "2", "Rating: 10")]
+    rows, metrics = measure(items(1, ("1", "2", "10")), samples=3, model="cut in a label")  # 1 or 10?
+    assert rows[0]["predicted"] == {"1": 0, "2": 0.5, "10": 0.5} and metrics["unread"] == 1
 
 
 def test_a_model_that_thinks_is_told_of_and_has_a_budget(measure, fake):
