@@ -18,17 +18,20 @@ are none). What is off by more than the bounds of recipes/README.md is deleted, 
 says how far it was off.
 """
 
+import contextlib
 import dataclasses
 import gc
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +43,11 @@ from distjudge import InputError, Judge, first_line, load_judge, write_json
 import torch
 
 PROBES = ["Is this fine?", "Rate the answer. It was good, and the service was bad.", "One more: 12345."]
-EXACT, ROUNDED = 1e-4, 0.05  # in a probability: in float32; where weights are stored or run in 16 bits
-OTHER_BASE = 0.1  # in mean total variation: to a judge on 4-bit weights. These two are chosen, not measured
+LARGEST, MEAN = "largest difference in a probability", "mean total variation"
+# what the weights are held in: how far a judge may move. All but the first are chosen
+BOUNDS = {"float32": (LARGEST, 1e-4), "16 bits": (LARGEST, 0.05)}
+BOUNDS |= {"q8_0": (LARGEST, 0.1), "fewer bits": (MEAN, 0.1)}
+START = "spawn"  # how a process of its own begins; a fork could hang, after torch's threads
 CONVERTER, CONVERTED = "convert_hf_to_gguf.py", ("f32", "f16", "bf16", "q8_0")
 TYPE = "LLAMA_FTYPE_MOSTLY_"  # of what llama-cpp-python can quantize to
 # not uploaded: what is of this machine only, and what shows test items
@@ -169,7 +175,8 @@ def export_judge(judge: Judge, config: ExportConfig, folder: Path, out: Path, de
     if what was written judges otherwise by more than the bounds above.
     """
     form, model, prompts = config.export, judge.model, prompts_of(folder, judge)
-    to = "the 4-bit judge" if getattr(model, "is_loaded_in_4bit", False) else "the judge"
+    four_bit = getattr(model, "is_loaded_in_4bit", False)
+    to = "the 4-bit judge" if four_bit else "the judge"
     own, n = judge.score(prompts)[0].exp(), len(prompts)
     report: dict[str, Any] = {"form": form, "compared_items": n}
     if hasattr(model, "peft_config"):
@@ -184,16 +191,18 @@ def export_judge(judge: Judge, config: ExportConfig, folder: Path, out: Path, de
             merged = part if form == "merged" else part / "weights"
             stored, reference, found = merge(judge, folder, merged, prompts, runs_in, device)
             report["dtype"] = str(stored).removeprefix("torch.")
-            bound = EXACT if stored == runs_in == torch.float32 else ROUNDED
-            report |= compare("merged weights", "their base with the adapter", found, reference, bound)
-            report |= compare("merged weights", to, found, own, bound)
+            held = "float32" if stored == runs_in == torch.float32 else "16 bits"
+            report |= compare("merged weights", "their base with the adapter", found, reference, held)
+            report |= compare("merged weights", to, found, own, "fewer bits" if four_bit else held)
         if form != "merged":
             report["quantization"] = config.quantization
             file = (gguf_by_llama_cpp if config.llama_cpp else gguf_by_unsloth)(judge, part, config)
             report["size"] = f"{file.stat().st_size / 1e6:,.0f} MB"  # k-quants keep some tensors larger
         if form == "gguf":
             found, same = gguf_logprobs(file, judge, prompts)
-            report |= compare("GGUF file", to, found.exp(), own, ROUNDED) | {"prompts_tokenized_alike": same}
+            held = config.quantization if config.quantization in BOUNDS else "16 bits"
+            held = "fewer bits" if four_bit or config.quantization not in CONVERTED else held
+            report |= compare("GGUF file", to, found.exp(), own, held) | {"prompts_tokenized_alike": same}
             if same < n:
                 but = "otherwise than the judge does: send it token ids"
                 distjudge.log.warning(f"{out}: llama.cpp tokenizes {n - same} of {n} prompts {but}")
@@ -215,12 +224,13 @@ def prompts_of(folder: Path, judge: Judge) -> list[str]:
     return [prompt for prompt in found if len(judge.encoder(prompt)) <= judge.max_length] or PROBES
 
 
-def compare(what: str, to: str, found: torch.Tensor, own: torch.Tensor, bound: float) -> dict[str, Any]:
-    """How far probabilities (N, C) are apart, an entry of export.json. Raises ExportError above the bound."""
-    gap, unit = (found - own).abs(), "largest difference in a probability"
-    off = gap.max().item()
-    if to == "the 4-bit judge":
-        off, bound, unit = (gap.sum(1).mean() / 2).item(), OTHER_BASE, "mean total variation"
+def compare(what: str, to: str, found: torch.Tensor, own: torch.Tensor, held: str) -> dict[str, Any]:
+    """How far probabilities (N, C) are apart, an entry of export.json. held: a key of BOUNDS.
+
+    Raises ExportError above that bound.
+    """
+    gap, (unit, bound) = (found - own).abs(), BOUNDS[held]
+    off = (gap.max() if unit == LARGEST else gap.sum(1).mean() / 2).item()
     if not off <= bound:  # NaN is not
         raise ExportError(f"{what} against {to}: {unit} {off:.3g}, and {bound:g} is allowed: deleted")
     return {f"{what} against {to}": {unit: off, "bound": bound}}
@@ -297,9 +307,35 @@ def gguf_by_llama_cpp(judge: Judge, part: Path, config: ExportConfig) -> Path:
     convert(script, str(merged), "--outfile", str(whole), "--outtype", first)
     shutil.rmtree(merged)
     if whole != file:
-        quantize(whole, file, kind)
+        apart(quantize, whole, file, kind)
         whole.unlink()
     return file
+
+
+def apart(work: Callable[..., Any], *given: Any) -> Any:
+    """work(*given) in a process of its own, which a crash inside llama.cpp ends. Raises ExportError."""
+    context, answer = multiprocessing.get_context(START), None
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, work, given), daemon=True)
+    process.start()
+    sender.close()  # so that the process's end is the end of the pipe
+    with contextlib.suppress(EOFError):
+        answer = receiver.recv()
+    process.join()
+    if answer is None:
+        raise ExportError(f"gguf: llama.cpp crashed (exit code {process.exitcode})")
+    found, fault = answer
+    if fault:
+        raise ExportError(fault)
+    return found
+
+
+def _send(sender: Any, work: Callable[..., Any], given: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the other process says so
+    try:
+        sender.send((work(*given), ""))
+    except ExportError as error:
+        sender.send((None, str(error)))
 
 
 def quantize(source: Path, file: Path, kind: str) -> None:
@@ -316,32 +352,47 @@ def gguf_logprobs(path: Path, judge: Judge, prompts: Sequence[str]) -> tuple[tor
     """Label log-probabilities (N, C) of a GGUF file, from the token ids that the judge itself reads.
 
     Also returns how many rendered prompts the file's own tokenizer turns into the same ids. The judge's model
-    is not needed. Raises ExportError if llama-cpp-python cannot read the file.
+    is not needed. Raises ExportError if llama-cpp-python cannot read the file, or crashes.
     """
+    encoded, tokens = judge.encode(prompts), judge.tokens
+    texts = [judge.encoder.render(prompt).encode() for prompt in prompts]
+    sequences = [ids for _, ids in tokens.sequences]
+    add_bos = not judge.tokenizer.chat_template
+    scores, same = apart(gguf_scores, path, texts, encoded, sequences, tokens.whole, add_bos)
+    owner, scores = torch.tensor(tokens.owner), torch.tensor(scores, dtype=torch.float64)
+    labels = [scores[:, owner == label].logsumexp(1) for label in range(len(judge.labels))]
+    return torch.stack(labels, dim=1).log_softmax(1).float(), same
+
+
+def gguf_scores(
+    path: Path,
+    texts: Sequence[bytes],
+    encoded: Sequence[list[int]],
+    sequences: Sequence[Sequence[int]],
+    whole: bool,
+    add_bos: bool,
+) -> tuple[list[list[float]], int]:
+    """For each prompt the log-probability of each spelling; and how many texts get the ids in `encoded`."""
     from llama_cpp import Llama
 
-    encoded, tokens = judge.encode(prompts), judge.tokens
-    longest = max(map(len, encoded)) + max(len(ids) for _, ids in tokens.sequences)
+    longest = max(map(len, encoded)) + max(map(len, sequences))
     try:
         llama = Llama(model_path=str(path), n_ctx=longest, logits_all=True, verbose=False)
     except ValueError as error:  # it says no more than that
         why = "its llama.cpp may be older than the converter, or memory is short"
         raise ExportError(f"gguf: llama-cpp-python cannot read the file that was made: {why}") from error
-    owner, add_bos, rows, same = torch.tensor(tokens.owner), not judge.tokenizer.chat_template, [], 0
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        text = judge.encoder.render(prompt).encode()
+    rows, same = [], 0
+    for text, ids in zip(texts, encoded, strict=True):
         same += llama.tokenize(text, add_bos=add_bos, special=True) == ids
-        scores = []
-        for n, (_, sequence) in enumerate(tokens.sequences):
-            if n == 0 or tokens.whole:  # else all are read at the same place
+        rows.append([])
+        for n, sequence in enumerate(sequences):
+            if n == 0 or whole:  # else all are read at the same place
                 llama.reset()
                 llama.eval([*ids, *sequence[:-1]])
                 logits = torch.as_tensor(llama.scores[len(ids) - 1 : len(ids) - 1 + len(sequence)])
                 logq = logits.double().log_softmax(1)
-            scores.append(sum(logq[k, token] for k, token in enumerate(sequence)))
-        each = torch.stack(scores)
-        rows.append(torch.stack([each[owner == label].logsumexp(0) for label in range(len(judge.labels))]))
-    return torch.stack(rows).log_softmax(1).float(), same
+            rows[-1].append(sum(logq[k, token].item() for k, token in enumerate(sequence)))
+    return rows, same
 
 
 # --- the upload -------------------------------------------------------------------------------------------
@@ -503,6 +554,10 @@ def main(config: ExportConfig) -> None:
     device = check(config, folder, out)
     repository = open_repository(config.push_to_hub) if config.push_to_hub else ""
     backend = "transformers" if form == "merged" or config.llama_cpp else "unsloth"
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging  # Unsloth wants to be imported first
+
+        transformers_logging.disable_progress_bar()  # of loading weights
     judge = load_judge(config.run, backend=backend) if form != "none" else None
     try:
         if judge:

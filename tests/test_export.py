@@ -3,7 +3,9 @@
 import contextlib
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import sys
 import types
 from pathlib import Path
@@ -140,7 +142,7 @@ def test_a_judge_on_4_bit_weights_is_merged_into_the_unrounded_base(tiny_model, 
     assert report[TO_4_BIT]["mean total variation"] == pytest.approx(gap, abs=1e-6)
     assert 1e-5 < gap < report[TO_4_BIT]["bound"] == 0.1
     assert report[TO_BASE][LARGEST] < report[TO_BASE]["bound"] == 1e-4
-    monkeypatch.setattr(export, "OTHER_BASE", gap / 2)
+    monkeypatch.setitem(export.BOUNDS, "fewer bits", (export.MEAN, gap / 2))
     with pytest.raises(export.ExportError, match="the 4-bit judge: mean total variation"):
         do(tmp_path, "merged", out=str(tmp_path / "again"))
     assert not list(tmp_path.glob("again*"))
@@ -219,6 +221,7 @@ class Llama:
     def __init__(self, model_path, n_ctx, logits_all, verbose):
         assert Path(model_path).read_bytes()[:4] == b"GGUF" and logits_all and not verbose
         self.n_ctx = n_ctx
+        torch.set_num_threads(1)  # in a fork, torch's other threads are gone
 
     def tokenize(self, text, add_bos, special):
         return self.judge.tokenizer(text.decode(), add_special_tokens=add_bos)["input_ids"]
@@ -260,6 +263,7 @@ def clone(copy, tmp_path, monkeypatch):
     play(monkeypatch, "llama_cpp", Llama=Llama, llama_model_quantize=quantize, **options)
     play(monkeypatch, "sentencepiece")
     monkeypatch.setattr(Llama, "judge", load_judge(copy))
+    monkeypatch.setattr(export, "START", "fork")  # what is played is there too
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERT)
     return str(tmp_path)
 
@@ -273,7 +277,8 @@ def test_a_gguf_file_is_compared_and_kept(kind, content, copy, clone, monkeypatc
     report, name = do(copy, "gguf", quantization=kind, llama_cpp=clone), f"model.{kind.upper()}.gguf"
     assert sorted(path.name for path in (copy / "gguf").iterdir()) == ["export.json", name]
     assert (copy / "gguf" / name).read_bytes() == content and report["quantization"] == kind
-    assert report[GGUF][LARGEST] < 1e-5 and report[GGUF]["bound"] == 0.05 and report[TO_BASE][LARGEST] < 1e-4
+    unit = LARGEST if kind == "q8_0" else "mean total variation"
+    assert report[GGUF][unit] < 1e-5 and report[GGUF]["bound"] == 0.1 and report[TO_BASE][LARGEST] < 1e-4
     assert report["compared_items"] == 12 and report["prompts_tokenized_alike"] == 11
     assert "llama.cpp tokenizes 1 of 12 prompts otherwise than the judge does" in caplog.text
     assert GGUF in capsys.readouterr().out
@@ -339,8 +344,11 @@ def test_what_llama_cpp_cannot_do_is_said_and_leaves_nothing(copy, clone, tiny_m
     refused(export.ExportError, "failed: BPE is not known", code=unknown)
     monkeypatch.setattr(sys.modules["llama_cpp"], "llama_model_quantize", lambda *_: 1)
     refused(export.ExportError, r"could not quantize the file to q4_k_m .exit code 1", "q4_k_m")
+    with monkeypatch.context() as patch:
+        patch.setattr(Llama, "eval", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        refused(export.ExportError, "^gguf: llama.cpp crashed .exit code -9.$")
     monkeypatch.setattr(Llama, "judge", load_judge(tiny_model, ["1", "2", "3"]))  # the adapter is lost
-    refused(export.ExportError, f"{GGUF}: {LARGEST} 0.*, and 0.05 is allowed: deleted")
+    refused(export.ExportError, f"{GGUF}: {LARGEST} 0.*, and 0.1 is allowed: deleted")
 
 
 @pytest.mark.slow
@@ -365,7 +373,8 @@ def test_a_gguf_file_judges_as_the_judge_does(name, kind, most, llama_cpp_clone,
         change(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     save_tuned(base, tmp_path / "run", ("entailment", "neutral", "contradiction"))
     report = do(tmp_path / "run", "gguf", llama_cpp=llama_cpp_clone, quantization=kind)
-    moved, off = report["changed_by_training"], report[GGUF][LARGEST]
+    moved = report["changed_by_training"]
+    off = report[GGUF]["mean total variation" if kind == "q4_k_m" else LARGEST]
     print(f"\n{name} {kind}: changed by {moved:.3f}, off by {off:.2g}")
     assert moved > 0.1 and off < most
     assert report["prompts_tokenized_alike"] == report["compared_items"] == 3
