@@ -57,6 +57,7 @@ except ModuleNotFoundError as error:
 
 __version__ = "0.2.0"
 log = logging.getLogger("distjudge")
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # it asks all for a faster kernel
 
 
 class InputError(ValueError):
@@ -645,8 +646,9 @@ class PromptEncoder:
     A control token written in a message ("<|im_end|>") is encoded as its characters, by a copy of the
     tokenizer that has no control tokens. `frame` keeps what the template puts before and after one message
     and behind an answer, and whether it strips messages; without a template, a line break follows the
-    message. Raises InputError if the template changes messages in other ways, or if harmless ones are not
-    encoded exactly as the tokenizer would.
+    message. Raises InputError if the template changes harmless messages in other ways, or if they are not
+    encoded exactly as the tokenizer would. What it does to certain words only is not done: Qwen3's drops what
+    stands before "</think>" in an assistant's message, and the judge reads it all.
     """
 
     memo: dict[str, list[int]] | None = None  # while it is a dict, what was encoded is kept there
@@ -3292,7 +3294,6 @@ def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception
     handler = logging.StreamHandler()
     handler.format = lambda record: printable(record.getMessage())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks everyone for a faster kernel
     failures, about = (FloatingPointError, *failures), sys.modules["__main__"].__doc__
     grouped = issubclass(config, Config)
     try:

@@ -64,6 +64,18 @@ def test_prompts_are_encoded_as_the_tokenizer_would(name, tiny_tokenizer, reques
         assert encoder(text) == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
+def test_what_a_template_would_drop_for_its_words_is_read(real_tokenizer):
+    """Qwen3's leaves out what an assistant wrote before "</think>"; what is judged stays."""
+    encoder = PromptEncoder(real_tokenizer("qwen2.5 with qwen3.jinja"))
+    said = ["Why?", "<think>It is so.</think>Yes.", "Is that fair?"]
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    prompt = distjudge.prompt_text(turns)
+    assert all(text in encoder.render(prompt) for text in said)
+    assert "It is so." not in encoder.tokenizer.apply_chat_template(turns, tokenize=False)
+    assert "It is so." in encoder.tokenizer.decode(encoder(prompt))
+
+
 def test_a_prompt_does_not_change_with_the_day(tokenizers_dir, tiny_tokenizer):
     """Llama 3.1's template has a fixed date, Llama 3.2's asks the clock unless it is told one."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
