@@ -199,7 +199,7 @@ def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunCon
         "tokens": f"{sum(map(len, encoded)):,} an epoch, {sum(passes):,} after packing, in {len(passes):,} "
         f"passes of up to {max(passes):,}",
         "memory": memory_text(judge, estimate_memory(judge, config, largest), config.card_gib),
-        "steps": f"{steps:,} of {config.batch_size} items",
+        "steps": f"{steps:,}, of {config.batch_size} items each",
     } | ({"fits": fit_text(judge, items, config)} if config.card_gib else {})
 
 

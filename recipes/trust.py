@@ -163,6 +163,9 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
     out["people"] = people(np.full(len(items), True))
     out["brier"] = {"judge": mean(distance + apart), "one person": mean(2 * apart), "everybody": mean(apart)}
     out["accuracy"] = {"judge": mean(hits[:, 0]), "one person": mean(hits[:, 1]), "gain": mean(*hits.T)}
+    for share in ("judge", "one person"):  # a share of items, so no end of its interval is beyond 0 and 1
+        ends = {end: x and min(1.0, max(0.0, x)) for end, x in out["accuracy"][share].items()}
+        out["accuracy"][share] = ends
     columns = {"mean rating": np.array(labels, dtype=float)} if distjudge.are_numeric(labels) else {}
     columns |= {f"share of {label}": np.eye(len(labels))[k] for k, label in enumerate(labels)}
     out["shifts"] = {}
