@@ -731,4 +731,4 @@ def test_words_already_named_no_vote_are_not_advised_again(tmp_path):
     command += ["--no_vote", "k.A.", "--out", "out"]
     script = Path(__file__).parents[1] / "data" / "prepare.py"
     said = subprocess.run([sys.executable, script, *command], cwd=tmp_path, capture_output=True, text=True)
-    assert said.returncode == 2 and "'4.5' is not one of" in said.stderr and "--no_vote" not in said.stderr
+    assert said.returncode == 2 and "'4.5' is not one of" in said.stderr and "k.A." not in said.stderr
