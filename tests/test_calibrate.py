@@ -283,6 +283,15 @@ def test_groups_weigh_alike_in_the_table_of_sets():
     assert held["50 %"] > 0.95 and held["95 %"] > 0.95  # a mean over items would be 2 / 3
 
 
+def test_the_table_of_sets_tells_the_model_from_the_calibrated_judge():
+    """The model says 0.4, 0.3, 0.3 where people say 0.8, 0.1, 0.1."""
+    items = items_of([[8, 1, 1]] * 80)
+    table = recipe.sets(items, torch.tensor([[0.4, 0.3, 0.3]] * 80).log().double(), 5).loc[["50 %", "80 %"]]
+    size = {kind: table[table.sets == kind]["labels"].tolist() for kind in set(table.sets)}
+    # one label holds 80 % of the votes; the model's own answers would need all three for that
+    assert size == {"credible": [2, 3], "credible, calibrated": [1, 2], "conformal": [1, 1]}
+
+
 def test_predictions_of_any_judge(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     q = (2 * log_q(30, 3)).softmax(1)
