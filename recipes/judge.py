@@ -294,7 +294,8 @@ class Judging:
                 if not good:
                     raise InputError(
                         f"{out}:{number}: is not the judgment of {ask.where if ask else 'any input'} by this "
-                        "judge with these settings; name another --out, or remove the file"
+                        "judge with these settings (--level, --min_mass, --route, template, ids); "
+                        "name another --out, or remove the file"
                     )
                 end += len(raw)
                 yield row
