@@ -6,12 +6,12 @@
     python recipes/export.py --run runs/first --push_to_hub me/judge   # the run folder; a new one is private
     python recipes/export.py --run runs/first                          # its model card, as every call does
 
-merged           The adapters are added to the base's own weights, in the type they are stored in. A judge
-                 trained on 4-bit weights is merged into the base that was not rounded.
-gguf             One file for llama.cpp and Ollama. Unsloth writes it on CUDA and builds llama.cpp for that.
-                 With --llama_cpp, a clone that need not be built, its converter does: pip install gguf
-                 sentencepiece. The file is compared through llama-cpp-python.
-gguf-unchecked   The same without the comparison. Measure it with recipes/api.py before you trust it.
+    merged           the adapters are added to the base's own weights, in the type they are stored in; a
+                     judge trained on 4-bit weights is merged into the base that was not rounded
+    gguf             one file for llama.cpp and Ollama: Unsloth writes it on CUDA and builds llama.cpp for
+                     that; with --llama_cpp, a clone that need not be built, its converter does (pip install
+                     gguf sentencepiece); the file is compared through llama-cpp-python
+    gguf-unchecked   the same without the comparison; measure it with recipes/api.py before you trust it
 
 What is written is read back and compared with the judge on 32 test items (three prompts of ours where there
 are none). What is off by more than the bounds of recipes/README.md is deleted, with exit code 1. export.json
