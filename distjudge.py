@@ -2840,6 +2840,17 @@ def bootstrap(
     return {"mean": mean, "low": found[cut], "high": found[-1 - cut], "p": min(1.0, p)}
 
 
+def squared_distance(q: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """||q - p||^2 (..., N) and 1 - sum p^2 (N,) of the true p, without bias from votes counts (N, C) of it.
+
+    q: (..., N, C). Votes are whole, two or more an item. Source: Simpson (1949) for sum p^2.
+    """
+    votes = counts.sum(1, keepdim=True)
+    p = counts / votes
+    pairs = (p * (counts - 1)).sum(1) / (votes[:, 0] - 1)  # estimates sum p^2
+    return (q**2 - 2 * q * p).sum(-1) + pairs, 1 - pairs
+
+
 def survey_equivalence(predicted: Any, items: Sequence[Item], draws: int = 2000) -> dict[str, float | None]:
     """How many people a judge is worth: mean, low, high (95 %). predicted: (N, C), or (S, N, C) of S runs.
 
@@ -2856,10 +2867,8 @@ def survey_equivalence(predicted: Any, items: Sequence[Item], draws: int = 2000)
     groups = [item.group for item, keep in zip(items, kept.tolist(), strict=True) if keep]
     if not groups:
         return {"mean": None, "low": None, "high": None}
-    counts, p, q = counts[kept], p[kept], runs[:, kept]
-    pairs = (p * (counts - 1)).sum(1) / (counts.sum(1) - 1)  # estimates sum p^2
-    distance = (q**2 - 2 * q * p).sum(2) + pairs
-    found = bootstrap(torch.stack([distance, (1 - pairs).expand_as(distance)], 2), groups=groups, draws=draws)
+    distance, apart = squared_distance(runs[:, kept], counts[kept])
+    found = bootstrap(torch.stack([distance, apart.expand_as(distance)], 2), groups=groups, draws=draws)
     ends = zip(("mean", "low", "high"), (found["mean"], found["high"], found["low"]), strict=True)
     return {name: x if x is None else 1 / x if x > 0 else math.inf for name, x in ends}
 

@@ -110,9 +110,9 @@ def kept(items: Sequence[Item], q: torch.Tensor) -> pandas.DataFrame:
 
     Items with fewer than two votes have no squared error and are left out of it.
     """
-    p, votes = distjudge.shares_of(items), distjudge.counts_of(items).sum(1)
-    noise = (1 - (p**2).sum(1)) / (votes - 1)
-    errors = {"squared error": ((q - p) ** 2).sum(1) - noise.where(votes >= 2, torch.nan)}
+    p, counts = distjudge.shares_of(items), distjudge.counts_of(items)
+    distance = distjudge.squared_distance(q, counts)[0]
+    errors = {"squared error": distance.where(counts.sum(1) >= 2, torch.nan)}
     errors["KL to votes"] = distjudge.kl_divergence(p, q)
     sure = {"entropy": distjudge.entropy(q), "expected squared error": 1 - (q**2).sum(1)}
     table = pandas.DataFrame(index=[f"{share} %" for share in KEPT])

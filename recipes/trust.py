@@ -72,14 +72,10 @@ class TrustConfig:
 
 # --- measures ----------------------------------------------------------------------------------------------
 def distances(q: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """||q - p||^2 and 1 - sum p^2 of each item's true p, without bias from its votes: (N, C) -> (N,) each.
-
-    NaN where an item has less than two votes, or parts of votes. Source: Simpson (1949) for sum p^2.
-    """
-    m = counts.sum(1)
-    told = (m >= 2) & (counts == counts.round()).all(1)
-    same = (counts * (counts - 1)).sum(1) / np.where(told, m * (m - 1), np.nan)
-    return (q**2).sum(1) - 2 * (q * counts).sum(1) / m + same, 1 - same
+    """distjudge.squared_distance() of (N, C) each; NaN where an item has less than two votes, or parts."""
+    told = (counts.sum(1) >= 2) & (counts == counts.round()).all(1)
+    found = distjudge.squared_distance(*map(torch.from_numpy, (q, np.where(told[:, None], counts, np.nan))))
+    return tuple(part.numpy() for part in found)
 
 
 def left_out(q: np.ndarray, counts: np.ndarray) -> np.ndarray:
