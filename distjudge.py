@@ -1493,9 +1493,11 @@ def check_model(judge: Judge) -> None:
         for training in (False, True) if judge.backend == "unsloth" else (False,):  # its masks differ
             model.train(training)
             single = torch.cat([hidden([ids], False) for ids in encoded])
-            gap = ((hidden(encoded, True) - single).norm(dim=1) / single.norm(dim=1)).max()
-            if not gap <= tolerance:  # NaN is not
-                raise ValueError(f"hidden states are off by {gap:.1%}")
+            packed, padded = (hidden(encoded, way) - single for way in (True, False))
+            gap, noise = ((off.norm(dim=1) / single.norm(dim=1)).max() for off in (packed, padded))
+            # deep models round more: packs may be off by twice what padded rows, the other way, are
+            if not gap <= (2 * noise).clamp(tolerance, 4 * tolerance):  # NaN is not
+                raise ValueError(f"hidden states are off by {gap:.1%}, padded rows by {noise:.1%}")
             if training:  # backward is a kernel of its own, which can fail where the forward did not
                 with torch.enable_grad():
                     hidden(sorted(encoded, key=len)[:4], True).sum().backward()

@@ -1,7 +1,9 @@
 """Packs: the layout, its economy, and the same scores and gradients as one prompt at a time."""
 
+import functools
 import itertools
 import random
+import re
 from types import SimpleNamespace
 
 import distjudge
@@ -261,6 +263,26 @@ def test_the_check_sees_a_mask_wrong_beyond_the_window(tmp_path, tiny_tokenizer,
 
     monkeypatch.setattr(distjudge, "tree_mask", by_rows)
     assert not load_judge(folder, ["yes", "no"], lora_rank=0).packs and "hidden states are off" in caplog.text
+
+
+def test_the_check_allows_for_the_rounding_of_a_deep_model(tmp_path, tiny_tokenizer, monkeypatch, caplog):
+    """In 16 bits 40 layers are off by more than 5 %, in padded rows as in packs; a wrong mask by far more."""
+    deep = {"num_hidden_layers": 40, "num_key_value_heads": 2, "initializer_range": 0.3}
+    folder = save_random(tmp_path, tiny_tokenizer, "Qwen2", **deep)
+    from transformers import AutoModelForCausalLM
+
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.bfloat16)
+    make = lambda: distjudge.make_judge(load(), tiny_tokenizer, ["yes", "no"], lora_rank=4)  # noqa: E731
+    assert make().packs and not caplog.text
+    plain = distjudge.tree_mask
+
+    def all_before(config, dtype, ends, positions):
+        return plain(config, dtype, torch.full_like(ends, len(ends)), positions)
+
+    monkeypatch.setattr(distjudge, "tree_mask", all_before)
+    assert not make().packs
+    off, rows = map(float, re.search(r"off by ([\d.]+)%, padded rows by ([\d.]+)%", caplog.text).groups())
+    assert rows > 3 and off > 100
 
 
 def test_running_out_of_memory_in_the_check_is_not_an_architecture(tiny_model):

@@ -62,7 +62,7 @@ def gradients(judge, groups):
 def in_process(code):
     """What a process of its own prints last, for Unsloth patches what it imports."""
     folders = map(str, (ROOT, ROOT / "recipes", ROOT / "tests" / "gpu"))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -72,7 +72,7 @@ def in_process(code):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("labels", [["yes", "no"], ["1", "10", "2"]])
 def test_packs_equal_one_at_a_time(model, implementation, dtype, tolerance, labels):
-    judge = load_judge(model, labels)
+    judge = load_judge(model, labels, backend="transformers")
     judge.model.to(dtype)
     single = one_at_a_time(judge, TEXTS)
     packed_by(judge, implementation)
@@ -81,7 +81,7 @@ def test_packs_equal_one_at_a_time(model, implementation, dtype, tolerance, labe
 
 def test_the_bfloat16_tolerance_would_see_a_wrong_mask(model, monkeypatch):
     """Prompts that see all that stands before them are off by more, and fail the check at load."""
-    judge, plain = load_judge(model, ["yes", "no"]), distjudge.tree_mask
+    judge, plain = load_judge(model, ["yes", "no"], backend="transformers"), distjudge.tree_mask
     single = one_at_a_time(judge, TEXTS)
 
     def all_before(config, dtype, ends, positions):
@@ -90,13 +90,13 @@ def test_the_bfloat16_tolerance_would_see_a_wrong_mask(model, monkeypatch):
     monkeypatch.setattr(distjudge, "tree_mask", all_before)
     judge.packs = True
     assert (judge.score(TEXTS)[0] - single).abs().max() > 0.05
-    assert not load_judge(model, ["yes", "no"]).packs
+    assert not load_judge(model, ["yes", "no"], backend="transformers").packs
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packs_of_many_lengths(model, implementation):
     """A new shape every pass, as in training: no limit of recompilations, no stale mask."""
-    judge = load_judge(model, ["yes", "no"])
+    judge = load_judge(model, ["yes", "no"], backend="transformers")
     texts = [f"{n} " + "soup " * (7 * n % 60) for n in range(60)]
     single = one_at_a_time(judge, texts)
     packed_by(judge, implementation)
@@ -107,7 +107,7 @@ def test_packs_of_many_lengths(model, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_of_packs(model, implementation):
-    judge = load_judge(model, ["yes", "no"], lora_rank=0)
+    judge = load_judge(model, ["yes", "no"], lora_rank=0, backend="transformers")
     judge.packs = False
     single = gradients(judge, SINGLY)
     packed_by(judge, implementation)
@@ -121,7 +121,7 @@ def test_running_out_of_memory_makes_packs_smaller(model, tmp_path, caplog):
     items, losses, weights = distjudge.load_items(rows), [], []
     settings = {"batch_size": 24, "epochs": 2.0, "learning_rate": 1e-3, "pack_tokens": 100_000}
     for scarce in (False, True):
-        judge = load_judge(model, ["1", "2", "3"], lora_rank=4)
+        judge = load_judge(model, ["1", "2", "3"], lora_rank=4, backend="transformers")
         torch.cuda.empty_cache()
         if scarce:
             allowed = torch.cuda.memory_reserved() + 2**26
