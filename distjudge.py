@@ -2086,17 +2086,20 @@ def worst_case(
     as log(1e-12 / q) + 1, so that a zero stays zero unless q is about 1e-12 or less there. A one-hot p
     therefore does not move. KL is convex in p', so no step lowers it; p is returned where rounding makes it
     worse. eps: a number or (B,). Raises ValueError for a negative eps.
+
+    Up to 4,096 numbers go to the CPU and back: a card takes longer to start a thousand small kernels.
     """
-    kl, device = inspect.unwrap(kl_loss), p.device if torch.is_tensor(eps) else None
-    radius = torch.as_tensor(eps, device=device)
+    kl, place = inspect.unwrap(kl_loss), p.device if p.numel() > 4096 else "cpu"
+    eps = eps.to(place) if torch.is_tensor(eps) else eps
+    radius = torch.as_tensor(eps)
     if not bool((radius != 0).any()):
         return p.detach()
-    logq_, p_ = _working(logq.detach()), _working(p.detach())
+    logq_, p_ = (_working(x.detach()).to(place) for x in (logq, p))
     pull, x = 1 - logq_.clamp_min(-1e4), p_  # a label the model rules out (-inf) pulls hard, but not to NaN
     for _ in range(steps):
         x = project_ball(x + step_size * (x.clamp_min(1e-12).log() + pull), p_, eps)
     gained = (kl(logq_, x) >= kl(logq_, p_)) & (radius > 0)
-    return torch.where(gained[..., None], x, p_).to(p.dtype)
+    return torch.where(gained[..., None], x, p_).to(p)
 
 
 # ----------------------------------------------------------------------------------------------------------
