@@ -143,13 +143,10 @@ def test_running_out_of_memory_makes_packs_smaller(model, tmp_path, caplog):
 def test_unsloth_takes_our_packs(model):
     cosine = in_process(f"""
 import unsloth
-from unsloth import FastLanguageModel
 import torch, distjudge, test_gpu
-options = dict(load_in_4bit=False, max_seq_length=4096, dtype=torch.bfloat16)
-model, tokenizer = FastLanguageModel.from_pretrained({str(model)!r}, **options)
-judge = distjudge.make_judge(model, tokenizer, ["yes", "no"], lora_rank=0)
+options = dict(backend="unsloth", lora_rank=4, gradient_checkpointing=True)
+judge = distjudge.load_judge({str(model)!r}, ["yes", "no"], **options)
 assert judge.model.two_levels and judge.packs, (judge.model.two_levels, judge.packs)
-judge.model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, use_gradient_checkpointing="unsloth")
 judge.model.train()
 packed = test_gpu.gradients(judge, [list(range(len(test_gpu.TEXTS)))])
 judge.packs = False
