@@ -139,10 +139,12 @@ def gigabytes() -> dict[str, float]:
 
 # --- stages: each returns its result; a "problem" in it is a failure ---
 def run_tests(config: ReportConfig) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "tests/gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout, done.stderr)
-    lines, result = done.stdout.splitlines(), {"pytest": done.stdout.strip().rpartition("\n")[2]}
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "tests/gpu"]
+    said = Path(config.out) / "stages" / "tests.txt"  # what passed stands there, also when time runs out
+    with open(said, "w") as file:
+        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    lines = said.read_text().splitlines()
+    result = {"pytest": lines[-1]}
     if done.returncode:
         wrong = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         result["problem"] = "; ".join(wrong) or f"pytest: exit code {done.returncode}"
