@@ -38,6 +38,7 @@ from scipy.special import stdtr, stdtrit
 FILES = ("table.txt", "table.json", "forest.png")
 METHODS = {"votes": "votes alone", "judge": "judge alone (biased)", "ppi": "votes and judge (PPI++)"}
 LEVEL = 0.95
+PAIRS = "pairs (an interval is of one pair by itself, p of all pairs together)"
 WORDS = (
     "With {rated} of {items} items rated and the judge, you are as sure as with {worth:.0f} rated items "
     "alone. The judge's weight is {weight:.2f}, from 0 (not heard) to 1. Alone it is off by {least:+.3f} to "
@@ -76,7 +77,7 @@ class Panel:
     def rated(self) -> np.ndarray:
         return self.counts.sum(1) > 0
 
-    def sums(self, values: np.ndarray, which: np.ndarray) -> np.ndarray:
+    def sums(self, values: np.ndarray, which: Any = slice(None)) -> np.ndarray:
         """Sums of values (n, K) of the items `which` by group and system: (G, S, K)."""
         out = np.zeros((self.group.max() + 1, len(self.systems), values.shape[1]))
         np.add.at(out, (self.group[which], self.system[which]), values)
@@ -150,9 +151,8 @@ def estimate(panel: Panel, columns: np.ndarray) -> tuple[dict[str, Estimate], di
     rated, system = panel.rated, panel.system[panel.rated]
     counts, m = panel.counts[rated], panel.counts[rated].sum(1)
     y, f = counts @ columns / m[:, None], panel.q[rated] @ columns
-    noise, all_items = vote_noise(counts, columns), np.full(len(panel.q), True)
-    size, judged = panel.sums(np.ones((len(panel.q), 1)), all_items), panel.sums(panel.q @ columns, all_items)
-    strata = (size[..., 0] > 0).astype(int) + (panel.sums(np.ones((len(m), 1)), rated)[..., 0] > 0)
+    noise, size = vote_noise(counts, columns), panel.sums(np.ones((len(panel.q), 1)))
+    strata = (size[..., 0] > 0).astype(int) + (panel.sums(m[:, None], rated)[..., 0] > 0)
     n, of = (strata == 2).sum(0), (strata > 0).sum(0)
 
     def sums(spread: float) -> tuple[np.ndarray, ...]:
@@ -168,7 +168,7 @@ def estimate(panel: Panel, columns: np.ndarray) -> tuple[dict[str, Estimate], di
     w, t, x = sums(spread)
     first = tuned(w, t, x)[0]
     error = between(y - first * f, system, m, noise)
-    votes, judge = means(t, w, n), means(judged, size, of)
+    votes, judge = means(t, w, n), means(panel.sums(panel.q @ columns), size, of)
     w, t, x = sums(error)
     weight, ours, theirs = tuned(w, t, x), means(t, w, n), means(x, w, n)
     moves = judge[0] - theirs[0]  # (1 + G, S, K): where the judge moves the estimate
@@ -213,8 +213,8 @@ def interval(e: Estimate, slope: np.ndarray, least: float, most: float, value: f
         half = stdtrit(df, (1 + LEVEL) / 2) * se
     else:
         se, df, half = 0, n - 1, (most - least) * (1 - ((1 - LEVEL) / 2) ** (1 / n))
-    found = map(float, (value, max(least, value - half), min(most, value + half), se, df))
-    return dict(zip(("estimate", "low", "high", "se", "df"), found, strict=True))
+    found = {"estimate": value, "low": max(least, value - half), "high": min(most, value + half)}
+    return {name: float(x) for name, x in (found | {"se": se, "df": df}).items()}
 
 
 def win(e: Estimate, a: int, b: int) -> dict[str, float]:
@@ -349,8 +349,8 @@ def tables(table: dict[str, Any]) -> list[str]:
             gaps[-1] |= {title: show(pair[measure][how]) for how, title in METHODS.items()}
             gaps[-1] |= {"p (Holm)": f"{pair[measure]['ppi']['p_holm']:.3f}"}
             gaps[-1] |= {"first wins (PPI++)": show(pair["win"]["ppi"])} if "win" in pair else {}
-        for title, found in ((measure, rows), (f"{measure}, pairs", gaps)):
-            lines += [short(title), pandas.DataFrame(found).to_string(index=False), ""] if found else []
+        for title, found in ((short(measure), rows), (f"{short(measure)}, {PAIRS}", gaps)):
+            lines += [title, pandas.DataFrame(found).to_string(index=False), ""] if found else []
     return lines
 
 
@@ -375,10 +375,11 @@ def draw(table: dict[str, Any], path: Path) -> None:
     looks = {"votes": ("s", HUMAN, -0.22), "judge": ("^", NEUTRAL, 0), "ppi": ("o", MODEL, 0.22)}
     for ax, measure in zip(axes[0], measures, strict=True):
         for how, (marker, colour, shift) in looks.items():
-            cells = pandas.DataFrame([row[measure][how] for row in table["systems"].values()])
-            ends, x = [cells.estimate - cells.low, cells.high - cells.estimate], cells.estimate
-            at = np.arange(len(x)) + shift
-            ax.errorbar(x, at, xerr=ends, fmt=marker, color=colour, ms=4, label=METHODS[how])
+            x = pandas.DataFrame([row[measure][how] for row in table["systems"].values()])
+            ends = [x.estimate - x.low, x.high - x.estimate]
+            ax.errorbar(
+                x.estimate, x.index + shift, xerr=ends, fmt=marker, color=colour, ms=4, label=METHODS[how]
+            )
         ax.set_xlabel(f"{short(measure, 40)}, 95 % intervals")
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()

@@ -37,7 +37,7 @@ SHOWN = 8  # slices of a field that the page shows, the worst ones
 SURE = 0.05  # p of what is called sure
 NO_END = "no end"  # a worth that votes cannot tell from the truth's; None: nothing is known
 Fields = Mapping[str, Sequence[Any]]  # N values for each name
-PAGE = """{items} items, {votes:,.0f} votes. In brackets: 95 % intervals.
+PAGE = """{items} items, {votes:,.0f} votes. In brackets: 95 % intervals, each by itself.
 
 Worth in people: {worth}
 So many people together come as near to what everybody thinks as the judge does. The {two_votes} items with
@@ -48,7 +48,7 @@ majority of the others, each voter left out in turn (accuracy).
 {ceiling}
 Accuracy, judge less one person: {gain}
 
-What the judge says more often or less often than people.
+What the judge says more often or less often than people. p is Holm's over all rows; the verdict goes by it.
 {verdict}{shares}
 
 Where it fails more than elsewhere (p under {sure}, Holm over all slices): {fails}
@@ -202,19 +202,19 @@ def page(found: Mapping[str, Any]) -> list[str]:
             numbers = {"distance": row["distance"], "excess": row["excess"], "p (Holm)": row["p_holm"]}
             worst.append(where | {"people": said(row["people"], ".1f")} | numbers)
     if "mean rating" in found["shifts"]:
-        ends = found["shifts"]["mean rating"]["shift"]
-        sign = ((ends["low"] or 0) > 0) - ((ends["high"] or 0) < 0)
-        words = ("neither lenient nor strict, as far as votes tell", "too lenient", "too strict")[sign]
+        row, words = found["shifts"]["mean rating"], "neither lenient nor strict, as far as votes tell"
+        if row["p_holm"] < SURE:
+            words = "too lenient" if row["shift"]["mean"] > 0 else "too strict"
         verdict = f"If a high rating is a good one, the judge is {words}.\n"
     told = {"worth": said(found["people"], ".1f"), "gain": said(found["accuracy"]["gain"], "+.3f")}
     for name, rows in {"ceiling": ceiling, "shares": shares, "worst": worst}.items():
         text = pandas.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format)
         told[name] = text if rows else "No slice is large enough."
-    fails = [
-        f"{short(row['field'])} {short(row['slice'])}" for row in found["slices"] if row["p_holm"] < SURE
-    ]
-    told |= {"verdict": verdict, "fails": "; ".join(fails) or "nowhere seen", "sure": SURE, "few": FEW}
-    return PAGE.format(**found, **told, shown=SHOWN).split("\n")
+    fails = [row for row in found["slices"] if row["p_holm"] < SURE]
+    told["fails"] = (
+        "; ".join(f"{short(row['field'])} {short(row['slice'])}" for row in fails) or "nowhere seen"
+    )
+    return PAGE.format(**found, **told, verdict=verdict, sure=SURE, few=FEW, shown=SHOWN).split("\n")
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:

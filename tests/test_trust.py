@@ -56,17 +56,13 @@ def test_one_person_is_worth_one():
     found = measure(one.astype(float), items_of(counts, group), {}, draws=100)
     assert found["people"]["mean"] == pytest.approx(1, abs=0.06)
     assert found["brier"]["judge"]["mean"] == pytest.approx(found["brier"]["one person"]["mean"], rel=0.04)
-    assert found["accuracy"]["judge"]["mean"] == pytest.approx(
-        found["accuracy"]["one person"]["mean"], abs=0.03
-    )
     assert found["brier"]["everybody"]["mean"] == pytest.approx((1 - (p**2).sum(1)).mean(), abs=0.01)
-    ends = found["accuracy"]["gain"]
+    hits, ends = found["accuracy"], found["accuracy"]["gain"]
+    assert hits["judge"]["mean"] == pytest.approx(hits["one person"]["mean"], abs=0.03)
     assert ends["low"] < 0 < ends["high"]
 
 
 def test_excess_is_a_t_test():
-    from scipy.stats import norm
-
     error = np.array([0.0, 1, 2, 3, 10, 12, 11, 13])
     inside = np.arange(8) > 3
     gap, p = excess(error, inside, np.arange(8))
@@ -77,10 +73,6 @@ def test_excess_is_a_t_test():
     assert few == pytest.approx(trust.stdtr(1, -10 / (2 * (0.5 + 0.3125)) ** 0.5))
     paired = excess(error, inside, np.arange(8) // 2)
     assert paired[1] > p and excess(error, inside, inside.astype(int))[1] == 1
-    rng, wide = np.random.default_rng(1), np.arange(4000) % 2 == 0
-    many = rng.standard_normal(4000) + 0.1 * wide
-    gap, p = excess(many, wide, np.arange(4000))
-    assert p == pytest.approx(norm.sf(gap / (many.std() * (4 / 4000) ** 0.5)), rel=0.1)
 
 
 def test_slices_are_quarters_or_values():
@@ -93,19 +85,18 @@ def test_slices_are_quarters_or_values():
 
 def test_slices_by_hand():
     """Seven groups of twelve items: errors of a group hang together, but in slices by group items count."""
-    group, found = np.repeat(np.arange(7), 12), {}
-    distance = np.random.default_rng(0).random(84) + group % 3
-    distance[5] = math.nan
+    group, found, told = np.repeat(np.arange(7), 12), [], np.arange(84) != 5
+    distance = np.where(told, np.random.default_rng(0).random(84) + group % 3, math.nan)
     fields = {"half": np.arange(84) % 2, "group": group, "few": np.arange(84) < 11, "all": ["same"] * 84}
-    rows, told = slices(distance, group, fields), np.arange(84) != 5
+    rows = slices(distance, group, fields)
     for row in rows:
-        inside = {"half": fields["half"], "group": group, "few": fields["few"]}[row["field"]].astype(str)
-        inside = (inside == row["slice"])[told]
+        inside = (fields[row["field"]].astype(str) == row["slice"])[told]
         at = (np.arange(84) if row["field"] == "group" else group)[told]
-        gap, found[id(row)] = excess(distance[told], inside, at)
+        gap, p = excess(distance[told], inside, at)
         assert row["items"] == inside.sum() >= 10 and row["excess"] == gap
         assert row["distance"] == distance[told][inside].mean()
-    assert [row["p_holm"] for row in rows] == pytest.approx(trust.holm([*found.values()]))
+        found.append(p)
+    assert [row["p_holm"] for row in rows] == pytest.approx(trust.holm(found))
     names = [(row["field"], row["slice"]) for row in rows]
     assert len(rows) == 2 + 7 + 2 and ("few", "True") in names  # eleven items, one of them unknown
     for field in ("half", "group"):
@@ -113,17 +104,24 @@ def test_slices_by_hand():
         assert errors == sorted(errors, reverse=True)
 
 
-def test_a_worth_beyond_what_votes_can_tell(tmp_path, capsys):
+@pytest.fixture
+def judged(tmp_path, capsys):
+    """What trust.py says, trust.json and the page, of items with the same prediction and these votes."""
+
+    def run(predicted, votes):
+        rows = [{"id": str(i), "predicted": predicted, "annotations": said} for i, said in enumerate(votes)]
+        write(tmp_path / "judged.jsonl", rows)
+        trust.main(TrustConfig(str(tmp_path / "judged.jsonl"), str(tmp_path / "out")))
+        return json.loads((tmp_path / "out" / "trust.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_a_worth_beyond_what_votes_can_tell(judged):
     """Two people of an item never agree: votes cannot tell such a judge from the truth."""
-    rows = [
-        {"id": str(i), "predicted": {"yes": 0.5, "no": 0.5}, "annotations": ["yes", "no"]} for i in range(20)
-    ]
-    write(tmp_path / "judged.jsonl", rows)
-    trust.main(TrustConfig(str(tmp_path / "judged.jsonl"), str(tmp_path / "out")))
-    assert json.loads((tmp_path / "out" / "trust.json").read_text())["people"] == dict.fromkeys(
-        ("mean", "low", "high"), "no end"
-    )
-    assert "Worth in people: no end [no end, no end]" in capsys.readouterr().out
+    found, said = judged({"yes": 0.5, "no": 0.5}, [["yes", "no"]] * 20)
+    assert found["people"] == dict.fromkeys(("mean", "low", "high"), "no end")
+    assert "Worth in people: no end [no end, no end]" in said
     assert trust.said({"mean": 2.0, "low": None, "high": None, "p": None}, ".1f") == "2.0"
     assert trust.said({"mean": 2.0, "low": 1.0, "high": "no end"}, ".1f") == "2.0 [1.0, no end]"
 
@@ -194,12 +192,20 @@ def test_the_command_on_a_closed_models_file(tmp_path):
     assert {row["slice"] for row in found["slices"] if row["field"] == "source"} == {"x", "y"}
 
 
-def test_words_as_labels_and_one_vote_an_item(tmp_path, capsys):
-    judged, votes = {"predicted": {"yes": 0.9, "no": 0.1}}, [["no"], ["yes"], ["yes"], ["yes"]] * 10
-    rows = [judged | {"id": str(i), "annotations": vote} for i, vote in enumerate(votes)]
-    write(tmp_path / "judged.jsonl", rows)
-    trust.main(TrustConfig(str(tmp_path / "judged.jsonl"), str(tmp_path / "out")))
-    found, said = json.loads((tmp_path / "out" / "trust.json").read_text()), capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("q", "words"),
+    [([0, 0.7, 0.3], "too lenient"), ([0.3, 0.7, 0], "too strict"), ([0.05, 0.8, 0.15], "neither")],
+)
+def test_the_verdict_goes_by_the_p_beside_it(judged, q, words):
+    """Each mean is off by itself (t is 6.7 or 2.2), the last one not among four tests."""
+    found, said = judged(dict(zip("123", q, strict=True)), [["1"]] * 10 + [["2"]] * 80 + [["3"]] * 10)
+    row = found["shifts"]["mean rating"]
+    assert row["shift"]["p"] < 0.05 and (row["p_holm"] < 0.05) == (words != "neither")
+    assert f"the judge is {words}" in said
+
+
+def test_words_as_labels_and_one_vote_an_item(judged):
+    found, said = judged({"yes": 0.9, "no": 0.1}, [["no"], ["yes"], ["yes"], ["yes"]] * 10)
     assert found["people"]["mean"] is None and "Worth in people: unknown" in said and "lenient" not in said
     assert found["shifts"]["share of yes"]["shift"]["mean"] == pytest.approx(0.15)
     assert found["slices"] == [] and list(found["shifts"]) == ["share of yes", "share of no"]
