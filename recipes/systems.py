@@ -12,11 +12,8 @@ with 95 % intervals:
     judge   the judge's word on all items; its interval leaves the judge's own error out, so it is too narrow
     ppi     both: the judge on all items, corrected by the rated ones (prediction-powered inference, PPI++)
 
-They are the mean rating, where labels are numbers, and the share of each label; for pairs their difference,
-and the win probability: the chance that a vote on an item of one is higher than a vote on an item of the
-other, ties counting half. Ranks follow from Holm's p-values over all pairs (ppi).
-
 Two things must be true: the rated items are a random draw, and the judge was trained on none of the items.
+recipes/README.md says what is estimated and how.
 """
 
 import dataclasses
@@ -166,8 +163,7 @@ def estimate(panel: Panel, columns: np.ndarray) -> tuple[dict[str, Estimate], di
 
     spread = between(y, system, m, noise)
     w, t, x = sums(spread)
-    first = tuned(w, t, x)[0]
-    error = between(y - first * f, system, m, noise)
+    error = between(y - tuned(w, t, x)[0] * f, system, m, noise)
     votes, judge = means(t, w, n), means(panel.sums(panel.q @ columns), size, of)
     w, t, x = sums(error)
     weight, ours, theirs = tuned(w, t, x), means(t, w, n), means(x, w, n)
@@ -272,12 +268,10 @@ def compare(panel: Panel) -> dict[str, Any]:
 # --- what is read -----------------------------------------------------------------------------------------
 def rows_of(path: str, **default: Any) -> list[dict[str, Any]]:
     """The rows of a file, with "where" they stand. default: fields that a row may lack."""
-    rows = []
-    for where, row, problem in distjudge.read_rows(path):
-        if problem:
-            raise InputError(f"{where}: {problem}")
-        rows.append(default | row | {"where": where})
-    return rows
+    found = list(distjudge.read_rows(path))
+    if wrong := [f"{where}: {problem}" for where, _, problem in found if problem]:
+        raise InputError(wrong[0])
+    return [default | row | {"where": where} for where, row, _ in found]
 
 
 def read_predictions(path: str) -> dict[str, Item]:

@@ -6,10 +6,9 @@
 
 --predictions: the folder of a run or of api.py, or a file of lines {"id", "predicted": {label: probability}}.
 The votes stand there too ("counts", "annotations" or "distribution"), or in --items, by id. trust.txt,
-trust.json and trust.png in --out say how many people the judge is worth, beside one person who is measured
-against the others; whether it is too lenient, or says a label too often; and where it fails: slices by what
-it says, how sure it is, groups, and the fields of --by. Intervals are 95 % ones; items of one group count as
-one draw. The judge must not have been trained on these items.
+trust.json and trust.png in --out say how many people the judge is worth, beside one person; whether it is
+too lenient; and where it fails: slices by what it says, how sure it is, groups, and the fields of --by. Items
+of one group count as one draw. The judge must not have been trained on these items.
 """
 
 import dataclasses
@@ -81,16 +80,13 @@ def distances(q: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def left_out(q: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """How often the judge, and a person, say what most of the others say: (N, 2); NaN under two votes.
 
-    Each voter is left out in turn; labels that tie share the majority. Source: Resnick et al. (2021).
+    Each voter is left out in turn: others (N, C, C) is the majority without a vote for each label. Labels
+    that tie share it. Source: Resnick et al. (2021).
     """
     most = lambda x: distjudge.majority(torch.as_tensor(x)).numpy()  # noqa: E731
-    m, says, out = counts.sum(1), most(q), np.zeros((len(q), 2))
-    for label, one in enumerate(np.eye(counts.shape[1])):
-        here = counts[:, label] >= 1
-        others = most(counts[here] - one)
-        share = (counts[here, label] / m[here])[:, None]
-        out[here] += share * np.stack([(others * says[here]).sum(1), others[:, label]], 1)
-    return np.where((m >= 2)[:, None], out, np.nan)
+    m, says, others = counts.sum(1, keepdims=True), most(q), most(counts[:, None] - np.eye(counts.shape[1]))
+    hits = np.stack([np.einsum("nvc,nc->nv", others, says), np.einsum("nvv->nv", others)], 1)
+    return np.where(m >= 2, (hits * np.where(counts >= 1, counts / m, 0)[:, None]).sum(2), np.nan)
 
 
 def excess(error: np.ndarray, inside: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
@@ -158,10 +154,8 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
     out = {"items": len(items), "votes": counts.sum(), "two_votes": int(np.isfinite(distance).sum())}
     out["people"] = people(np.full(len(items), True))
     out["brier"] = {"judge": mean(distance + apart), "one person": mean(2 * apart), "everybody": mean(apart)}
-    out["accuracy"] = {"judge": mean(hits[:, 0]), "one person": mean(hits[:, 1]), "gain": mean(*hits.T)}
-    for share in ("judge", "one person"):  # a share of items, so no end of its interval is beyond 0 and 1
-        ends = {end: x and min(1.0, max(0.0, x)) for end, x in out["accuracy"][share].items()}
-        out["accuracy"][share] = ends
+    share = lambda hit: {end: x and min(1.0, max(0.0, x)) for end, x in mean(hit).items()}  # noqa: E731
+    out["accuracy"] = {"judge": share(hits[:, 0]), "one person": share(hits[:, 1]), "gain": mean(*hits.T)}
     columns = {"mean rating": np.array(labels, dtype=float)} if distjudge.are_numeric(labels) else {}
     columns |= {f"share of {label}": np.eye(len(labels))[k] for k, label in enumerate(labels)}
     out["shifts"] = {}
@@ -210,11 +204,9 @@ def page(found: Mapping[str, Any]) -> list[str]:
     for name, rows in {"ceiling": ceiling, "shares": shares, "worst": worst}.items():
         text = pandas.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format)
         told[name] = text if rows else "No slice is large enough."
-    fails = [row for row in found["slices"] if row["p_holm"] < SURE]
-    told["fails"] = (
-        "; ".join(f"{short(row['field'])} {short(row['slice'])}" for row in fails) or "nowhere seen"
-    )
-    return PAGE.format(**found, **told, verdict=verdict, sure=SURE, few=FEW, shown=SHOWN).split("\n")
+    fails = [f"{short(r['field'])} {short(r['slice'])}" for r in found["slices"] if r["p_holm"] < SURE]
+    told |= {"verdict": verdict, "fails": "; ".join(fails) or "nowhere seen"}
+    return PAGE.format(**found, **told, sure=SURE, few=FEW, shown=SHOWN).split("\n")
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
@@ -237,9 +229,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             ax.plot([end or mean for end in ends], [k, k], "-", color=colour)
     ax.axvline(1, color=HUMAN, linestyle=":")
     ax.set(xscale="log", xlim=(least, most), xlabel="worth in people (dotted: one; black: fails more)")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("")
+    ax.xaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     figure.savefig(path)

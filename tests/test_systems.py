@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import distjudge
 
@@ -16,7 +15,6 @@ import scipy.stats
 import systems
 from systems import METHODS, Panel, SystemsConfig, compare, estimate, holm, interval, win
 
-SCRIPT = Path(systems.__file__)
 SCALE = np.arange(1.0, 6)[:, None]
 ABOVE = np.tril(np.ones((5, 5)), -1) + np.eye(5) / 2
 SHIFTS = (0.0, 0.3)
@@ -55,18 +53,17 @@ def true_shares():
 
 def checked(panels, shares, title):
     """{(method, quantity): (coverage, mean width)} of panels with known shares (S, 5), also printed."""
-    found, about, units = collections.defaultdict(list), [], np.eye(len(shares))
+    found, about, units, means = collections.defaultdict(list), [], np.eye(len(shares)), shares @ SCALE[:, 0]
     for panel in panels:
         (by_mean, more), (by_share, _) = estimate(panel, SCALE), estimate(panel, np.eye(5))
         about.append((more["weight"], more["worth"]))
         for how in METHODS:
-            cells = [("mean", interval(by_mean[how], unit[:, None], 1, 5), unit) for unit in units]
+            cells = [("mean", interval(by_mean[how], u[:, None], 1, 5), u @ means) for u in units]
             for a, b in itertools.combinations(range(len(units)), 2):
-                apart = units[a] - units[b]
-                cells.append(("difference", interval(by_mean[how], apart[:, None], -4, 4), apart))
+                gap = interval(by_mean[how], (units[a] - units[b])[:, None], -4, 4)
+                cells.append(("difference", gap, means[a] - means[b]))
                 cells.append(("win", win(by_share[how], a, b), shares[a] @ ABOVE @ shares[b]))
             for name, cell, true in cells:
-                true = true if name == "win" else true @ shares @ SCALE[:, 0]
                 found[how, name].append((cell["low"] <= true <= cell["high"], cell["high"] - cell["low"]))
     found = {key: np.mean(values, axis=0) for key, values in found.items()}
     for how in METHODS:
@@ -151,21 +148,11 @@ def test_the_peer():
     assert (ours["low"], ours["high"]) == pytest.approx((low[0], high[0]), abs=0.1 * (high[0] - low[0]) / 2)
 
 
-def test_groups_count_once():
-    """With groups of equal size the error is that of the groups' means."""
-    panel = simulated(np.random.default_rng(3), groups=30, rated=12, each=4, votes=1)
-    found = interval(estimate(panel, SCALE)[0]["votes"], np.array([[1.0], [0]]), 1, 5)
-    mine = panel.rated & (panel.system == 0)
-    means = (panel.counts @ SCALE[:, 0])[mine].reshape(12, 4).mean(1)
-    assert found["se"] == pytest.approx(means.std(ddof=1) / 12**0.5) and found["df"] == 11
-
-
 def test_items_with_more_votes_weigh_more():
     """Panels of 1 and of 30 votes: noise and spread are found, and the error is the least possible."""
     rng, n, pick = np.random.default_rng(0), 4000, np.arange(4000) % 2
     high = rng.random(n) < 0.5  # votes are 2 or 4, 4 in an item with probability 0.75 or 0.25
-    counts = np.zeros((n, 5))
-    votes = np.where(pick, 30, 1)
+    counts, votes = np.zeros((n, 5)), np.where(pick, 30, 1)
     up = rng.binomial(votes, np.where(high, 0.75, 0.25))
     counts[:, 1], counts[:, 3] = votes - up, up
     panel = Panel([*"12345"], ["a"], 0 * pick, np.arange(n), counts, np.full((n, 5), 0.2))
@@ -222,7 +209,9 @@ def test_the_command(tmp_path):
     items, judged = rows_of(panel)
     write(tmp_path, items=items, judged=judged[::-1])  # matched by id, whatever the order
     given = "--items items.jsonl --predictions judged.jsonl --out out".split()
-    done = subprocess.run([sys.executable, SCRIPT, *given], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, systems.__file__, *given], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     expected = compare(panel)
@@ -255,7 +244,6 @@ def test_labels_that_are_no_numbers_and_a_judge_that_is_run(tmp_path, saved_run)
     assert table["systems"]["a"]["share of yes"]["judge"]["estimate"] == pytest.approx(yes, abs=1e-6)
 
 
-HIGH = dict.fromkeys("12345", 0.3)
 BAD = [
     ("items", 2, {"system": None}, "items.jsonl:3: system: the name of a system must be text"),
     ("items", 0, {"counts": {"9": 1}}, r"items.jsonl:1: item 'i0': counts: unknown label \{9\}"),
@@ -264,7 +252,7 @@ BAD = [
     ("judged", 4, {"prompt": "Rate 5."}, "items.jsonl:5: item 'i4': .*no prediction of this id and prompt"),
     ("judged", 1, {"predicted": {"1": 1}}, "judged.jsonl:2: item 'i1': predicted: labels"),
     ("judged", 1, {"predicted": None}, "judged.jsonl:2: predicted: a prediction needs id"),
-    ("judged", 0, {"predicted": HIGH}, "judged.jsonl:1: item 'i0': predicted: shares .* not to 1.5"),
+    ("judged", 0, {"predicted": {"1": 3, **dict.fromkeys("2345", 0)}}, "'i0': predicted: shares .* not to 3"),
 ]
 
 
@@ -281,20 +269,10 @@ def test_bad_input(tmp_path, file, row, fields, message):
         systems.main(SystemsConfig(**where, run="r", out=str(tmp_path / "out")))
 
 
-def redrawn(panel, share, rng):
-    """As many groups, drawn with replacement, of which a share is rated."""
-    groups = rng.integers(panel.group.max() + 1, size=panel.group.max() + 1)
-    where = [np.flatnonzero(panel.group == group) for group in groups]
-    group = np.repeat(np.arange(len(groups)), [*map(len, where)])
-    at, hidden = np.concatenate(where), (group >= round(share * len(groups)))[:, None]
-    counts = np.where(hidden, 0, panel.counts[at])
-    return Panel(panel.labels, panel.systems, panel.system[at], group, counts, panel.q[at])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
 def test_on_real_votes(share):
-    """Prints how often the intervals hold what all votes say, in 1,000 draws of groups.
+    """Prints how often intervals hold what all votes say: 1,000 draws of groups, of which a share is rated.
 
     DISTJUDGE_ITEMS names items that all have votes, system and group, DISTJUDGE_JUDGED a judge's predictions.
     """
@@ -302,6 +280,14 @@ def test_on_real_votes(share):
     if not all(files):
         pytest.skip("needs DISTJUDGE_ITEMS and DISTJUDGE_JUDGED")
     whole = systems.read_panel(SystemsConfig(files[0], "", predictions=files[1]))
+    groups = whole.group.max() + 1
     rng, shares = np.random.default_rng(0), estimate(whole, np.eye(5))[0]["votes"].value
-    found = checked((redrawn(whole, share, rng) for _ in range(1000)), shares, f"{share:.0%} rated")
+
+    def redrawn():
+        where = [np.flatnonzero(whole.group == g) for g in rng.integers(groups, size=groups)]
+        at, group = np.concatenate(where), np.repeat(np.arange(groups), [*map(len, where)])
+        counts = np.where((group < round(share * groups))[:, None], whole.counts[at], 0)
+        return Panel(whole.labels, whole.systems, whole.system[at], group, counts, whole.q[at])
+
+    found = checked((redrawn() for _ in range(1000)), shares, f"{share:.0%} rated")
     assert min(held for (how, _), (held, _) in found.items() if how != "judge") > 0.9
