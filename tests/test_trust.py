@@ -34,13 +34,13 @@ def panel(rng, groups=60, each=4, judge=0.5, bias=0.0, votes=4):
 
 
 def test_measures_by_hand():
-    counts, q = np.array([[2, 1], [1, 0], [0, 4]]), np.array([[0.5, 0.5], [1, 0], [0.25, 0.75]])
+    counts, q = np.array([[2, 1], [1, 0], [0, 4]]), np.array([[0.6, 0.4], [1, 0], [0.25, 0.75]])
     distance, apart = distances(q, counts)
     # the pairs of two votes that agree: 1 of 3, none there is, 6 of 6
     assert apart == pytest.approx([2 / 3, math.nan, 0], nan_ok=True)
-    assert distance == pytest.approx([0.5 - 1 + 1 / 3, math.nan, 0.625 - 1.5 + 1], nan_ok=True)
+    assert distance == pytest.approx([0.52 - 3.2 / 3 + 1 / 3, math.nan, 0.625 - 1.5 + 1], nan_ok=True)
     # of 2 and 1 votes: without a voter of two the others tie, without the other one both say the first
-    expected = [[(2 * 0.5 + 0.5) / 3, (2 * 0.5 + 0) / 3], [math.nan] * 2, [1, 1]]
+    expected = [[(2 * 0.5 + 1) / 3, (2 * 0.5 + 0) / 3], [math.nan] * 2, [1, 1]]
     assert left_out(q, counts) == pytest.approx(np.array(expected), nan_ok=True)
     parts = distances(q, counts * 1.5)[0]
     assert np.isnan(parts).tolist() == [True, True, False]  # people do not come in halves
@@ -120,6 +120,8 @@ def test_a_worth_beyond_what_votes_can_tell(judged):
     found, said = judged({"yes": 0.5, "no": 0.5}, [["yes", "no"]] * 20)
     assert found["people"] == dict.fromkeys(("mean", "low", "high"), "no end")
     assert "Worth in people: no end [no end, no end]" in said
+    found, _ = judged({"yes": 0.9, "no": 0.1}, [["yes", "yes"]] * 19 + [["no", "no"]])
+    assert found["accuracy"]["judge"]["high"] == 1  # a share; the bootstrap alone goes beyond
     assert trust.said({"mean": 2.0, "low": None, "high": None, "p": None}, ".1f") == "2.0"
     assert trust.said({"mean": 2.0, "low": 1.0, "high": "no end"}, ".1f") == "2.0 [1.0, no end]"
 
@@ -176,16 +178,14 @@ def test_the_command_on_a_closed_models_file(tmp_path):
     assert {row["slice"] for row in found["slices"] if row["field"] == "source"} == {"x", "y"}
 
 
-@pytest.mark.parametrize(
-    ("q", "words"),
-    [([0, 0.7, 0.3], "too lenient"), ([0.3, 0.7, 0], "too strict"), ([0.05, 0.8, 0.15], "neither")],
-)
-def test_the_verdict_goes_by_the_p_beside_it(judged, q, words):
+def test_the_verdict_goes_by_the_p_beside_it(judged):
     """Each mean is off by itself (t is 6.7 or 2.2), the last one not among four tests."""
-    found, said = judged(dict(zip("123", q, strict=True)), [["1"]] * 10 + [["2"]] * 80 + [["3"]] * 10)
-    row = found["shifts"]["mean rating"]
-    assert row["shift"]["p"] < 0.05 and (row["p_holm"] < 0.05) == (words != "neither")
-    assert f"the judge is {words}" in said
+    cases = {"too lenient": [0, 0.7, 0.3], "too strict": [0.3, 0.7, 0], "neither": [0.05, 0.8, 0.15]}
+    for words, q in cases.items():
+        found, said = judged(dict(zip("123", q, strict=True)), [["1"]] * 10 + [["2"]] * 80 + [["3"]] * 10)
+        row = found["shifts"]["mean rating"]
+        assert row["shift"]["p"] < 0.05 and (row["p_holm"] < 0.05) == (words != "neither")
+        assert f"the judge is {words}" in said
 
 
 def test_words_as_labels_and_one_vote_an_item(judged):
