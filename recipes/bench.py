@@ -1,4 +1,4 @@
-"""Measure this machine: training and judging against the stock ways, memory, the adversary, the matrix rate.
+"""Measure this machine: training and judging against the stock ways, the adversary, the matrix rate.
 
     python recipes/bench.py --out runs/bench             # everything; the better part of an hour on two cores
     python recipes/bench.py --parts judge rate           # two parts
@@ -10,7 +10,6 @@ Parts:
                 what packs save; the adversary's share
     judge       seconds to judge the same items: ours, padded batches, one at a time, generating one token
     rate        the part of the machine's own matrix rate that a forward and backward pass of ours reaches
-    memory      peak memory of training, each way in a process of its own
 
 All ways take turns within one run. Figures are medians with the smallest and largest. Prompts come from the
 folder of public data sets named by DISTJUDGE_DATA, so that their lengths and shared beginnings are real, or
@@ -21,7 +20,6 @@ tests/requirements.txt. Writes bench.json and bench.md into --out.
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import gc
 import importlib.util
 import io
@@ -30,7 +28,6 @@ import multiprocessing
 import os
 import platform
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -52,7 +49,7 @@ import torch
 
 DATA = Path(os.environ.get("DISTJUDGE_DATA") or ROOT / "no data sets")
 TASKS = tuple(task for task in ("snli", "summeval", "mtbench") if (DATA / task).is_dir()) or ("sample",)
-PARTS = {"train": "Training step", "judge": "Judging", "rate": "Matrix rate", "memory": "Memory of training"}
+PARTS = {"train": "Training step", "judge": "Judging", "rate": "Matrix rate"}
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
 BACKBONES = {  # family, SIZES, vocabulary, whether input and output embeddings are one
     "toy": ("qwen2", (32, 64, 2, 2, 2), 4096, True),  # only shows that this script runs
@@ -68,7 +65,7 @@ OURS, UNPACKED, STOCK = "ours", "ours without packs", "stock SFTTrainer"
 class BenchConfig:
     out: str = "runs/bench"
     """The folder for bench.json and bench.md."""
-    parts: tuple[Literal["train", "judge", "rate", "memory"], ...] = tuple(PARTS)
+    parts: tuple[Literal["train", "judge", "rate"], ...] = tuple(PARTS)
     """What to measure."""
     backbone: Literal["toy", "small", "middle", "qwen7b", "llama8b"] = "small"
     """The architecture, with random weights."""
@@ -90,13 +87,6 @@ def in_new_process(action: Callable[..., Any], *arguments: Any) -> Any:
     """What a function at the top of a module returns, called in a process that has computed nothing yet."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
         return fresh.submit(action, *arguments).result()
-
-
-def resident(field: str, pid: int | str = "self") -> float:
-    """MiB of VmRSS, what a process holds, or VmHWM, its peak, from Linux's /proc; 0 where that has ended."""
-    with contextlib.suppress(OSError):
-        return int(re.search(rf"{field}:\s+(\d+)|$", Path(f"/proc/{pid}/status").read_text())[1] or 0) / 1024
-    return 0.0
 
 
 def now() -> float:
@@ -374,39 +364,6 @@ def bench_rate(task: str, config: BenchConfig) -> dict[str, Any]:
     return {"task": task} | matrix_share(judge, judge.encode([item.prompt for item in items]), config.repeats)
 
 
-def memory_of(way: str | int, task: str, config: BenchConfig) -> dict[str, float]:
-    """MiB before one way of training (a number: stock, of so many rows a pass) and at its peak.
-
-    Of the GPU where there is one, else of this process, which is to be a new one, from Linux's /proc.
-    """
-    from trl import SFTTrainer  # noqa: F401  # for every way, or its code would count as memory of the stock one
-
-    items = some_items(task, config.batch_size * config.steps, config.seed)
-    if isinstance(way, int):
-        train = functools.partial(make_stock(config, items), way)
-    else:
-        train = functools.partial(our_step, make_judge(config, items), items, config, way == OURS)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train()
-        return {"before": before / 2**20, "peak": torch.cuda.max_memory_allocated() / 2**20}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of building the model
-    before = resident("VmHWM")
-    train()
-    return {"before": before, "peak": resident("VmHWM")}
-
-
-def bench_memory(task: str, config: BenchConfig) -> dict[str, Any]:
-    found = {}
-    for way in (OURS, UNPACKED, *config.stock_rows):
-        name = f"{STOCK}, {way} rows a pass" if isinstance(way, int) else way
-        found[name] = in_new_process(memory_of, way, task, config)
-    above = {name: mib["peak"] - mib["before"] for name, mib in found.items()}
-    return {"task": task, "mib": found, "mib_above_the_loaded_model": above}
-
-
 def flat(row: dict[str, Any], before: str = "") -> dict[str, str]:
     """A row of text: dicts within it as fields of their own, a spread as "median (least to greatest)"."""
     found = {}
@@ -430,8 +387,8 @@ def table(rows: list[dict[str, Any]], down: bool = False) -> list[str]:
 
 
 def main(config: BenchConfig) -> None:
-    if {"train", "memory"} & set(config.parts) and importlib.util.find_spec("trl") is None:
-        raise InputError("bench: train and memory need trl: pip install -r tests/requirements.txt")
+    if "train" in config.parts and importlib.util.find_spec("trl") is None:
+        raise InputError("bench: train needs trl: pip install -r tests/requirements.txt")
     if not config.stock_rows or any(rows < 1 or config.batch_size % rows for rows in config.stock_rows):
         raise InputError(f"stock_rows: must divide batch_size, {config.batch_size}")
     out, lines = Path(config.out), []
@@ -439,7 +396,7 @@ def main(config: BenchConfig) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     machine = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     results = {"machine": machine | distjudge.versions(), "config": dataclasses.asdict(config)}
-    measures = {"train": bench_train, "judge": bench_judge, "rate": bench_rate, "memory": bench_memory}
+    measures = {"train": bench_train, "judge": bench_judge, "rate": bench_rate}
     for part in config.parts:
         print(f"measuring: {part}", file=sys.stderr)
         results[part] = [measures[part](task, config) for task in config.tasks]

@@ -220,7 +220,6 @@ def test_bench_runs_every_part(tmp_path):
     assert set(trained["stock_rows_tried"]) == {"2", "4"}
     assert judged["largest_difference_nats"] < 1e-4  # the other ways judge the same
     assert 0 < found["rate"][0]["reached"]["median"] < 1.5
-    assert all(row["peak"] > row["before"] > 0 for row in found["memory"][0]["mib"].values())
     table = (tmp_path / "b" / "bench.md").read_text()
     assert all(f"**{title}**" in table for title in bench.PARTS.values())
 
