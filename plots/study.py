@@ -207,7 +207,7 @@ DRAW = dict.fromkeys(("main", "ablation", "ood", "methods"), draw_methods) | {
 
 def title_of(rows: pd.DataFrame) -> str:
     """Study, data and seeds, with a warning where intervals over seeds are rough."""
-    seeds = len(set(rows["seed"]) - {"all", "fixed"})
+    seeds = len(set(rows["seed"]) - {"all"})
     few = ": intervals leave out chance in training" if seeds == 1 else ": intervals are rough" * (seeds < 5)
     return f"{rows['study'][0]} on {short(rows['data'][0], 40)}, {seeds} seed{'s' * (seeds > 1)}{few}"
 

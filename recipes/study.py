@@ -2,7 +2,6 @@
 
     python recipes/study.py main                                  # the embedded sample, a model from nothing
     python recipes/study.py ablation --votes 5 --seeds 3          # the paper's Table 2
-    python recipes/study.py main --report                         # no training: its tables from what is there
     python recipes/study.py methods --train a.jsonl --test b.jsonl --model Qwen/Qwen3-4B --lora_rank 16 \
         --methods distribution teacher untrained "raw, calibrated" frozen
 
@@ -63,7 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {  # settings of Config, and what a study d
     "raw, calibrated": {"untrained": True, "fit": "calibration"},
     "frozen": {"untrained": True, "fit": "label rows"},
     "single-point": SINGLE,
-    "label smoothing": KL | {"smoothed": True},
+    "label smoothing": KL | {"smoothed": 0.1},
     "temperature": SINGLE | {"calibrate": True},
     "distribution": PAPER,
     "without adversary": PAPER | {"eps": 0.0},
@@ -119,18 +118,12 @@ class StudyConfig(tiny.TinyConfig):
     """robustness: how far, in l2, test targets are moved."""
     perturbations: int = 50
     """robustness: random moves an item."""
-    budget_equal: Literal["epochs", "steps"] = "epochs"
-    """budget: fewer items mean fewer steps at equal epochs, or more epochs at equal steps."""
     lengths: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)
     """length: the numbers of epochs, each with its own learning-rate schedule to the end."""
     overlap: Literal["error", "drop"] = "error"
     """ood: with a training item whose id, prompt or group is in the test set: stop, or leave it out."""
-    smoothing: float = 0.1
-    """What label smoothing spreads over all labels."""
     draws: int = 2000
     """Bootstrap draws."""
-    report: bool = False
-    """Train nothing: write table and figure of the cells that are there, with the settings in STUDY.json."""
 
     def check(self) -> None:
         super().check()
@@ -142,8 +135,6 @@ class StudyConfig(tiny.TinyConfig):
                 raise InputError(f"{name}: must be {low} or more, not {wrong[0]}")
         if not self.lengths or min(self.lengths) <= 0 or len(set(self.lengths)) != len(self.lengths):
             raise InputError("lengths: must be different numbers of epochs above 0")
-        if not 0 <= self.smoothing < 1:
-            raise InputError(f"smoothing: must be 0 or more and below 1, not {self.smoothing}")
 
 
 # --- data ---
@@ -230,7 +221,6 @@ class Workshop:
         self.methods, self.votes = list(config.methods or ROWS[config.study]), config.votes or (0,)
         self.train, self.test = read_items(config)
         self.data = fingerprint(self.train, self.test)
-        self.missing = 0
 
     def settings(self, cell: Cell) -> tuple[tiny.TinyConfig, dict[str, Any]]:
         """A cell's training configuration, and what is done beside training."""
@@ -244,8 +234,6 @@ class Workshop:
     def folder(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
         """Where a cell lives, and everything that decides its result. Equal settings share a cell."""
         run, decides = self.settings(cell)
-        if "smoothed" in decides:
-            decides["smoothing"] = self.config.smoothing
         decides |= {name: getattr(cell, name) for name in ("votes", "items", "repeat")} | {"data": self.data}
         idle = [*IDLE, *SHAPE] if run.model else IDLE  # a model of one's own has its shape
         decides |= {name: value for name, value in dataclasses.asdict(run).items() if name not in idle}
@@ -256,11 +244,9 @@ class Workshop:
         items = draw_votes(self.train, cell.votes, cell.seed) if cell.votes else self.train
         return some_of(items, cell.items, cell.seed)
 
-    def load(self, cell: Cell) -> dict[str, Any] | None:
+    def load(self, cell: Cell) -> dict[str, Any]:
         """A cell that is there: its cell.json and "predicted" (N, C)."""
         folder, _ = self.folder(cell)
-        if not (folder / "cell.json").exists():
-            return None
         found = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
         rows = [row for _, row, _ in distjudge.read_rows(folder / "predictions.jsonl")]
         if [row.get("id") for row in rows] != [item.id for item in self.test]:
@@ -269,23 +255,20 @@ class Workshop:
         return found
 
     def collect(self, wanted: dict[Any, dict[str, Any]]) -> dict[Any, list[torch.Tensor]]:
-        """Predictions (N, C) of each cell, a tensor for each seed that all have, for seeds are paired."""
+        """Predictions (N, C) of each cell, a tensor for each seed."""
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
         some = {"items": self.config.train_items}
-        whole = self.whole([[Cell(**some | {"seed": n} | cell) for cell in wanted.values()] for n in seeds])
-        return {key: [row[k]["predicted"] for row in whole] for k, key in enumerate(wanted)}
+        rows = self.made([[Cell(**some | {"seed": n} | cell) for cell in wanted.values()] for n in seeds])
+        return {key: [row[k]["predicted"] for row in rows] for k, key in enumerate(wanted)}
 
-    def whole(self, rows: list[list[Cell]]) -> list[list[dict[str, Any]]]:
-        """Those of the rows, a seed each, whose cells are all there; makes what is missing first.
+    def made(self, rows: list[list[Cell]]) -> list[list[dict[str, Any]]]:
+        """The cells of the rows, a seed each; makes what is missing first.
 
-        Says how many there are and, by the time they took so far, how long the rest may take. Raises
-        InputError with --report where no row is whole.
+        Says how many there are and, by the time they took so far, how long the rest may take.
         """
         cells = {self.folder(cell)[0]: cell for row in rows for cell in row}
         todo = {folder: cell for folder, cell in cells.items() if not (folder / "cell.json").exists()}
-        if self.config.report:
-            todo, self.missing = {}, len(todo)
-        elif todo:
+        if todo:
             print(f"{len(todo)} of {len(cells)} judges are to be made, each a folder in {self.out}/cells.")
             print("Ctrl-C stops; the same command goes on with the next (--resume: amid the one it was at).")
         began = time.perf_counter()
@@ -293,10 +276,7 @@ class Workshop:
             minutes = (time.perf_counter() - began) / max(n, 1) * (len(todo) - n) / 60
             left = f", about {math.ceil(minutes)} min left" if n else ""
             self.make(cell, folder, f"[{time.strftime('%H:%M:%S')}] {n + 1} of {len(todo)}{left}:")
-        found = [[self.load(cell) for cell in row] for row in rows]
-        if not any(map(all, found)):
-            raise InputError(f"report: {self.out}: no seed is finished; {self.missing} cells are missing")
-        return [row for row in found if all(row)]
+        return [[self.load(cell) for cell in row] for row in rows]
 
     def make(self, cell: Cell, folder: Path, number: str) -> None:
         run, beside = self.settings(cell)
@@ -316,7 +296,7 @@ class Workshop:
         if "calibrate" in beside:
             items, held = distjudge.split_items(items, 0.1, run.seed)
         if "smoothed" in beside:
-            items = smoothed(items, self.config.smoothing)
+            items = smoothed(items, beside["smoothed"])
         votes = f"{len(items)} items, {cell.votes or 'all'} votes"
         print(f"{number} {cell.method}, seed {cell.seed}, {votes}", flush=True)
         if "untrained" not in beside:
@@ -513,7 +493,7 @@ class Table:
         out.mkdir(parents=True, exist_ok=True)
         text = self.frame().to_csv(index=False, float_format="%.6g", lineterminator="\n")
         distjudge.write_lines(Path(f"{name}.csv"), [text.rstrip("\n")])
-        told = {"study", "train", "test", "out", "report"}
+        told = {"study", "train", "test", "out"}
         changed = {k: v for k, v in vars(config).items() if k not in told and v != getattr(StudyConfig, k)}
         most = min(len(self.shop.train), config.train_items or math.inf)
         foot = "Stars: the difference from the first method has a two-sided p under 0.05. "
@@ -523,8 +503,6 @@ class Table:
         minutes = sum(cell["seconds"] for cell in cells) / 60
         foot += f" {minutes:.0f} minutes for the {len(cells)} cells of the folder on {cells[0]['device']}; "
         foot += ", ".join(f"{k} {v}" for k, v in cells[0]["versions"].items()) + "."
-        if self.shop.missing:
-            foot += f" **{self.shop.missing} cells are not finished and not in this table.**"
         distjudge.write_lines(Path(f"{name}.md"), [*lines, "", foot])
         print("\n".join([*lines, "", foot]))
         print(f"\nwrote {name}.csv, {name}.md, {figures.draw(f'{name}.csv')}")
@@ -575,10 +553,9 @@ def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, ab
     table, ways = Table(shop), ways or [{"votes": n} for n in shop.votes]
     found = shop.collect({(k, m): way | {"method": m} for k, way in enumerate(ways) for m in shop.methods})
     for k, way in enumerate(ways):
-        at = {name: n for name, n in way.items() if name != "epochs"}
-        qs = {m: found[k, m] for m in shop.methods} | table.references(**at)
-        table.compare(qs, **at)
-        table.bins(qs, **at)
+        qs = {m: found[k, m] for m in shop.methods} | table.references(**way)
+        table.compare(qs, **way)
+        table.bins(qs, **way)
     rows, binned = table.whole(*METRICS), table.whole(*METRICS, binned=True)
     keys = ["items", "votes", "method"]
     lines = [*about, *markdown(rows, keys), *differences(table)]
@@ -593,11 +570,9 @@ def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, ab
 
 
 def budget(shop: Workshop) -> None:
-    config, most = shop.config, shop.config.train_items or len(shop.train)
+    most = shop.config.train_items or len(shop.train)
     ways = [{"votes": n, "items": max(most // n, 1)} for n in (1, 3, 5)]
-    for way in ways:
-        way["epochs"] = config.epochs * (most / way["items"] if config.budget_equal == "steps" else 1)
-    compare_methods(shop, ways, (f"{most} annotations spent three ways, equal {config.budget_equal}.", ""))
+    compare_methods(shop, ways, (f"{most} annotations spent three ways, equal epochs.", ""))
 
 
 def sweep(shop: Workshop) -> None:
@@ -640,13 +615,12 @@ def robustness(shop: Workshop) -> None:
 
 def length(shop: Workshop) -> None:
     """Each method at each number of epochs, and at that chosen for half the items by the others' votes."""
-    config, table, first, lengths = shop.config, Table(shop), shop.methods[0], shop.config.lengths
+    config, table, lengths, picked = shop.config, Table(shop), shop.config.lengths, []
     runs = [(n, epochs, m) for n in shop.votes for epochs in lengths for m in shop.methods]
     found = shop.collect({(n, e, m): {"method": m, "votes": n, "epochs": e} for n, e, m in runs})
     half = {item.id for item in distjudge.split_items(shop.test, 0.5, config.seed)[0]}  # by group
     here = torch.tensor([item.id in half for item in shop.test])
-    metric, picked = "kl" if distjudge.truths_of(shop.test) is None else "kl_truth", []
-    score = lambda qs, m: torch.stack([distjudge.item_scores(q, shop.test)[m] for q in qs])  # noqa: E731
+    p = distjudge.shares_of(shop.test)
     for n in shop.votes:
         for epochs in lengths:
             table.compare({m: found[n, epochs, m] for m in shop.methods}, epochs=epochs, votes=n)
@@ -654,30 +628,22 @@ def length(shop: Workshop) -> None:
         for m in shop.methods:
             best = []
             for qs in zip(*(found[n, epochs, m] for epochs in lengths), strict=True):  # of one seed
-                kl = score(qs, "kl")
+                kl = torch.stack([kl_divergence(p, q) for q in qs])
                 mine, other = (int(kl[:, part].mean(1).argmin()) for part in (~here, here))
                 chosen[m].append(torch.where(here[:, None], qs[mine], qs[other]))
                 best += [lengths[mine], lengths[other]]
             times = ", ".join(f"{e:g} ({best.count(e)} x)" for e in lengths if e in best)
             picked.append(f"- {n or 'all'} votes, {m}: {times}")
         table.compare(chosen | table.references(n), votes=n)
-        for epochs in lengths:  # the others, nothing chosen, against the first at its best
-            for m in shop.methods[1:]:
-                own = score(found[n, epochs, m], metric)
-                gap = table.gap(own, score(chosen[first], metric), f"{first}, chosen", table.groups)
-                table.add(m, metric, own.mean().item(), "fixed", epochs=epochs, votes=n, **gap)
-    rows, fixed = table.whole(metric), table.frame()
+    metric = figures.measure(table.frame())
+    rows = table.whole(metric)
     rows = rows.assign(epochs=[f"{e:g}" if e == e else "chosen" for e in rows["epochs"]])
-    fixed = fixed[(fixed["seed"] == "fixed") & fixed["difference_low"].notna()]
     lines = [
         f"{METRICS[metric]}, nats, by epochs. *chosen*: for each half of the test items the epochs at which",
         "the judge is nearest to the votes of the other half.",
         *["", *markdown(rows, ["votes", "method"], "epochs"), "", "Epochs chosen:", "", *picked],
         *differences(table),
     ]
-    if len(fixed):
-        about = f"Differences of methods *at epochs nobody chose* from *{first}*, chosen, nats:"
-        lines += ["", about, "", *markdown(fixed, ["votes", "method"], "epochs", shown_gap)]
     table.write(lines)
 
 
@@ -686,7 +652,7 @@ def cost(shop: Workshop) -> None:
     config, table = shop.config, Table(shop)
     some, medians = (config.seed, shop.votes[0], config.train_items), {}
     turns = range(1, config.seeds + 2)
-    found = shop.whole([[Cell(m, *some, repeat=turn) for m in shop.methods] for turn in turns])
+    found = shop.made([[Cell(m, *some, repeat=turn) for m in shop.methods] for turn in turns])
     for k, m in enumerate(shop.methods):
         own = [row[k]["train_seconds"] / row[k]["settings"]["epochs"] for row in found[1:] or found]
         for turn, seconds in enumerate(own):
@@ -703,36 +669,14 @@ STUDIES = dict.fromkeys(("main", "ablation", "ood", "methods"), compare_methods)
 STUDIES |= {"sweep": sweep, "robustness": robustness, "budget": budget, "length": length, "cost": cost}
 
 
-def kept(config: StudyConfig, file: Path) -> StudyConfig:
-    """The settings in STUDY.json, and those that are given beside --report.
-
-    Raises InputError where what is given speaks of another training, for such judges are not there.
-    """
-    old, problem = distjudge.parse_json(file.read_bytes())
-    if problem:
-        raise InputError(f"{file}: {problem}; remove it, and give the settings again")
-    told, training = {"report": True, "out": config.out}, vars(tiny.TinyConfig()).keys() - {"seed", *IDLE[2:]}
-    for name, default in vars(StudyConfig()).items():
-        given = getattr(config, name)
-        was = tuple(old.get(name, given)) if isinstance(given, tuple) else old.get(name, given)
-        if given not in (was, default) and name in training:
-            raise InputError(f"report: {name} is {was} in {file}, not {given}; leave it out")
-        told.setdefault(name, was if given == default else given)
-    return StudyConfig(**told)
-
-
 def main(config: StudyConfig) -> None:
-    file = Path(config.out) / f"{config.study}.json"
-    if config.report and file.exists():
-        config = kept(config, file)
     config.check()
     if config.teacher:
         raise InputError("teacher: each row has its own; --methods names rows")
     distjudge.check_out(config.out, "cells", "base")
     shop = Workshop(config)
-    if not config.report:
-        (shop.out / "cells").mkdir(parents=True, exist_ok=True)
-        distjudge.write_json(file, dataclasses.asdict(config))
+    (shop.out / "cells").mkdir(parents=True, exist_ok=True)
+    distjudge.write_json(shop.out / f"{config.study}.json", dataclasses.asdict(config))
     STUDIES[config.study](shop)
 
 
