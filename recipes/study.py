@@ -63,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {  # settings of Config, and what a study d
     "frozen": {"untrained": True, "fit": "label rows"},
     "single-point": SINGLE,
     "label smoothing": KL | {"smoothed": 0.1},
-    "temperature": SINGLE | {"calibrate": True},
+    "temperature": SINGLE | {"tempered": True},
     "distribution": PAPER,
     "without adversary": PAPER | {"eps": 0.0},
     "without KL": SINGLE,
@@ -293,7 +293,7 @@ class Workshop:
         if run.model:
             print("label mass: " + common.check_mass(judge, items, run.answer))
         held: list[Item] = []
-        if "calibrate" in beside:
+        if "tempered" in beside:
             items, held = distjudge.split_items(items, 0.1, run.seed)
         if "smoothed" in beside:
             items = smoothed(items, beside["smoothed"])

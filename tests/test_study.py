@@ -237,7 +237,8 @@ def test_cells_are_known_by_what_decides_their_result(folder, tmp_path):
     assert same == place(cell, write_items(tmp_path))  # the same items elsewhere
     deciding = {"epochs": 2.0, "learning_rate": 0.1, "hidden": 32, "steps": 3, "weight_decay": 0.0}
     others = [place(cell, **{name: value}) for name, value in deciding.items()]
-    cells = (("distribution", 1), ("distribution", 0, 3), ("single-point", 0))
+    methods = study.METHODS.keys() - {"distribution", "no answer term", "without KL"}
+    cells = [("distribution", 1), ("distribution", 0, 3), *((method, 0) for method in methods)]
     others += [place(study.Cell(*own)) for own in cells]
     rows = [row | {"swap": {"prompt": f"Other {n}", "labels": {}}} for n, row in enumerate(FEW)]
     others.append(place(cell, write_items(tmp_path, rows)))
