@@ -45,9 +45,9 @@ row = st.fixed_dictionaries({}, optional=likely) | st.fixed_dictionaries(right, 
 rows = st.lists(row | anything, max_size=5)
 
 
-def check_lines(error, longest=2000):
+def check_lines(error):
     lines = str(error).split("\n")
-    assert lines and all(line.strip() and len(line) < longest for line in lines), lines
+    assert lines and all(line.strip() and len(line) < 2000 for line in lines), lines
     assert not any(CONTROL.search(line) for line in lines), lines
 
 
@@ -119,22 +119,32 @@ def convert(tmp_path, table, **options):
 
 
 tables, scales = st.lists(st.lists(cells, max_size=5), max_size=6), [(), ("1-3",), ("yes", "no")]
+pair = ("rating", "more")
+columns = [({"label": pair[:1]}, 1), ({"label": pair}, 2), ({"counts": pair}, 6)]  # and votes a row, at most
+named = [{}, {"item": "id"}, {"item": "id", "group": "more"}]
 
 
 @quick
-@given(tables, st.sampled_from([",", ";", "\t"]), st.sampled_from(scales), st.booleans())
-def test_tables_of_any_kind(tmp_path, table, separator, scale, by_item):
+@given(
+    tables,
+    st.sampled_from([",", ";", "\t"]),
+    st.sampled_from(scales),
+    st.sampled_from(columns),
+    st.sampled_from(named),
+)
+def test_tables_of_any_kind(tmp_path, table, separator, scale, votes, names):
     """A file of items that loads, or one clear refusal and nothing written."""
     for old in (tmp_path / "out").glob("*"):
         old.unlink()
-    text = "\n".join(separator.join(row) for row in [["id", "text", "rating"], *table])
+    text = "\n".join(separator.join(row) for row in [["id", "text", "rating", "more"], *table])
     try:
-        convert(tmp_path, text, label=("rating",), item="id" if by_item else None, labels=scale)
+        convert(tmp_path, text, labels=scale, **votes[0], **names)
     except InputError as error:
-        assert str(error).strip() and not list((tmp_path / "out").glob("*"))
+        check_lines(error)
+        assert not list((tmp_path / "out").glob("*"))
     else:
         items = used_or_refused(tmp_path / "out" / "items.jsonl")
-        assert items and sum(item.votes for item in items) <= len(table)
+        assert items and sum(item.votes for item in items) <= votes[1] * len(table)
 
 
 HOSTILE = ["tex\x14,v\nx,1\n", "text,\x01v,\x01v,v\nx,1,2,1\n", "text,v\nx,a\x02b\ny,A\x02b\n"]
@@ -142,7 +152,7 @@ HOSTILE = ["tex\x14,v\nx,1\n", "text,\x01v,\x01v,v\nx,1,2,1\n", "text,v\nx,a\x02
 
 @pytest.mark.parametrize("table", [*HOSTILE, 'text\tv\n"x"y\tz\n'])
 def test_a_table_cannot_write_to_the_terminal(tmp_path, table):
-    """Found by tests/fuzz_inputs.py: names and labels of a table were printed as they stand in it."""
+    """Found by fuzzing: names and labels of a table were printed as they stand in it."""
     with pytest.raises(InputError) as caught:
         convert(tmp_path, table, label=("v",))
     assert not CONTROL.search(str(caught.value))
