@@ -1287,8 +1287,8 @@ class Judge:
     """Whether prompts that share a beginning are computed together; check_model() decides."""
     pack_tokens: int
     """Tokens a forward pass, at most; halved when CUDA runs out of memory."""
-    calibration: Calibration | None = None
-    """What stream(), score() and predict() correct the model's answers by; None: they are the model's own."""
+    calibration: dict[str, Any] | None = None
+    """The temperature and bias that answers are corrected by, see recipes/calibrate.py; None: by nothing."""
 
     def __init__(
         self, model: Any, encoder: PromptEncoder, tokens: Any, base="", max_length=None, spellings=None
@@ -1418,7 +1418,9 @@ class Judge:
                     self.model.train(was_training)
                 if bad := int((logq.isnan().any(1) | ~mass.isfinite()).sum()):
                     raise FloatingPointError(f"the model gives NaN for {bad} of {len(chunk)} prompts")
-                logq = self.calibration.apply(logq) if self.calibration else logq
+                if fitted := self.calibration:
+                    bias = torch.tensor(fitted["bias"], dtype=torch.float64)
+                    logq = (logq.double() / fitted["temperature"] + bias).log_softmax(1).float()
                 yield from zip(logq, mass.tolist(), strict=True)
 
     def score(self, prompts: Sequence[str], progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1537,7 +1539,7 @@ def load_judge(
     if (folder / "judge.json").is_file():
         if not weights:
             raise InputError(f"{path}: model: an outline is made of a model, not of a trained judge")
-        saved = _read_saved(folder, labels)
+        saved = read_saved(folder, labels)
         labels, spellings, four_bit = saved["labels"], saved["spellings"], saved["four_bit"]
         max_length, lora_rank = max_length or saved["max_length"], 0
         adapter = folder / "adapter" if saved["adapter"] else None
@@ -1565,9 +1567,10 @@ def load_judge(
     made = {"lora_rank": lora_rank, "max_length": max_length, "seed": seed, "encoder": encoder, "base": base}
     made |= {"gradient_checkpointing": gradient_checkpointing, "adapter": adapter, "spellings": spellings}
     judge = make_judge(model, tokenizer, labels, **made)
-    if saved.get("calibration"):
-        judge.calibration = Calibration(**saved["calibration"])
-        log.warning("%s: %s", path, judge.calibration.about(judge.labels))
+    judge.calibration = saved.get("calibration")
+    if fitted := judge.calibration:
+        text = "%s: calibrated on %g votes on %d items: temperature %.3f, and a bias a label"
+        log.warning(text, path, fitted["votes"], fitted["items"], fitted["temperature"])
     return judge
 
 
@@ -1845,20 +1848,12 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     about |= {"four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False))}
     about |= {"sequences": judge.tokens.sequences, "prompt_hash": prompt_hash(judge)}
     about |= {"base_sample": getattr(judge.model, "fingerprint", None), "sha256": checksums(folder)}
-    _write_saved(folder, about, judge.calibration)
+    write_saved(folder, about | ({"calibration": judge.calibration} if judge.calibration else {}))
 
 
-def _write_saved(folder: Path, about: dict[str, Any], calibration: Calibration | None) -> None:
-    about = about | ({"calibration": dataclasses.asdict(calibration)} if calibration else {})
+def write_saved(folder: Path, about: dict[str, Any]) -> None:
+    """Writes judge.json, with a digest by which read_saved() knows that nothing has changed."""
     write_json(folder / "judge.json", about | {"digest": _digest(about)})
-
-
-def save_calibration(calibration: Calibration | None, folder: str | os.PathLike) -> None:
-    """Puts a calibration into judge.json of a saved judge, for the one there; None takes that out."""
-    with locked(folder):
-        saved = _read_saved(Path(folder), None)
-        saved.pop("calibration", None)
-        _write_saved(Path(folder), saved, calibration)
 
 
 def prompt_hash(judge: Judge) -> str:
@@ -1888,7 +1883,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return found
 
 
-def _read_saved(folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
+def read_saved(folder: Path, labels: Sequence[str] | None = None) -> dict[str, Any]:
     """judge.json of a saved judge. Raises InputError, a line for each file that is not as it was saved."""
     about, since, wrong = folder / "judge.json", "compared with when the judge was saved", []
     saved, fault = parse_json(about.read_bytes())
@@ -2128,8 +2123,6 @@ class Config:
     """More spellings of a label, as LABEL=TEXT,TEXT (no=no,nope); their probabilities add up."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with prompts over max_length: stop and count them, or drop the items and say how many."""
-    calibrate: float = 0.0
-    """Share of the training items to hold out, by group, and to calibrate the trained judge on."""
 
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"
     """Model folder or hub id."""
@@ -2192,7 +2185,6 @@ class Config:
         least |= {"batch_size": 1, "max_length": 1}
         ranges = {name: (low, math.inf, f"{low} or more") for name, low in least.items()}
         ranges |= {"epochs": (1e-9, math.inf, "more than 0"), "alpha": (0, 1, "between 0 and 1")}
-        ranges["calibrate"] = 0, 0.9, "between 0 and 0.9"
         ranges["seed"] = 0, 2**32 - 1, "between 0 and 4294967295"
         for name, (low, high, words) in ranges.items():
             if not low <= (value := getattr(self, name)) <= high or value == math.inf:
@@ -2744,43 +2736,6 @@ def modes(q: Any, labels: Sequence[str]) -> list[str]:
     return [labels[c] for c in torch.as_tensor(q).argmax(-1).tolist()]
 
 
-def credible_sets(q: Any, labels: Sequence[str], level: float = 0.9) -> list[list[str]]:
-    """For each row the fewest labels that hold `level` of the probability, (N, C) -> N lists, in label order.
-
-    Of labels that tie, the first are taken. Raises InputError unless 0 < level <= 1.
-
-    >>> credible_sets([[0.3, 0.1, 0.6]], ["a", "b", "c"], 0.9)
-    [['a', 'c']]
-    """
-    if not 0 < level <= 1:
-        raise InputError(f"level: must be above 0 and at most 1, not {level}")
-    inside = mass_ahead(q) < max(level - 1e-6, 1e-12)
-    return [list(itertools.compress(labels, row)) for row in inside.tolist()]
-
-
-def mass_ahead(q: Any, labels: Sequence[str] = ()) -> torch.Tensor:
-    """How much probability a growing set holds before it takes each label: (N, C) -> (N, C), float64.
-
-    It takes the likeliest label first, then the next. With labels that are numbers it takes the likelier
-    neighbour of what it holds, so that it is an interval.
-
-    >>> mass_ahead([[0.5, 0.125, 0.375]], ["1", "2", "3"])
-    tensor([[0.0000, 0.5000, 0.6250]], dtype=torch.float64)
-    """
-    q = key = torch.as_tensor(q).double()
-    place = along = torch.arange(q.shape[1])
-    if labels and are_numeric(labels):
-        along = torch.tensor([float(label) for label in labels], dtype=torch.float64).argsort()
-        q = q[:, along]
-        far = place - q.argmax(1, keepdim=True)
-        # a label waits for those between it and the likeliest: the least of them decides
-        up, down = q.where(far >= 0, math.inf), q.where(far <= 0, math.inf).flip(1)
-        key = torch.minimum(up.cummin(1).values, down.cummin(1).values.flip(1)) - 1e-12 * far.abs()
-    order = key.argsort(dim=1, descending=True, stable=True)
-    ranked = q.gather(1, order)
-    return torch.empty_like(q).scatter(1, along[order], ranked.cumsum(1) - ranked)
-
-
 def group_numbers(groups: Sequence[Any]) -> torch.Tensor:
     """The number of each one's group, from 0 (N,); those with None are groups of their own."""
     place: dict[Any, int] = {}
@@ -2926,135 +2881,7 @@ def evaluate(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 9. Calibration: what votes that a judge was not trained on teach about it
-# ----------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """What calibrate() found. temperature, bias: see fit_calibration(). conformal: see conformal_limits().
-
-    entropies: those of its answers, nats, the quantiles for 0, 1, ..., 100 %. items, groups, votes: how many.
-    """
-
-    temperature: float
-    bias: Sequence[float]
-    conformal: Sequence[float]
-    entropies: Sequence[float]
-    items: int
-    groups: int
-    votes: float
-
-    def apply(self, logq: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (..., C) of the model -> those of the calibrated judge, in the same type."""
-        bias = torch.tensor(self.bias, dtype=torch.float64)
-        return (logq.double() / self.temperature + bias).log_softmax(-1).to(logq.dtype)
-
-    def about(self, labels: Sequence[str]) -> str:
-        pairs = zip(labels, self.bias, strict=True)
-        bias = ", ".join(f"{short(label, 20)} {b:+.2f}" for label, b in pairs)
-        what = f"calibrated on {self.votes:,g} votes on {self.items:,} items in {self.groups:,} groups"
-        return f"{what}: temperature {self.temperature:.3f}, bias {bias}"
-
-
-def fit_calibration(logq: Any, counts: Any) -> tuple[float, torch.Tensor]:
-    """Temperature T and bias b (C,), sum 0, for which softmax(log q / T + b) is nearest to the votes.
-
-    logq: a judge's log-probabilities (N, C); counts: votes (N, C). Least mean KL(votes as shares || judge),
-    convex in (1 / T, b), T at most 100. The judge's own answers count as one item more, so that a label
-    without votes stays possible. Source: vector scaling, one slope for all labels (Guo et al. 2017, arXiv
-    1706.04599). Raises InputError for other shapes, numbers that are not finite and items without votes.
-    """
-    from scipy.optimize import minimize
-
-    logq, counts = (torch.as_tensor(x).detach().cpu().double() for x in (logq, counts))
-    if logq.dim() != 2 or logq.shape != counts.shape or not len(logq):
-        raise InputError(f"logq, counts: shapes {list(logq.shape)} and {list(counts.shape)}, not (N, C) both")
-    votes = counts.sum(1, keepdim=True)
-    if not logq.isfinite().all() or not (votes > 0).all() or (counts < 0).any():
-        raise InputError("logq, counts: a log-probability is not finite, or an item has no votes")
-    n, middle = len(logq), logq.mean(0)
-    target = (n * counts / votes + logq.softmax(1)) / (n + 1)
-    x, scale = logq - middle, (logq - middle).std().item() or 1.0  # so that all unknowns are of a size
-
-    def loss(unknown: Any) -> tuple[float, Any]:
-        slope, bias = unknown[0] / scale, torch.from_numpy(unknown[1:])
-        r = (slope * x + bias).log_softmax(1)
-        gap = (r.exp() - target) / n
-        gradient = torch.cat([(gap * x).sum()[None] / scale, gap.sum(0)])
-        return -(target * r).sum().item() / n, gradient.numpy()
-
-    bounds = [(0.01 * scale, None), *[(None, None)] * len(middle)]
-    options = {"maxiter": 10_000, "ftol": 1e-15, "gtol": 1e-9}
-    found = minimize(loss, [scale, *middle], jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
-    slope = found[0] / scale
-    bias = torch.from_numpy(found[1:]) - slope * middle
-    return float(1 / slope), bias - bias.mean()
-
-
-def calibrate(items: Sequence[Item], logq: torch.Tensor) -> tuple[Calibration, torch.Tensor]:
-    """A judge's calibration by items that it was not trained on, and their probabilities (N, C), float64.
-
-    logq: the judge's own log-probabilities (M, C) of the items' prompts, both orders of a pair. The
-    probabilities are cross-fitted: each fifth of the groups is corrected by what the others' votes say, so
-    they say what the correction is worth. Where that is nothing in mean KL, temperature and bias stay 1 and
-    0. Limits and entropies come from them too. Raises InputError for fewer than two groups.
-    """
-    counts, rows = counts_of(items), []
-    for item, own in zip(items, counts, strict=True):
-        rows += [own, own[list(item.swap.labels)]] if item.swap else [own]
-    votes, prompts = torch.stack(rows), torch.tensor([len(item.prompts) for item in items])
-    group, logq = group_numbers([item.group for item in items]), logq.double().log_softmax(1)
-    if (size := int(group.max()) + 1) < 2:
-        raise InputError(f"{items[0].where}: calibration needs votes on items of two groups or more")
-    shuffled_groups = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    fold = (shuffled_groups % 5)[group].repeat_interleave(prompts)
-    apart, p = torch.empty_like(logq), shares_of(items)
-    for k in fold.unique().tolist():
-        temperature, bias = fit_calibration(logq[fold != k], votes[fold != k])
-        apart[fold == k] = logq[fold == k] / temperature + bias
-    plain, q = (average_items(items, x)[0] for x in (logq, apart.log_softmax(1)))
-    temperature, bias = fit_calibration(logq, votes)
-    if kl_divergence(p, q).mean() >= kl_divergence(p, plain).mean():
-        temperature, bias, q = 1.0, torch.zeros_like(bias), plain
-    limits = conformal_limits(mass_ahead(q, labels_of(items)), counts, group)
-    entropies = entropy(q).quantile(torch.linspace(0, 1, 101, dtype=torch.float64)).tolist()
-    numbers = {"items": len(items), "groups": size, "votes": counts.sum().item()}
-    return Calibration(temperature, bias.tolist(), limits, entropies, **numbers), q
-
-
-def conformal_limits(ahead: torch.Tensor, counts: torch.Tensor, group: torch.Tensor) -> list[float]:
-    """How much mass_ahead() of it a label may have to be in a set of 1, 2, ..., 100 %.
-
-    ahead: mass_ahead() (N, C); counts: votes (N, C) that the judge has not seen; group: group_numbers().
-    The vote of a new person on a random item of a new group is in such a set at least that often, over many
-    draws of groups to calibrate on; all that is needed is that groups come in no order (are exchangeable).
-    Groups weigh alike, items of a group and votes of an item too, and the new group may need all labels.
-    With K groups up to level / K more are held than promised. Exact for q that does not depend on the counts.
-    Source: Lee, Barber and Willett 2023 (arXiv 2306.06342), split conformal prediction for grouped data.
-    """
-    weight = counts / counts.sum(1, keepdim=True) / group.bincount()[group][:, None] / (group.max() + 2)
-    limits, order = ahead.flatten().sort()
-    levels = torch.arange(1, 101, dtype=torch.float64) / 100 - 1e-9
-    place = torch.searchsorted(weight.flatten()[order].cumsum(0), levels)
-    return torch.cat([limits, limits.new_ones(1)])[place].tolist()
-
-
-def conformal_sets(
-    q: Any, labels: Sequence[str], limits: Sequence[float], level: float = 0.9
-) -> list[list[str]]:
-    """For each row the labels that hold a new person's vote as often as `level`, (N, C) -> N lists.
-
-    limits: Calibration.conformal, of the judge that gives q; what they promise stands in conformal_limits().
-    level is rounded up to a whole percent. The likeliest label is in each set, and labels that are numbers
-    give intervals. Raises InputError unless 0 < level <= 1.
-    """
-    if not 0 < level <= 1:
-        raise InputError(f"level: must be above 0 and at most 1, not {level}")
-    inside = mass_ahead(q, labels) <= limits[math.ceil(100 * level - 1e-6) - 1] + 1e-6
-    return [list(itertools.compress(labels, row)) for row in inside.tolist()]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 10. A run: from files to a folder that holds everything
+# 9. A run: from files to a folder that holds everything
 # ----------------------------------------------------------------------------------------------------------
 def write_json(path: Path, content: Any) -> None:
     write_lines(path, [json.dumps(content, indent=1, ensure_ascii=False)])
@@ -3141,11 +2968,6 @@ def load_data(config: Config) -> tuple[list[Item], list[Item]]:
             raise InputError(f"{', '.join(config.train)}: {error}") from None
     keep_apart(items, test)
     return items, test
-
-
-def hold_out(items: Sequence[Item], config: Config) -> tuple[list[Item], list[Item]]:
-    """The items of a run that it trains on, and those that it keeps to calibrate on."""
-    return split_items(items, config.calibrate, config.seed) if config.calibrate else (list(items), [])
 
 
 def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
@@ -3277,9 +3099,7 @@ def run(
     items, test = load_data(config)
     judge = judge_of(config, labels_of(items))
     judge.encoder.memo = {}  # every prompt is tokenized once
-    items, held = hold_out(items, config)
     items = keep_short(judge, items, config.overlong, "training")
-    held = held and keep_short(judge, held, config.overlong, "calibration")
     test = keep_short(judge, test, config.overlong, "test")
     if before_training:
         before_training(judge, items, test)
@@ -3288,9 +3108,6 @@ def run(
     if os.environ.get("RANK", "0") != "0":
         return {}
     with locked(config.out):
-        if held:
-            judge.calibration = calibrate(held, judge.score([p for item in held for p in item.prompts])[0])[0]
-            log.warning("%s", judge.calibration.about(judge.labels))
         save_judge(judge, config.out)
         return write_results(judge, test, items, config, config.out)
 

@@ -1,6 +1,7 @@
 """Calibrate a judge on votes that it was not trained on; see what its sets and its doubts are worth.
 
     python recipes/calibrate.py --run runs/first --items votes.jsonl    # kept in runs/first/judge.json
+    python recipes/calibrate.py --run runs/first --items runs/first/predictions.jsonl   # on its test items
     python recipes/calibrate.py --run runs/first --remove               # the judge is again as it was trained
     python recipes/calibrate.py --predictions predictions.jsonl         # of any judge: numbers, nothing kept
 
@@ -20,9 +21,11 @@ less what the noise of p, the votes, adds to it: an estimate of the distance to 
 import collections
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,6 +33,7 @@ import distjudge
 from distjudge import InputError, Item
 
 import pandas
+import scipy.optimize
 import torch
 
 from recipes.systems import matched, read_predictions
@@ -54,6 +58,153 @@ class CalibrateConfig:
     """The folder for kept.png. Default: plots/ in the run folder; with --predictions it is not drawn."""
 
 
+# --- the calibration and the sets ------------------------------------------------------------------------
+def fit_calibration(logq: Any, counts: Any) -> tuple[float, torch.Tensor]:
+    """Temperature T and bias b (C,), sum 0, for which softmax(log q / T + b) is nearest to the votes.
+
+    logq: a judge's log-probabilities (N, C); counts: votes (N, C). Least mean KL(votes as shares || judge),
+    convex in (1 / T, b), T at most 100. The judge's own answers count as one item more, so that a label
+    without votes stays possible. Source: vector scaling, one slope for all labels (Guo et al. 2017, arXiv
+    1706.04599). Raises InputError for other shapes, numbers that are not finite and items without votes.
+    """
+    logq, counts = (torch.as_tensor(x).detach().cpu().double() for x in (logq, counts))
+    if logq.dim() != 2 or logq.shape != counts.shape or not len(logq):
+        raise InputError(f"logq, counts: shapes {list(logq.shape)} and {list(counts.shape)}, not (N, C) both")
+    votes = counts.sum(1, keepdim=True)
+    if not logq.isfinite().all() or not (votes > 0).all() or (counts < 0).any():
+        raise InputError("logq, counts: a log-probability is not finite, or an item has no votes")
+    n, middle = len(logq), logq.mean(0)
+    target = (n * counts / votes + logq.softmax(1)) / (n + 1)
+    x, scale = logq - middle, (logq - middle).std().item() or 1.0  # so that all unknowns are of a size
+
+    def loss(unknown: Any) -> tuple[float, Any]:
+        slope, bias = unknown[0] / scale, torch.from_numpy(unknown[1:])
+        r = (slope * x + bias).log_softmax(1)
+        gap = (r.exp() - target) / n
+        gradient = torch.cat([(gap * x).sum()[None] / scale, gap.sum(0)])
+        return -(target * r).sum().item() / n, gradient.numpy()
+
+    bounds = [(0.01 * scale, None), *[(None, None)] * len(middle)]
+    options = {"maxiter": 10_000, "ftol": 1e-15, "gtol": 1e-9}
+    found = scipy.optimize.minimize(
+        loss, [scale, *middle], jac=True, method="L-BFGS-B", bounds=bounds, options=options
+    ).x
+    slope = found[0] / scale
+    bias = torch.from_numpy(found[1:]) - slope * middle
+    return float(1 / slope), bias - bias.mean()
+
+
+def calibrate(items: Sequence[Item], logq: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    """A judge's calibration by items that it was not trained on, and their probabilities (N, C), float64.
+
+    It holds temperature and bias, see fit_calibration(); conformal, see conformal_limits(); entropies, nats,
+    the quantiles of its answers' for 0, 1, ..., 100 %; and how many items, groups and votes it rests on.
+    logq: the judge's own log-probabilities (M, C) of the items' prompts, both orders of a pair. The
+    probabilities are cross-fitted: each fifth of the groups is corrected by what the others' votes say, so
+    they say what the correction is worth. Where that is nothing in mean KL, temperature and bias stay 1 and
+    0. Limits and entropies come from them too. Raises InputError for fewer than two groups.
+    """
+    counts, rows = distjudge.counts_of(items), []
+    for item, own in zip(items, counts, strict=True):
+        rows += [own, own[list(item.swap.labels)]] if item.swap else [own]
+    votes, prompts = torch.stack(rows), torch.tensor([len(item.prompts) for item in items])
+    group, logq = distjudge.group_numbers([item.group for item in items]), logq.double().log_softmax(1)
+    if (size := int(group.max()) + 1) < 2:
+        raise InputError(f"{items[0].where}: calibration needs votes on items of two groups or more")
+    shuffled_groups = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    fold = (shuffled_groups % 5)[group].repeat_interleave(prompts)
+    apart, p = torch.empty_like(logq), distjudge.shares_of(items)
+    for k in fold.unique().tolist():
+        temperature, bias = fit_calibration(logq[fold != k], votes[fold != k])
+        apart[fold == k] = logq[fold == k] / temperature + bias
+    plain, q = (distjudge.average_items(items, x)[0] for x in (logq, apart.log_softmax(1)))
+    temperature, bias = fit_calibration(logq, votes)
+    if distjudge.kl_divergence(p, q).mean() >= distjudge.kl_divergence(p, plain).mean():
+        temperature, bias, q = 1.0, torch.zeros_like(bias), plain
+    limits = conformal_limits(mass_ahead(q, distjudge.labels_of(items)), counts, group)
+    entropies = distjudge.entropy(q).quantile(torch.linspace(0, 1, 101, dtype=torch.float64)).tolist()
+    calibration = {"temperature": temperature, "bias": bias.tolist(), "conformal": limits}
+    calibration |= {"entropies": entropies, "items": len(items), "groups": size}
+    return calibration | {"votes": counts.sum().item()}, q
+
+
+def corrected(logq: torch.Tensor, calibration: dict[str, Any]) -> torch.Tensor:
+    """Log-probabilities (..., C) of the model -> those of the calibrated judge, float64."""
+    bias = torch.tensor(calibration["bias"], dtype=torch.float64)
+    return (logq.double() / calibration["temperature"] + bias).log_softmax(-1)
+
+
+def mass_ahead(q: Any, labels: Sequence[str] = ()) -> torch.Tensor:
+    """How much probability a growing set holds before it takes each label: (N, C) -> (N, C), float64.
+
+    It takes the likeliest label first, then the next. With labels that are numbers it takes the likelier
+    neighbour of what it holds, so that it is an interval.
+
+    >>> mass_ahead([[0.5, 0.125, 0.375]], ["1", "2", "3"])
+    tensor([[0.0000, 0.5000, 0.6250]], dtype=torch.float64)
+    """
+    q = key = torch.as_tensor(q).double()
+    place = along = torch.arange(q.shape[1])
+    if labels and distjudge.are_numeric(labels):
+        along = torch.tensor([float(label) for label in labels], dtype=torch.float64).argsort()
+        q = q[:, along]
+        far = place - q.argmax(1, keepdim=True)
+        # a label waits for those between it and the likeliest: the least of them decides
+        up, down = q.where(far >= 0, math.inf), q.where(far <= 0, math.inf).flip(1)
+        key = torch.minimum(up.cummin(1).values, down.cummin(1).values.flip(1)) - 1e-12 * far.abs()
+    order = key.argsort(dim=1, descending=True, stable=True)
+    ranked = q.gather(1, order)
+    return torch.empty_like(q).scatter(1, along[order], ranked.cumsum(1) - ranked)
+
+
+def conformal_limits(ahead: torch.Tensor, counts: torch.Tensor, group: torch.Tensor) -> list[float]:
+    """How much mass_ahead() of it a label may have to be in a set of 1, 2, ..., 100 %.
+
+    ahead: mass_ahead() (N, C); counts: votes (N, C) that the judge has not seen; group: group_numbers().
+    The vote of a new person on a random item of a new group is in such a set at least that often, over many
+    draws of groups to calibrate on; all that is needed is that groups come in no order (are exchangeable).
+    Groups weigh alike, items of a group and votes of an item too, and the new group may need all labels.
+    With K groups up to level / K more are held than promised. Exact for q that does not depend on the counts.
+    Source: Lee, Barber and Willett 2023 (arXiv 2306.06342), split conformal prediction for grouped data.
+    """
+    weight = counts / counts.sum(1, keepdim=True) / group.bincount()[group][:, None] / (group.max() + 2)
+    limits, order = ahead.flatten().sort()
+    levels = torch.arange(1, 101, dtype=torch.float64) / 100 - 1e-9
+    place = torch.searchsorted(weight.flatten()[order].cumsum(0), levels)
+    return torch.cat([limits, limits.new_ones(1)])[place].tolist()
+
+
+def label_sets(
+    q: Any, labels: Sequence[str], level: float = 0.9, limits: Sequence[float] = ()
+) -> list[list[str]]:
+    """For each row of q (N, C) a set that holds `level` of the votes, in label order -> N lists.
+
+    Without limits a credible set: the fewest labels that hold `level` of the probability; of labels that tie,
+    the first. With the limits of a calibrated judge, its "conformal", a conformal set: it holds a new
+    person's vote as often, see conformal_limits(). Then level is rounded up to a whole percent, the likeliest
+    label is in each set, and labels that are numbers give intervals. InputError unless 0 < level <= 1.
+
+    >>> label_sets([[0.3, 0.1, 0.6]], ["a", "b", "c"], 0.9)
+    [['a', 'c']]
+    """
+    if not 0 < level <= 1:
+        raise InputError(f"level: must be above 0 and at most 1, not {level}")
+    if limits:
+        inside = mass_ahead(q, labels) <= limits[math.ceil(100 * level - 1e-6) - 1] + 1e-6
+    else:
+        inside = mass_ahead(q) < max(level - 1e-6, 1e-12)
+    return [list(itertools.compress(labels, row)) for row in inside.tolist()]
+
+
+# --- the command ------------------------------------------------------------------------------------------
+def save(calibration: dict[str, Any] | None, run: Path) -> None:
+    """Puts a calibration into judge.json of a saved judge, for the one there; None takes that out."""
+    with distjudge.locked(run):
+        saved = distjudge.read_saved(run)
+        saved.pop("calibration", None)
+        distjudge.write_saved(run, saved | ({"calibration": calibration} if calibration else {}))
+
+
 def judge_items(config: CalibrateConfig) -> tuple[list[Item], torch.Tensor]:
     """Items, and the judge's own log-probabilities of their prompts. Raises InputError if it knows them."""
     judge = distjudge.load_judge(config.run)
@@ -63,7 +214,7 @@ def judge_items(config: CalibrateConfig) -> tuple[list[Item], torch.Tensor]:
     try:
         settings = distjudge.parse_json(about.read_bytes())[0]
         trained_by = distjudge.Config(**{name: settings[name] for name in names if name in settings})
-        trained = distjudge.hold_out(distjudge.load_data(trained_by)[0], trained_by)[0]
+        trained = distjudge.load_data(trained_by)[0]
     except (InputError, OSError) as error:
         why = distjudge.first_line(error)
         print(f"not checked that the judge was trained on none of these items: {why}", file=sys.stderr)
@@ -89,13 +240,13 @@ def sets(items: Sequence[Item], logq: torch.Tensor, draws: int) -> pandas.DataFr
         half = torch.randperm(int(group.max()) + 1, generator=generator)[group] % 2
         mine, new = ([i for i, side in enumerate(half.tolist()) if side == k] for k in (0, 1))
         held, own = [items[i] for i in new], torch.cat([parts[i] for i in new])
-        limits = distjudge.calibrate([items[i] for i in mine], torch.cat([parts[i] for i in mine]))[0]
-        raw, q = (distjudge.average_items(held, x)[0] for x in (own, limits.apply(own)))
+        fitted = calibrate([items[i] for i in mine], torch.cat([parts[i] for i in mine]))[0]
+        raw, q = (distjudge.average_items(held, x)[0] for x in (own, corrected(own, fitted)))
         weight, p = 1 / group.bincount()[group[new]].double(), distjudge.shares_of(held)
         for level in LEVELS:
-            kinds = {"credible": distjudge.credible_sets(raw, labels, level / 100)}
-            kinds["credible, calibrated"] = distjudge.credible_sets(q, labels, level / 100)
-            kinds["conformal"] = distjudge.conformal_sets(q, labels, limits.conformal, level / 100)
+            kinds = {"credible": label_sets(raw, labels, level / 100)}
+            kinds["credible, calibrated"] = label_sets(q, labels, level / 100)
+            kinds["conformal"] = label_sets(q, labels, level / 100, fitted["conformal"])
             for kind, chosen in kinds.items():
                 inside = torch.tensor([[label in one for label in labels] for one in chosen]).double()
                 both = torch.stack([(p * inside).sum(1), inside.sum(1)], 1)
@@ -130,11 +281,11 @@ def main(config: CalibrateConfig) -> None:
     if config.run and not (run / "judge.json").is_file():
         raise InputError(f"{config.run}: no judge in this folder")
     if config.remove:
-        distjudge.save_calibration(None, run)
+        save(None, run)
         print(f"{config.run}: no calibration any more; the judge answers as it was trained")
         return
     items, logq = predictions_of(config.predictions) if config.predictions else judge_items(config)
-    calibration, after = distjudge.calibrate(items, logq)
+    calibration, after = calibrate(items, logq)
     before, table = distjudge.average_items(items, logq)[0], kept(items, after)
     scores = pandas.DataFrame([distjudge.evaluate(q, items) for q in (before, after)], ["before", "after"]).T
     scores = scores[scores.index.isin(SHOWN.split())].astype(float).round(4)
@@ -143,11 +294,14 @@ def main(config: CalibrateConfig) -> None:
         "sets": sets(items, logq, config.draws),
         "kept": table,
     }
-    print(calibration.about(distjudge.labels_of(items)))
+    pairs = zip(distjudge.labels_of(items), calibration["bias"], strict=True)
+    bias = ", ".join(f"{distjudge.short(label, 20)} {b:+.2f}" for label, b in pairs)
+    what = "calibrated on {votes:,g} votes on {items:,} items in {groups:,} groups: temperature "
+    print(f"{what.format(**calibration)}{calibration['temperature']:.3f}, bias {bias}")
     for name, found in tables.items():
         print(f"\n{name}\n{found.to_string()}")
     if config.run:
-        distjudge.save_calibration(calibration, run)
+        save(calibration, run)
         print(f"\nkept in {run / 'judge.json'}; predictions.jsonl and metrics.json stay as they were")
     if config.run or config.out:
         from plots import figures

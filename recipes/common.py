@@ -106,7 +106,7 @@ def run(config: RunConfig) -> dict[str, float | None]:
         return metrics
     items, test = distjudge.load_data(config)
     judge = outline(config, distjudge.labels_of(items))
-    items = distjudge.keep_short(judge, distjudge.hold_out(items, config)[0], config.overlong, "training")
+    items = distjudge.keep_short(judge, items, config.overlong, "training")
     look(judge, items, distjudge.keep_short(judge, test, config.overlong, "test"))
     return {}
 

@@ -57,6 +57,7 @@ from distjudge import InputError, Judge, Swap, short
 import torch
 
 from recipes import sheets
+from recipes.calibrate import label_sets
 from recipes.sheets import Row, Template
 
 OURS = {"predicted", "mode", "mean", "entropy", "credible_set", "conformal_set", "label_mass", "low_mass"}
@@ -170,7 +171,7 @@ class Judging:
         spellings, labels = distjudge.parse_spellings(config.spellings), config.labels or None
         self.judge = distjudge.load_judge(config.run, labels, spellings=spellings, four_bit=config.four_bit)
         self.judge.pack_tokens = config.pack_tokens or self.judge.pack_tokens
-        fitted = self.judge.calibration and dataclasses.asdict(self.judge.calibration)
+        fitted = self.judge.calibration
         if config.route and not fitted:
             raise InputError(f"route: {config.run} is not calibrated; recipes/calibrate.py does that")
         self.route = config.route and fitted["entropies"][round(100 * (1 - config.route))]
@@ -254,18 +255,19 @@ class Judging:
         labels, q, entropy = self.judge.labels, q[None], distjudge.entropy(q).item()
         row: dict[str, Any] = {
             "predicted": {label: digits(x) for label, x in zip(labels, q[0], strict=True)},
-            "mode": distjudge.modes(q, labels)[0],
+            "mode": labels[q.argmax()],
             "entropy": digits(entropy),
             "label_mass": digits(mass),
         }
-        if fitted := self.judge.calibration:
-            sets = distjudge.conformal_sets(q, labels, fitted.conformal, self.config.level)
-        else:
-            sets = distjudge.credible_sets(q, labels, self.config.level)
-        row["conformal_set" if fitted else "credible_set"] = sets[0]
+        limits = (self.judge.calibration or {}).get("conformal", ())
+        (row["conformal_set" if limits else "credible_set"],) = label_sets(
+            q, labels, self.config.level, limits
+        )
         row |= {"to_people": entropy >= self.route} if self.config.route else {}
         if distjudge.are_numeric(labels):
-            row["mean"] = digits(distjudge.mean_rating(q, labels)[0])
+            row["mean"] = digits(
+                sum(float(label) * x for label, x in zip(labels, q[0].tolist(), strict=True))
+            )
         row |= {"low_mass": True} if mass < self.config.min_mass else {}
         return row | ({"flipped": flipped} if flipped is not None else {})
 

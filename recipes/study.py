@@ -51,6 +51,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import tyro
+from calibrate import fit_calibration
 
 from plots import study as figures
 
@@ -368,7 +369,7 @@ def fit_readout(judge: Judge, items: list[Item], test: list[Item], run: Config, 
     counts, first = torch.cat([own for _, own in parts]).double(), len(parts[0][1])
     p, (logq, hidden) = counts / counts.sum(1, keepdim=True), read_hidden(judge, parts[0][0] + parts[1][0])
     read = time.perf_counter()
-    (temperature, bias), middle, scale = distjudge.fit_calibration(logq, counts), hidden.mean(0), hidden.std()
+    (temperature, bias), middle, scale = fit_calibration(logq, counts), hidden.mean(0), hidden.std()
     inputs = lambda hidden: F.pad((hidden - middle) / scale, (0, 1), value=1.0)  # noqa: E731
     said = lambda logq, x, rows: (logq / temperature + bias + x @ rows).log_softmax(1)  # noqa: E731
     x, penalty = inputs(hidden), None

@@ -28,20 +28,18 @@ def items_of(counts, labels=LABELS, groups=None, turned=None):
 # --- the fit ---
 def test_temperature_and_bias_by_hand_and_by_another_optimizer():
     one = torch.full((5, 3), 1 / 3).log()
-    temperature, bias = distjudge.fit_calibration(
-        one, [[1, 2, 0]] * 5
-    )  # five items and the judge's own answer
+    temperature, bias = recipe.fit_calibration(one, [[1, 2, 0]] * 5)  # five items and the judge's own answer
     assert temperature == 1 and bias.softmax(0).tolist() == pytest.approx([6 / 18, 11 / 18, 1 / 18], abs=1e-6)
     logq = 4 * log_q(400, 4)
     votes = (logq / 3 + torch.tensor([0.5, 0.0, -1.0, 0.5])).softmax(1)
-    temperature, bias = distjudge.fit_calibration(logq, 7 * votes)
+    temperature, bias = recipe.fit_calibration(logq, 7 * votes)
     assert temperature == pytest.approx(3, rel=0.01)
     assert bias.tolist() == pytest.approx([0.5, 0, -1, 0.5], abs=0.01)
-    assert distjudge.fit_calibration(logq, logq.softmax(1))[0] == pytest.approx(1, abs=1e-5)
-    assert distjudge.fit_calibration(logq, (-logq).softmax(1))[0] == pytest.approx(100)  # no lower slope
+    assert recipe.fit_calibration(logq, logq.softmax(1))[0] == pytest.approx(1, abs=1e-5)
+    assert recipe.fit_calibration(logq, (-logq).softmax(1))[0] == pytest.approx(100)  # no lower slope
     for wrong, counts in (([[0, -math.inf]], [[1, 0]]), ([[0.0, 0]], [[0, 0]]), ([[0.0, 0]], [[1, 2, 3]])):
         with pytest.raises(InputError, match="logq, counts: "):
-            distjudge.fit_calibration(torch.tensor(wrong), counts)
+            recipe.fit_calibration(torch.tensor(wrong), counts)
     for n, seed in ((6, 1), (40, 2)):
         logq = log_q(n, 3, seed=seed).log_softmax(1)
         counts = torch.randint(0, 4, (n, 3), generator=torch.Generator().manual_seed(seed)) + torch.eye(3)[0]
@@ -53,7 +51,7 @@ def test_temperature_and_bias_by_hand_and_by_another_optimizer():
             return -(p * r).sum(1).mean() - (np.exp(q) * r).sum(1).mean() / len(q)
 
         found = scipy.optimize.minimize(loss, [1, 0, 0], method="Nelder-Mead", tol=1e-12).x
-        temperature, bias = distjudge.fit_calibration(logq, counts)
+        temperature, bias = recipe.fit_calibration(logq, counts)
         if found[0] > 0.01:
             assert 1 / temperature == pytest.approx(found[0], abs=1e-4)
             assert bias[:2].tolist() == pytest.approx(list(found[1:]), abs=1e-4)
@@ -64,39 +62,40 @@ def test_each_item_is_corrected_by_other_groups_and_a_useless_correction_is_left
     logq = 3 * log_q(60, 3)
     counts = torch.distributions.Multinomial(20, probs=(logq / 3).softmax(1)).sample()
     groups = [f"g{i // 4}" for i in range(60)]
-    found, apart = distjudge.calibrate(items_of(counts.tolist(), groups=groups), logq)
-    assert (found.items, found.groups, found.votes) == (60, 15, 1200) and 2 < found.temperature < 4
+    found, apart = recipe.calibrate(items_of(counts.tolist(), groups=groups), logq)
+    assert [found[name] for name in ("items", "groups", "votes")] == [60, 15, 1200]
+    assert 2 < found["temperature"] < 4
     changed = counts.clone()
     changed[:4] = torch.tensor([20.0, 0, 0])  # one group's votes do not touch its own probabilities
-    other = distjudge.calibrate(items_of(changed.tolist(), groups=groups), logq)[1]
+    other = recipe.calibrate(items_of(changed.tolist(), groups=groups), logq)[1]
     same = (other - apart).abs().sum(1) < 1e-12
     assert same[:4].all() and 12 <= same.sum() < 60
     counts = torch.distributions.OneHotCategorical(logits=logq[:8]).sample()  # eight votes teach nothing
-    found, apart = distjudge.calibrate(items_of(counts.tolist()), logq[:8])
-    assert found.temperature == 1 and set(found.bias) == {0.0}
+    found, apart = recipe.calibrate(items_of(counts.tolist()), logq[:8])
+    assert found["temperature"] == 1 and set(found["bias"]) == {0.0}
     assert apart.tolist() == [pytest.approx(row) for row in logq[:8].softmax(1).tolist()]
     with pytest.raises(InputError, match="two groups or more"):
-        distjudge.calibrate(items_of([[1, 0, 0]] * 3, groups=["g"] * 3), logq[:3])
+        recipe.calibrate(items_of([[1, 0, 0]] * 3, groups=["g"] * 3), logq[:3])
 
 
 def test_both_orders_of_a_pair_count_with_their_labels():
     items = items_of([[5, 1, 2], [1, 6, 1], [2, 2, 3], [0, 4, 1]], ["a", "b", "tie"], turned=(1, 0, 2))
     logq = log_q(4, 3).repeat_interleave(2, 0)
     logq[1::2] = logq[1::2][:, [1, 0, 2]]  # a judge that does not mind the order
-    found, apart = distjudge.calibrate(items, logq + torch.tensor([1.0, 0, 0]))  # but prefers the first
+    found, apart = recipe.calibrate(items, logq + torch.tensor([1.0, 0, 0]))  # but prefers the first
     turned = distjudge.counts_of(items).repeat_interleave(2, 0)
     turned[1::2] = turned[1::2][:, [1, 0, 2]]
-    temperature, bias = distjudge.fit_calibration(logq + torch.tensor([1.0, 0, 0]), turned)
-    assert found.temperature == pytest.approx(temperature) and apart.shape == (4, 3)
-    assert found.bias == pytest.approx(bias.tolist(), abs=1e-6)
+    temperature, bias = recipe.fit_calibration(logq + torch.tensor([1.0, 0, 0]), turned)
+    assert found["temperature"] == pytest.approx(temperature) and apart.shape == (4, 3)
+    assert found["bias"] == pytest.approx(bias.tolist(), abs=1e-6)
 
 
 # --- sets ---
 def test_growing_sets_are_the_fewest_labels_or_an_interval():
-    ahead = distjudge.mass_ahead([[0.5, 0.125, 0.375]], LABELS)
+    ahead = recipe.mass_ahead([[0.5, 0.125, 0.375]], LABELS)
     assert ahead.tolist() == [[0, 0.5, 0.625]]
-    assert distjudge.mass_ahead([[0.5, 0.125, 0.375]], ["1", "3", "2"]).tolist() == [[0, 0.875, 0.5]]
-    assert distjudge.mass_ahead([[0.5, 0.125, 0.375]], ["a", "b", "c"]).tolist() == [[0, 0.875, 0.5]]
+    assert recipe.mass_ahead([[0.5, 0.125, 0.375]], ["1", "3", "2"]).tolist() == [[0, 0.875, 0.5]]
+    assert recipe.mass_ahead([[0.5, 0.125, 0.375]], ["a", "b", "c"]).tolist() == [[0, 0.875, 0.5]]
     for row in (4 * log_q(200, 6)).softmax(1).tolist():
         low = high = row.index(max(row))
         expected, total = {low: 0.0}, row[low]
@@ -104,7 +103,7 @@ def test_growing_sets_are_the_fewest_labels_or_an_interval():
             left, right = row[low - 1] if low else -1, row[high + 1] if high < 5 else -1
             low, high, taken = (low - 1, high, low - 1) if left > right else (low, high + 1, high + 1)
             expected[taken], total = total, total + row[taken]
-        ahead = distjudge.mass_ahead([row], "123456")[0].tolist()
+        ahead = recipe.mass_ahead([row], "123456")[0].tolist()
         assert ahead == pytest.approx([expected[c] for c in range(6)], abs=1e-6)  # float32
 
 
@@ -112,17 +111,15 @@ def test_limits_by_hand():
     """Three groups of 1/4 each: the first has two items of 1/8, one with both labels; the new one has 1/4."""
     ahead = torch.tensor([[0, 0.5], [0, 0.4], [0, 0.3], [0, 0.2]])
     counts = torch.tensor([[1, 1], [2, 0], [0, 1], [1, 3]])
-    limits = distjudge.conformal_limits(ahead, counts, torch.tensor([0, 0, 1, 2]))
+    limits = recipe.conformal_limits(ahead, counts, torch.tensor([0, 0, 1, 2]))
     steps = {25: 0, 26: 0.2, 43: 0.2, 44: 0.3, 68: 0.3, 69: 0.5, 75: 0.5, 76: 1, 100: 1}
     assert {level: round(limits[level - 1], 6) for level in steps} == steps and len(limits) == 100
-    q, sets = [[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]], distjudge.conformal_sets
-    limits = [0.0] * 50 + [0.5] * 40 + [0.75] * 9 + [1.0]
-    assert sets(q, LABELS, limits, 0.5) == [["1"], ["3"]]
-    assert sets(q, LABELS, limits, 0.9) == [["1"], ["2", "3"]]
-    assert sets(q, LABELS, limits, 0.901) == [["1", "2"], LABELS] == sets(q, LABELS, limits, 0.91)
-    assert sets(q, LABELS, limits, 1.0) == [LABELS] * 2
+    q, limits = [[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]], [0.0] * 50 + [0.5] * 40 + [0.75] * 9 + [1.0]
+    sets = lambda level: recipe.label_sets(q, LABELS, level, limits)  # noqa: E731
+    assert sets(0.5) == [["1"], ["3"]] and sets(0.9) == [["1"], ["2", "3"]]
+    assert sets(0.901) == [["1", "2"], LABELS] == sets(0.91) and sets(1.0) == [LABELS] * 2
     with pytest.raises(InputError, match="level"):
-        sets(q, LABELS, limits, 1.1)
+        sets(1.1)
 
 
 POOL = [list(row["truth"].values()) for row in make_panel(2000, 1, 1, 5)]
@@ -142,9 +139,9 @@ def simulated_coverage(draws, groups, each, votes, labels):
         logq, size = (2 * truth.log() + error).log_softmax(1), groups * each
         counts = numpy_draw.multinomial(votes, truth[:size].numpy())
         items = items_of(counts, labels, [f"g{i // each}" for i in range(size)])
-        calibration = distjudge.calibrate(items, logq[:size])[0]
-        ahead = distjudge.mass_ahead(calibration.apply(logq[size:]).exp(), labels)
-        inside = [ahead <= calibration.conformal[level - 1] + 1e-6 for level in (80, 90, 95)]
+        calibration = recipe.calibrate(items, logq[:size])[0]
+        ahead = recipe.mass_ahead(recipe.corrected(logq[size:], calibration).exp(), labels)
+        inside = [ahead <= calibration["conformal"][level - 1] + 1e-6 for level in (80, 90, 95)]
         found.append([(truth[size:] * one).sum(1).mean().item() for one in inside])
     return np.mean(found, axis=0)
 
@@ -170,14 +167,14 @@ def test_conformal_sets_hold_new_votes_in_1000_draws(case):
 # --- a judge and its calibration ---
 @pytest.fixture
 def run(votes, tiny_model, tmp_path, monkeypatch):
-    """A run folder, trained with a quarter of the items held out; items.jsonl beside it has new ones."""
+    """A run folder; items.jsonl beside it has votes that it was not trained on."""
     monkeypatch.chdir(tmp_path)
     for name, seed, n in (("train", 0, 24), ("test", 1, 8), ("items", 2, 20)):
         texts = {i.id: f"{name} {i.prompt}" for i in votes(n, seed=seed)}
         rows = [{"prompt": texts[i.id], "counts": i.counts} for i in votes(n, seed=seed)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     usual = {"train": ("train.jsonl",), "test": ("test.jsonl",), "model": str(tiny_model), "epochs": 1}
-    distjudge.run(distjudge.Config(**usual, lora_rank=2, learning_rate=0.01, calibrate=0.25, out="run"))
+    distjudge.run(distjudge.Config(**usual, lora_rank=2, learning_rate=0.01, out="run"))
     return tmp_path / "run"
 
 
@@ -189,23 +186,29 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_a_run_calibrates_on_what_it_holds_out(run, caplog):
-    about, items = read(run / "judge.json")["calibration"], read(run / "config.json")["items"]
-    assert about["items"] == 6 and items == {"train": 18, "test": 8}
-    judge = distjudge.load_judge(run)
-    assert f"calibrated on {about['votes']:g} votes on 6 items" in caplog.text
-    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    prompts = [row["prompt"] for row in rows]
-    said = judge.predict(prompts)
-    assert said == pytest.approx(np.array([list(row["predicted"].values()) for row in rows]), abs=1e-5)
-    fitted, judge.calibration = judge.calibration, None
-    own = np.exp(judge.score(prompts)[0].double().numpy() / about["temperature"] + about["bias"])
-    assert said == pytest.approx(own / own.sum(1, keepdims=True), abs=1e-6)
-    judge.calibration = fitted
+def test_a_calibrated_judge_answers_so_wherever_it_is_loaded(run, caplog):
+    prompts = [json.loads(line)["prompt"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    own = distjudge.load_judge(run).score(prompts)[0].double().numpy()
+    assert "calibrated" not in caplog.text
+    main(run="run", items=("items.jsonl",), draws=1)
+    about, judge = read(run / "judge.json")["calibration"], distjudge.load_judge(run)
+    assert f"calibrated on {about['votes']:g} votes on 20 items" in caplog.text
+    q = np.exp(own / about["temperature"] + about["bias"])
+    assert judge.predict(prompts) == pytest.approx(q / q.sum(1, keepdims=True), abs=1e-6)
+    assert recipe.corrected(torch.tensor(own), about).exp().numpy() == pytest.approx(
+        judge.predict(prompts), abs=1e-6
+    )
+    assert abs(judge.predict(prompts) - np.exp(own)).max() > 0.01
     distjudge.save_judge(judge, "copy")
-    assert distjudge.load_judge("copy").calibration == distjudge.load_judge(run).calibration is not None
+    assert distjudge.load_judge("copy").calibration == about
     distjudge.train(judge, distjudge.load_items("test.jsonl"), distjudge.Config(out="more", epochs=0.5))
     assert judge.calibration is None
+
+
+def test_a_run_s_own_test_items_calibrate_it(run, capsys):
+    main(run="run", items=("run/predictions.jsonl",), draws=1)
+    assert "not checked" not in capsys.readouterr().err
+    assert read(run / "judge.json")["calibration"]["items"] == 8
 
 
 def test_the_command_calibrates_and_takes_it_back(run, capsys):
@@ -219,10 +222,10 @@ def test_the_command_calibrates_and_takes_it_back(run, capsys):
     with pytest.raises(InputError, match=r"judge.json: has changed"):
         distjudge.load_judge(run)
     (run / "judge.json").write_text(text)
-    (run.parent / "used.jsonl").write_text(trained)  # those held out were not trained on
+    (run.parent / "used.jsonl").write_text(trained)
     with pytest.raises(InputError, match=r"used.jsonl:.*: prompt: also in the training items, at") as error:
         main(run="run", items=("used.jsonl",))
-    assert len(str(error.value).splitlines()) == 18
+    assert len(str(error.value).splitlines()) == 21  # the first twenty, and how many more
     main(run="run", remove=True)
     plain = read(run / "judge.json")
     assert distjudge.load_judge(run).calibration is None and "calibration" not in plain
@@ -239,12 +242,15 @@ def test_judging_writes_conformal_sets_and_marks_what_people_should_see(run, cap
         )
         return [json.loads(line) for line in open("o.jsonl", encoding="utf-8")]
 
+    main(run="run", items=("items.jsonl",), draws=1)
     calibration = distjudge.load_judge(run).calibration
     rows = judged(route=0.4, level=0.5)
     for row in rows:
         q = [list(row["predicted"].values())]
-        assert row["conformal_set"] == distjudge.conformal_sets(q, LABELS, calibration.conformal, 0.5)[0]
-        assert "credible_set" not in row and row["to_people"] == (row["entropy"] >= calibration.entropies[60])
+        assert row["conformal_set"] == recipe.label_sets(q, LABELS, 0.5, calibration["conformal"])[0]
+        assert "credible_set" not in row and row["to_people"] == (
+            row["entropy"] >= calibration["entropies"][60]
+        )
     marked = sum(row["to_people"] for row in rows)
     assert f"{marked} of 20 are for people to look at" in capsys.readouterr().err
     for settings in ({"route": 0.5, "level": 0.5}, {"level": 0.5}):
