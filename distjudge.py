@@ -258,27 +258,21 @@ def _label_order(parsed: list[dict], labels: Sequence[str] | None) -> tuple[list
             differ = "differ only in capitals or in how a letter is coded; name the labels if both are meant"
             why = "are a number in two spellings" if numeric else differ
             raise InputError(f"{at}: labels '{short(other, 20)}' and '{short(label, 20)}' {why}")
-    if labels is None and order and not full:
-        say_unchosen(order)
+    if labels is None and order and not full and all(re.fullmatch(r"-?\d{1,15}", label) for label in order):
+        values = sorted(map(int, order))
+        if values[-1] - values[0] <= 100 and (missing := sorted({*range(values[0], values[-1])} - {*values})):
+            found = "the labels are %s, as found in the votes: nobody chose %s"
+            log.warning(
+                f"{found}; name all labels if the scale has it",
+                listed(map(str, values)),
+                listed(map(str, missing)),
+            )
     return sorted(order, key=float) if numeric and labels is None else order, example
 
 
 def are_numeric(labels: Iterable[str]) -> bool:
     """True if every label is a plain number ("1", "-2", "0.5") that a float holds: a scale."""
     return all(re.fullmatch(r"[+-]?\d{1,15}(\.\d+)?", label) for label in labels)
-
-
-def say_unchosen(labels: Sequence[str]) -> None:
-    """Warns of whole numbers between the labels that are no labels, for nobody chose them."""
-    if not all(re.fullmatch(r"-?\d{1,15}", label) for label in labels):
-        return
-    found = sorted(map(int, labels))
-    missing = sorted({*range(found[0], min(found[-1], found[0] + 100))} - {*found})
-    if missing and found[-1] - found[0] <= 100:
-        text = (
-            "the labels are %s, as found in the votes: nobody chose %s; name all labels if the scale has it"
-        )
-        log.warning(text, listed(labels), listed(missing))
 
 
 def _first_20(lines: Sequence[str], what: str) -> str:
@@ -315,10 +309,9 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
         if isinstance(source, (dict, bytes)) or not isinstance(source, Iterable):
             kind = type(source).__name__
             raise InputError(f"load_items: expected paths, dicts, a Dataset or a DataFrame, got {kind}")
-        names = class_names(getattr(source, "features", None))
-        for i, (row, wrong) in enumerate(map(_as_row, source)):
+        for i, (row, wrong) in enumerate(map(_as_row, class_named(source))):
             where = f"items[{i}]" if is_missing(row.get("where")) else short(row["where"], 1000)
-            yield where, with_names(row, names), wrong
+            yield where, row, wrong
         return
     shown = "stdin" if source == "-" else short(source, 1000)
     reader = gzip.open if Path(source).suffix == ".gz" else open
@@ -409,21 +402,20 @@ def parse_json(line: str | bytes) -> tuple[dict, str]:
     return ({}, problem) if problem else _as_row(value)
 
 
-def class_names(features: Any) -> dict[str, Callable[[int], str]]:
-    """{column: name of a class by its number} of the features of a `datasets.Dataset`."""
-    kinds = {name: getattr(kind, "feature", kind) for name, kind in dict(features or {}).items()}
-    return {name: kind.int2str for name, kind in kinds.items() if hasattr(kind, "int2str")}
+def class_named(rows: Iterable) -> Iterator:
+    """The rows; of a `datasets.Dataset` with names in place of the numbers of classes, None for -1."""
+    kinds = {
+        name: getattr(kind, "feature", kind) for name, kind in (getattr(rows, "features", 0) or {}).items()
+    }
+    classes = {name: kind for name, kind in kinds.items() if hasattr(kind, "int2str")}
 
-
-def with_names(row: dict[str, Any], names: dict[str, Callable[[int], str]]) -> dict[str, Any]:
-    """The row with names in place of the numbers of classes; -1 says that there is none."""
-
-    def named(value: Any, name: Callable[[int], str]) -> Any:
+    def named(value: Any, kind: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return [named(one, name) for one in value]
-        return None if value in (None, -1) else name(value)
+            return [named(one, kind) for one in value]
+        return None if value in (None, -1) else kind.int2str(value)
 
-    return row | {column: named(row[column], name) for column, name in names.items() if column in row}
+    for row in rows:
+        yield row | {name: named(row[name], kind) for name, kind in classes.items()} if classes else row
 
 
 def is_missing(value: Any) -> bool:
@@ -851,17 +843,6 @@ class LabelTokens:
     def branches(self) -> list[tuple[int, ...]]:
         """What must stand behind a prompt to read its labels: spellings without their last token, sorted."""
         return sorted({ids[:-1] for _, ids in self.sequences})
-
-    def describe(self, tokenizer: Any) -> str:
-        whole = "as whole words, closed by the end of the turn (some begin with the same token)"
-        lines = [f"labels are read {whole if self.whole else 'by the first token of the answer'}"]
-        piece = {token: tokenizer.decode([token]) for token in self.token_ids}
-        piece |= {token: tokenizer.convert_ids_to_tokens(token) for token in piece if not piece[token]}  # "▁"
-        for i, label in enumerate(self.labels):
-            spelled = [ids for owner, ids in self.sequences if owner == i]
-            shown = [" ".join(repr(piece[token]) for token in ids) for ids in spelled]
-            lines.append(f"  {short(label)}: {' or '.join(shown)}")
-        return "\n".join(lines)
 
 
 def label_tokens(
@@ -2638,11 +2619,6 @@ def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return inspect.unwrap(kl_loss)(q.clamp_min(1e-6).log(), p)
 
 
-def marginal_distribution(items: Sequence[Item]) -> torch.Tensor:
-    """The mean human distribution, (C,): of all constant predictions the best in mean KL over these items."""
-    return shares_of(items).mean(0)
-
-
 def noise_floor(items: Sequence[Item]) -> float | None:
     """The mean KL(votes || truth) of these items, nats: what the truth itself would score on these votes.
 
@@ -2718,22 +2694,6 @@ def entropy(q: Any) -> torch.Tensor:
     """-sum_c q_c log q_c in nats, (N, C) -> (N,), float64: from 0 for a sure judge to log C for no idea."""
     q = torch.as_tensor(q).double()
     return -torch.xlogy(q, q).sum(-1)
-
-
-def mean_rating(q: Any, labels: Sequence[str]) -> torch.Tensor:
-    """The mean of labels that are numbers: (N, C) -> (N,), float64. Raises InputError for other labels.
-
-    >>> mean_rating([[0.5, 0.0, 0.5]], ["1", "2", "5"])
-    tensor([3.], dtype=torch.float64)
-    """
-    if not are_numeric(labels):
-        raise InputError(f"labels: {listed(labels)} are no numbers, so they have no mean")
-    return torch.as_tensor(q).double() @ torch.tensor([float(label) for label in labels], dtype=torch.float64)
-
-
-def modes(q: Any, labels: Sequence[str]) -> list[str]:
-    """The most probable label of each row, (N, C) -> N labels; of labels that tie, the first."""
-    return [labels[c] for c in torch.as_tensor(q).argmax(-1).tolist()]
 
 
 def group_numbers(groups: Sequence[Any]) -> torch.Tensor:
@@ -2849,7 +2809,7 @@ def evaluate(
       kl                  KL(p || q) in nats, q raised to 1e-6
       kl_noise_floor      what the true distributions would score (see noise_floor), with draws > 0
       kl_corrected        kl - kl_noise_floor, an estimate of KL(truth || q)
-      kl_marginal         what the training marginal would score (without train_items these items' own)
+      kl_marginal         what the mean of train_items' votes would score (without them: of these items')
       kl_truth            KL(truth || q), where every item's truth is known
       accuracy            top label = majority label; k labels that tie, on either side, count 1/k each
       js_divergence       Jensen-Shannon divergence in nats (0 .. log 2; SciPy's jensenshannon is its root)
@@ -2868,7 +2828,7 @@ def evaluate(
     means = {name: correlation(s.mean(0)) if s.dim() == 2 else s.mean() for name, s in scores.items()}
     means = {name: value.item() for name, value in means.items()}
     floor = noise_floor(items) if draws else None
-    marginal = marginal_distribution(train_items or items).expand_as(p)
+    marginal = shares_of(train_items or items).mean(0).expand_as(p)
     people = [None if n == math.inf else n for n in survey_equivalence(predicted, items, draws).values()]
     out = {"items": len(items), **dict(zip(("people", "people_low", "people_high"), people, strict=True))}
     out |= {"kl": means["kl"], "kl_noise_floor": floor}
@@ -2979,14 +2939,8 @@ def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
 
 def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) -> list[Item]:
     """The items whose prompts fit judge.max_length; InputError for the others unless overlong is "drop"."""
-    from tqdm.auto import tqdm
-
-    lengths, most = [], judge.max_length
-    chunks = range(0, len(items), 2048)  # not all of them at a time in memory
-    for start in tqdm(chunks, desc=f"counting tokens of {what} items", disable=len(items) < 20_000):
-        some = items[start : start + 2048]
-        encoded = iter(judge.encoder.many([prompt for item in some for prompt in item.prompts]))
-        lengths += [max(len(next(encoded)) for _ in item.prompts) for item in some]
+    encoded = iter(judge.encoder.many([prompt for item in items for prompt in item.prompts]))
+    lengths, most = [max(len(next(encoded)) for _ in item.prompts) for item in items], judge.max_length
     over = [i for i, length in enumerate(lengths) if length > most]
     found = f"{len(over)} of {len(items)} {what} items"
     if over and overlong == "error":

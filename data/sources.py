@@ -333,8 +333,7 @@ def _read_datasets(path: str, how: How) -> Iterator[Any]:
             raise InputError(f"{path}: hub_split: there is no '{how.split}'; there are {', '.join(table)}")
         table = table[how.split]
     yield table.column_names
-    names = distjudge.class_names(table.features)
-    yield from _numbered(path, (distjudge.with_names(row, names) for row in table))
+    yield from _numbered(path, distjudge.class_named(table))
 
 
 def _read_json(path: str, how: How) -> Iterator[Any]:

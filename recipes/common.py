@@ -181,7 +181,7 @@ def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunCon
     lora = f"LoRA of rank {config.lora_rank} on {', '.join(targets)}" if adapters else "all"
     attention = model.config.get_text_config()._attn_implementation
     attention = {distjudge.BLOCKS: "SDPA in blocks"}.get(attention, attention)
-    head, *labels = judge.tokens.describe(judge.tokenizer).removeprefix("labels are ").split("\n  ")
+    head, *labels = reading(judge.tokens, judge.tokenizer).removeprefix("labels are ").split("\n  ")
     return {
         "backend": f"{judge.backend} ({model.backend_reason})",
         "model": f"{config.model}: {total / 1e9:.3g} billion weights" + planned * hasattr(model, "meant_for"),
@@ -201,6 +201,22 @@ def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunCon
         "memory": memory_text(judge, estimate_memory(judge, config, largest), config.card_gib),
         "steps": f"{steps:,}, of {config.batch_size} items each",
     } | ({"fits": fit_text(judge, items, config)} if config.card_gib else {})
+
+
+def reading(tokens: distjudge.LabelTokens, tokenizer: Any) -> str:
+    """How the labels are read, a line, and a line a label with its tokens."""
+    whole = "as whole words, closed by the end of the turn (some begin with the same token)"
+    lines = [f"labels are read {whole if tokens.whole else 'by the first token of the answer'}"]
+    piece = {
+        token: tokenizer.decode([token]) or tokenizer.convert_ids_to_tokens(token)
+        for token in tokens.token_ids
+    }
+    for i, label in enumerate(tokens.labels):
+        spelled = [
+            " ".join(repr(piece[token]) for token in ids) for owner, ids in tokens.sequences if owner == i
+        ]
+        lines.append(f"  {distjudge.short(label)}: {' or '.join(spelled)}")
+    return "\n".join(lines)
 
 
 def first_epoch(judge: Judge, encoded: Sequence[list[int]], config: Config) -> tuple[list[int], dict]:

@@ -460,7 +460,7 @@ class Table:
         elif (floor := distjudge.noise_floor(self.test)) is not None:
             self.add("noise floor (estimated)", "kl", floor, votes=votes, **at)
         cell = Cell("marginal", self.config.seed, votes, at.get("items", self.config.train_items))
-        mean = distjudge.marginal_distribution(self.shop.items(cell))
+        mean = distjudge.shares_of(self.shop.items(cell)).mean(0)
         return {"marginal": [mean.expand(len(self.test), -1)]}
 
     def bins(self, found: dict[str, list[torch.Tensor]], **at: Any) -> None:

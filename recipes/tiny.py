@@ -135,7 +135,7 @@ def row(method: str, seed: int, metrics: dict) -> dict:
 
 def reference_rows(train_items: list[Item], test: list[Item], seed: int) -> list[dict]:
     """What needs no judge: the mean of the training votes for every item, and the truth against the votes."""
-    mean = distjudge.marginal_distribution(train_items).expand(len(test), -1)
+    mean = distjudge.shares_of(train_items).mean(0).expand(len(test), -1)
     marginal = evaluate(mean, test, train_items=train_items)
     floor = {"kl": marginal["kl_noise_floor"]}
     if (truth := distjudge.truths_of(test)) is not None:
@@ -183,7 +183,7 @@ def compare(config: TinyConfig, items: list[Item], test: list[Item], rows: list[
             run = dataclasses.replace(config, **settings, **own)
             judge = load_base(base, labels_of(items), run)
             if not rows:
-                print(judge.tokens.describe(judge.tokenizer))
+                print(common.reading(judge.tokens, judge.tokenizer))
                 items[:] = distjudge.keep_short(judge, items, run.overlong, "training")
                 test[:] = distjudge.keep_short(judge, test, run.overlong, "test")
                 if config.model:

@@ -250,7 +250,7 @@ def main(config: TrustConfig) -> None:
         raise InputError(f"{short(voted, 1000)}: {none}")
     rated = [item for item, _ in pairs]
     q = matched(rated, predicted, path)
-    fields = {"judge says": distjudge.modes(q, labels)}
+    fields = {"judge says": [labels[c] for c in q.argmax(1)]}
     fields |= {"judge's entropy": distjudge.entropy(q).tolist(), "group": [item.group for item in rated]}
     for name in config.by:
         fields[name] = [row.get(name) for _, row in pairs]

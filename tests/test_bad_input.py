@@ -20,6 +20,7 @@ from pathlib import Path
 import distjudge
 from distjudge import Config, InputError, load_items, load_judge
 
+import common
 import judge as judge_recipe
 import prepare
 import pytest
@@ -460,7 +461,7 @@ def test_attention_that_a_folder_names_is_not_taken(tmp_path, tiny_model):
 def test_what_a_file_brings_cannot_steer_a_terminal(tiny_model, capsys, monkeypatch):
     marks = "\x1b[31m \u200f \u202e \u2066 \x9b \u061c"
     judge = load_judge(tiny_model, ["yes" + marks, "no"])
-    said = judge.tokens.describe(judge.tokenizer)
+    said = common.reading(judge.tokens, judge.tokenizer)
 
     def main(config):
         raise InputError(f"{marks}: no such file\nand more")

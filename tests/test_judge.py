@@ -7,6 +7,7 @@ import shutil
 import distjudge
 from distjudge import InputError, PromptEncoder, label_logprobs, label_tokens, load_judge, save_judge
 
+import common
 import numpy
 import pytest
 import torch
@@ -162,7 +163,7 @@ def test_labels_on_real_tokenizers(real_tokenizer):
     assert not spelled.whole and spelled.owner == [0, 1, 1]  # "contr" once, " contradiction"
     firsts = [ids[0] for _, ids in spelled.sequences]
     assert qwen.convert_ids_to_tokens(firsts) == ["no", "contr", "Ġcontradiction"]
-    assert "10: '1' '0' '<|im_end|>'" in label_tokens(qwen, ["1", "5", "10"]).describe(qwen)
+    assert "10: '1' '0' '<|im_end|>'" in common.reading(label_tokens(qwen, ["1", "5", "10"]), qwen)
     mistral = real_tokenizer("mistral_v3")
     assert pieces(mistral, NLI) == (False, dict(zip(NLI, ["▁ent", "▁neutral", "▁contrad"], strict=True)))
     stars = {digit: f"▁ {digit} </s>" for digit in "12"}  # behind [/INST] every digit follows the same "▁"

@@ -54,21 +54,17 @@ def soups(n, swapped=()):
 
 
 # --- what a prediction says ---
-def test_mean_mode_entropy_and_credible_set_by_hand():
+def test_entropy_and_credible_set_by_hand():
     q = torch.tensor([[0.5, 0.25, 0.25], [0.7, 0.2, 0.1], [0.0, 0.0, 1.0]])
     # 1.5 log 2; .7 log(1/.7) + .2 log 5 + .1 log 10
     assert distjudge.entropy(q).tolist() == pytest.approx([1.0397207708, 0.8018185525, 0.0])
-    assert distjudge.mean_rating(q, ["1", "2", "4"]).tolist() == pytest.approx([2.0, 1.5, 4.0])
-    assert distjudge.modes(torch.tensor([[0.4, 0.4, 0.2], [0.1, 0.2, 0.7]]), LABELS) == ["a", "tie"]
-    sets = distjudge.credible_sets
+    sets = recipe.label_sets
     assert sets(q, LABELS, 0.9) == [LABELS, ["a", "b"], ["tie"]]  # 0.7 + 0.2 is 0.89999998 in float32
     assert sets(q, LABELS, 0.5) == [["a"], ["a"], ["tie"]] and sets(q, LABELS, 1.0)[1] == LABELS
     assert sets([[0.1, 0.45, 0.45]], LABELS, 0.45) == [["b"]]
     for wrong in (0, 1.01, float("nan")):
         with pytest.raises(InputError, match="level"):
             sets(q, LABELS, wrong)
-    with pytest.raises(InputError, match="no numbers"):
-        distjudge.mean_rating(q, LABELS)
     many = torch.rand(50, 5, generator=torch.Generator().manual_seed(0)).double().pow(3)
     many = many / many.sum(1, keepdim=True)
     for row, found in zip(many.tolist(), sets(many, "01234", 0.8), strict=True):

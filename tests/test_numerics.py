@@ -14,6 +14,7 @@ from distjudge import ce_loss, hybrid_loss, kl_loss, project_ball, project_simpl
 
 import pytest
 import torch
+from calibrate import label_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -259,8 +260,7 @@ def test_metrics_are_numbers_or_none(examples):
             assert len(score) == number and finite(score), name
             found = distjudge.bootstrap(score[None], groups=[item.group for item in items], draws=100)
             assert numbers(found), (name, found)
-        assert finite(distjudge.entropy(q)) and all(distjudge.credible_sets(q, labels, 1.0))
-        assert not distjudge.are_numeric(labels) or finite(distjudge.mean_rating(q, labels))
+        assert finite(distjudge.entropy(q)) and all(label_sets(q, labels, 1.0))
 
 
 def test_labels_of_more_digits_than_a_float_holds_are_names():
