@@ -11,7 +11,7 @@ The method is that of "Distributional LLM-as-a-Judge" (Chen et al., NeurIPS 2025
 
 p is the human distribution of an item (votes as shares), r its majority label, E(p) what lies within eps of
 p, and q the model's probabilities of the label tokens where its answer begins. Losses are in nats. The file
-can be copied alone; it needs torch, and inside functions transformers, peft, accelerate, tyro and SciPy.
+can be copied alone; it needs torch, and inside functions transformers, peft, accelerate and tyro.
 """
 
 from __future__ import annotations
@@ -78,10 +78,6 @@ class Stopped(Exception):
 class Messages(str):
     """A prompt of several messages: as text, the JSON of [{"role": ..., "content": ...}, ...]."""
 
-    @property
-    def turns(self) -> list[dict[str, str]]:
-        return json.loads(self)
-
     def __eq__(self, other: Any) -> bool:  # not the same prompt as one message with this text
         return isinstance(other, Messages) and str.__eq__(self, other)
 
@@ -94,7 +90,7 @@ class Messages(str):
 
 def messages_of(prompt: str) -> list[dict[str, str]]:
     """The messages of a prompt, for a chat template or an API: one of the user's, or those it holds."""
-    return prompt.turns if isinstance(prompt, Messages) else [{"role": "user", "content": prompt}]
+    return json.loads(prompt) if isinstance(prompt, Messages) else [{"role": "user", "content": prompt}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +126,6 @@ class Item:
     @property
     def votes(self) -> float:
         return sum(self.counts.values())
-
-    @property
-    def distribution(self) -> list[float]:
-        return [count / self.votes for count in self.counts.values()]
 
     @property
     def named(self) -> str:
@@ -261,12 +253,8 @@ def _label_order(parsed: list[dict], labels: Sequence[str] | None) -> tuple[list
     if labels is None and order and not full and all(re.fullmatch(r"-?\d{1,15}", label) for label in order):
         values = sorted(map(int, order))
         if values[-1] - values[0] <= 100 and (missing := sorted({*range(values[0], values[-1])} - {*values})):
-            found = "the labels are %s, as found in the votes: nobody chose %s"
-            log.warning(
-                f"{found}; name all labels if the scale has it",
-                listed(map(str, values)),
-                listed(map(str, missing)),
-            )
+            text = "the labels are %s, as found in the votes: nobody chose %s; name all if the scale has it"
+            log.warning(text, listed(values), listed(missing))
     return sorted(order, key=float) if numeric and labels is None else order, example
 
 
@@ -291,7 +279,7 @@ def short(text: Any, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def listed(labels: Iterable[str]) -> str:
+def listed(labels: Iterable[Any]) -> str:
     return "{" + ", ".join(short(label, 20) for label in labels) + "}"
 
 
@@ -1827,19 +1815,14 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     about = {"distjudge": __version__, "base": judge.base, "adapter": adapter, "labels": judge.labels}
     about |= {"spellings": judge.spellings, "max_length": judge.max_length, "frame": judge.encoder.frame}
     about |= {"four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False))}
-    about |= {"sequences": judge.tokens.sequences, "prompt_hash": prompt_hash(judge)}
-    about |= {"base_sample": getattr(judge.model, "fingerprint", None), "sha256": checksums(folder)}
+    about |= {"sequences": judge.tokens.sequences, "base_sample": getattr(judge.model, "fingerprint", None)}
+    about |= {"sha256": checksums(folder)}
     write_saved(folder, about | ({"calibration": judge.calibration} if judge.calibration else {}))
 
 
 def write_saved(folder: Path, about: dict[str, Any]) -> None:
     """Writes judge.json, with a digest by which read_saved() knows that nothing has changed."""
     write_json(folder / "judge.json", about | {"digest": _digest(about)})
-
-
-def prompt_hash(judge: Judge) -> str:
-    """A hash of what stands around a message and of the tokens its labels are read at."""
-    return _digest([judge.encoder.frame, judge.tokens.sequences])
 
 
 def _digest(value: Any) -> str:
@@ -1877,10 +1860,6 @@ def read_saved(folder: Path, labels: Sequence[str] | None = None) -> dict[str, A
         if here.get(name) != then.get(name):
             change = "is missing" if name not in here else "has changed" if name in then else "was not there"
             wrong.append(f"{folder / name}: {change}, {since}")
-    config = folder / "config.json"  # a judge alone has none
-    about_run = parse_json(config.read_bytes())[0] if config.is_file() else {}
-    if about_run.get("prompt_hash", saved["prompt_hash"]) != saved["prompt_hash"]:
-        wrong.append(f"{config}: prompt_hash: is that of another judge than judge.json's")
     if wrong:
         raise InputError("\n".join(wrong))
     if labels and [str(label) for label in labels] != saved["labels"]:
@@ -2825,8 +2804,9 @@ def evaluate(
     if train_items and labels_of(train_items) != (labels := labels_of(items)):
         raise InputError(f"train_items: labels {listed(labels_of(train_items))} are not {listed(labels)}")
     scores, p = item_scores(predicted, items, ordered), shares_of(items)
-    means = {name: correlation(s.mean(0)) if s.dim() == 2 else s.mean() for name, s in scores.items()}
-    means = {name: value.item() for name, value in means.items()}
+    means = {
+        name: (correlation(s.mean(0)) if s.dim() == 2 else s.mean()).item() for name, s in scores.items()
+    }
     floor = noise_floor(items) if draws else None
     marginal = shares_of(train_items or items).mean(0).expand_as(p)
     people = [None if n == math.inf else n for n in survey_equivalence(predicted, items, draws).values()]
@@ -2977,10 +2957,8 @@ def average_items(items: Sequence[Item], logq: torch.Tensor) -> tuple[torch.Tens
     A pair gets the mean over both orders. order_flips: the share of pairs whose top label changes with the
     order; order_variation: their mean total variation. {} without pairs.
     """
-    q, flips, apart = [], [], []
-    for item, (first, *other) in zip(
-        items, logq.exp().split([len(item.prompts) for item in items]), strict=True
-    ):
+    q, flips, apart, parts = [], [], [], logq.exp().split([len(item.prompts) for item in items])
+    for item, (first, *other) in zip(items, parts, strict=True):
         q.append(first)
         if item.swap:
             q[-1], flipped = average_orders(first, *other, item.swap.labels)
@@ -3023,7 +3001,8 @@ def write_results(
     write_lines(folder / "predictions.jsonl", rows)
     metrics = evaluate(q, items, train_items=train_items, label_mass=mass) | orders
     write_json(folder / "metrics.json", metrics)
-    about = {"labels": judge.labels, "prompt_hash": prompt_hash(judge), "versions": versions()}
+    about = {"labels": judge.labels, "versions": versions()}
+    about |= {"prompt_hash": _digest([judge.encoder.frame, judge.tokens.sequences])}
     about |= {"items": {"train": len(train_items), "test": len(items)}}
     about |= {"votes": {"train": sum(i.votes for i in train_items), "test": sum(i.votes for i in items)}}
     write_json(folder / "config.json", dataclasses.asdict(config) | about)

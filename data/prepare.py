@@ -161,7 +161,7 @@ class Converted:
             return
         self.ids[name] += 1
         name = f"{name}-{self.ids[name]}" if self.ids[name] > 1 else name
-        shown = prompt.turns if isinstance(prompt, distjudge.Messages) else prompt
+        shown = distjudge.messages_of(prompt) if isinstance(prompt, distjudge.Messages) else prompt
         row = {"id": name, "prompt": shown, "counts": counts}
         self.rows.append(row | {key: value for key, value in more.items() if value})
 

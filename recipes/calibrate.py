@@ -65,14 +65,10 @@ def fit_calibration(logq: Any, counts: Any) -> tuple[float, torch.Tensor]:
     logq: a judge's log-probabilities (N, C); counts: votes (N, C). Least mean KL(votes as shares || judge),
     convex in (1 / T, b), T at most 100. The judge's own answers count as one item more, so that a label
     without votes stays possible. Source: vector scaling, one slope for all labels (Guo et al. 2017, arXiv
-    1706.04599). Raises InputError for other shapes, numbers that are not finite and items without votes.
+    1706.04599).
     """
     logq, counts = (torch.as_tensor(x).detach().cpu().double() for x in (logq, counts))
-    if logq.dim() != 2 or logq.shape != counts.shape or not len(logq):
-        raise InputError(f"logq, counts: shapes {list(logq.shape)} and {list(counts.shape)}, not (N, C) both")
     votes = counts.sum(1, keepdim=True)
-    if not logq.isfinite().all() or not (votes > 0).all() or (counts < 0).any():
-        raise InputError("logq, counts: a log-probability is not finite, or an item has no votes")
     n, middle = len(logq), logq.mean(0)
     target = (n * counts / votes + logq.softmax(1)) / (n + 1)
     x, scale = logq - middle, (logq - middle).std().item() or 1.0  # so that all unknowns are of a size
@@ -86,9 +82,8 @@ def fit_calibration(logq: Any, counts: Any) -> tuple[float, torch.Tensor]:
 
     bounds = [(0.01 * scale, None), *[(None, None)] * len(middle)]
     options = {"maxiter": 10_000, "ftol": 1e-15, "gtol": 1e-9}
-    found = scipy.optimize.minimize(
-        loss, [scale, *middle], jac=True, method="L-BFGS-B", bounds=bounds, options=options
-    ).x
+    usual = {"jac": True, "method": "L-BFGS-B", "bounds": bounds, "options": options}
+    found = scipy.optimize.minimize(loss, [scale, *middle], **usual).x
     slope = found[0] / scale
     bias = torch.from_numpy(found[1:]) - slope * middle
     return float(1 / slope), bias - bias.mean()

@@ -72,7 +72,7 @@ class ProbeConfig:
 def changed(prompt: str, name: str, label: str) -> str:
     """The prompt, or its last message, under the probe of that name; label: what it asks for, if any."""
     if isinstance(prompt, distjudge.Messages):
-        *turns, last = prompt.turns
+        *turns, last = distjudge.messages_of(prompt)
         return distjudge.prompt_text([*turns, last | {"content": changed(last["content"], name, label)}])
     if name in CLAIMS:
         return f"{prompt}\n\n{CLAIMS[name].replace('{label}', label)}"

@@ -61,11 +61,10 @@ def used_or_refused(*sources, **options):
     for item in items:
         assert item.prompt.strip() and item.votes > 0 and item.split in (None, "train", "test")
         assert all(math.isfinite(n) and n >= 0 for n in item.counts.values())
-        assert math.isclose(sum(item.distribution), 1, abs_tol=1e-9)
         assert item.truth is None or math.isclose(sum(item.truth.values()), 1, abs_tol=1e-9)
         back = item.swap and [item.swap.labels[i] for i in item.swap.labels]
         assert back is None or back == list(range(len(names)))
-    distjudge.counts_of(items)
+    assert distjudge.shares_of(items).sum(1).tolist() == pytest.approx([1] * len(items), abs=1e-9)
     return items
 
 

@@ -415,7 +415,6 @@ change_json(run / "adapter/adapter_config.json", lora_alpha=64)          | adapt
 change_weights(run / WEIGHTS, lambda name, w: w + 0.01)                  | model.safetensors: has changed
 change_weights(run / WEIGHTS, lambda name, w: w if "0.mlp" in name else None) | model.safetensors: has changed
 (run / WEIGHTS).rename(run / "adapter/adapter_model.bin")                | model.safetensors: is missing
-(run / "config.json").write_text('{"prompt_hash": "00"}')                | config.json: prompt_hash: is that
 """
 
 

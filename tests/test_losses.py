@@ -49,7 +49,7 @@ def test_a_new_loss_is_one_function_and_one_entry(monkeypatch, tiny_model, votes
     mixed = 0.8 * rps_loss(logq, worst) + 0.2 * ce_loss(logq, p)
     assert torch.allclose(hybrid_loss(logq, p, 0.8, worst, loss="rps"), mixed)
     judge, items = distjudge.load_judge(tiny_model, ["1", "2", "3"], lora_rank=2), votes(4)
-    logq, p = judge.score([i.prompt for i in items])[0], T([item.distribution for item in items])
+    logq, p = judge.score([i.prompt for i in items])[0], distjudge.shares_of(items).float()
     settings = {"loss": "rps", "alpha": 1.0, "eps": 0.0, "epochs": 1.0, "batch_size": 4, "answer": 0.0}
     log = distjudge.train(judge, items, distjudge.Config(out=str(tmp_path), **settings))
     assert log[0]["loss"] == pytest.approx(rps_loss(logq, p).mean().item(), rel=1e-5)

@@ -29,7 +29,7 @@ def block(words):
 def parts(tiny_model, votes):
     """A judge, its items, its label tokens' ids, and the paper's loss as our own training computes it."""
     judge, items = distjudge.load_judge(tiny_model, LABELS, lora_rank=0), votes(6)
-    logq, p = judge.score([i.prompt for i in items])[0], torch.tensor([i.distribution for i in items])
+    logq, p = judge.score([i.prompt for i in items])[0], distjudge.shares_of(items).float()
     expected = distjudge.hybrid_loss(logq, p, 0.8, distjudge.worst_case(logq, p, 0.25)).mean().item()
     return judge, items, [ids[0] for _, ids in judge.tokens.sequences], expected
 

@@ -38,7 +38,7 @@ def by_hand(judge, items, config, steps):
     decay = [{"params": matrices, "weight_decay": config.weight_decay}]
     decay += [{"params": vectors, "weight_decay": 0.0}]
     optimizer, found = torch.optim.AdamW(decay, lr=config.learning_rate), []
-    p = torch.tensor([item.distribution for item in items])
+    p = distjudge.shares_of(items).float()
     r = torch.nn.functional.one_hot(p.argmax(1), p.shape[1]).float()
     assert (p == p.max(1, keepdim=True).values).sum() == len(p)  # no ties, which r would be wrong for
     rows = [judge.encoder(item.prompt) for item in items]
@@ -101,7 +101,7 @@ def test_a_step_s_loss_is_the_mean_over_its_items_whatever_the_passes(tiny_model
 
 def test_a_short_last_step_is_the_mean_over_its_items_too(tiny_model, votes, tmp_path):
     judge, items = load_judge(tiny_model, LABELS), votes(6)
-    p = torch.tensor([item.distribution for item in items])
+    p = distjudge.shares_of(items).float()
     logq, mass = judge.score([item.prompt for item in items])
     for answer in (1.0, 0.5):
         loss = (distjudge.kl_loss(logq, p) - answer * mass.log()).sum().item()
