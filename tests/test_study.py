@@ -185,7 +185,7 @@ def test_calibration_and_frozen_rows_are_the_best_there_are(tiny_model, monkeypa
         dataclasses.replace(item, counts=dict(zip("12345", row, strict=True)))
         for item, row in zip(items, counts.tolist(), strict=True)
     ]
-    temperature, bias = distjudge.fit_calibration(raw, counts)
+    temperature, bias = study.fit_calibration(raw, counts)
     assert 0.2 < temperature < 5  # else the answers themselves would not count
     calibrated, p = (raw / temperature + bias).log_softmax(1), distjudge.shares_of(items)
     q, about = study.fit_readout(judge, items, items, Config(), "calibration")
