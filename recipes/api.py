@@ -310,11 +310,14 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
     if texts:
         return answer
     for token, logprob in answer["top"]:
-        if not isinstance(token, str) or type(logprob) not in (int, float) or not -1e9 < logprob <= 0:
+        if not isinstance(token, str) or type(logprob) not in (int, float) or not logprob <= 0:
             raise ValueError(f"no token with its log-probability: {token}, {logprob}")
+        logprob = max(logprob, -1e9)  # some servers write minus infinity for probability 0
         if (token, logprob) in once and math.exp(logprob) > 0.01:  # rare tokens may look alike
             raise ValueError(f"the token '{token}' stands twice, with one log-probability")
         once[token, logprob] = math.exp(logprob)
+    if once and not any(once.values()):
+        raise ValueError("every token has the probability 0")
     if (mass := sum(once.values())) > 1.001:
         raise ValueError(f"the tokens hold {mass:.4g} of the probability")
     return answer | {"top": list(map(list, once))}

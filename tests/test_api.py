@@ -345,7 +345,9 @@ def test_every_passing_fault_is_tried_again(measure, fake, capsys):
     ]
     broken = [b'{"choices": [', {"object": "list"}, {"choices": []}, b"[]"]
     fake.faults.extend([*status, (503, b"<html>"), "cut", "slow", *((200, body) for body in broken)])
-    fake.faults.append((200, gzip.compress(json.dumps(logprobs(*GOOD)).encode()), PACKED))  # is read
+    impossible = [("3", -math.inf), ("4", -(10**400)), ("5", -9999.0)]  # these have the probability 0
+    good = json.dumps(logprobs(*GOOD, *impossible, chosen=GOOD[0])).encode()
+    fake.faults.append((200, gzip.compress(good), PACKED))  # is read
     rows, metrics = measure(items(1), retries=10)
     assert len(fake.asked) == 11 and metrics["requests"] == 1 and "10 retries" in capsys.readouterr().out
     assert rows[0]["predicted"] == pytest.approx({"1": 0.6, "2": 0.4, "3": 0})
@@ -355,8 +357,7 @@ GOOD = [("1", math.log(0.6)), ("2", math.log(0.4))]
 HOSTILE = {
     "log-probability: 1, nan": logprobs(("1", math.nan)),
     "log-probability: 1, 0.5": logprobs(("1", 0.5)),
-    "log-probability: 1, -inf": logprobs(("1", -math.inf)),
-    "log-probability: 1, -1000": logprobs(("1", -(10**400))),
+    "every token has the probability 0": logprobs(("1", -math.inf), ("2", -9999)),
     "log-probability: 1, True": logprobs(("1", True)),
     "log-probability: 1, None": logprobs(("1", None)),
     "log-probability: 7, -1": logprobs((7, -1.0)),
