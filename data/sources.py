@@ -198,9 +198,14 @@ def _numbered(path: str, rows: Iterable[dict]) -> Iterator[Row]:
     return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
-SECOND_HEADERS = re.compile(
-    r'\{["\']ImportId["\']:.*|(Open-Ended )?Response'
-)  # of Qualtrics, of SurveyMonkey
+class Column(str):
+    """A column's name, and the question that Qualtrics writes below it."""
+
+    question = ""
+
+
+SECOND_HEADERS = r'\{["\']ImportId["\']:.*|(Open-Ended )?Response'  # of Qualtrics, of SurveyMonkey
+SECOND_HEADERS = re.compile(SECOND_HEADERS)
 
 
 def _from_grid(path: str, grid: Iterable[Iterable[Any]], how: How, reading: str = "") -> Iterator[Any]:
@@ -224,12 +229,14 @@ def _from_grid(path: str, grid: Iterable[Iterable[Any]], how: How, reading: str 
         below = ["" if is_empty(x) or SECOND_HEADERS.fullmatch(str(x)) else x for x in below]
         columns = [tidy(f"{one} {part}") for one, part in zip(groups, below, strict=True)]
     named = max((k for k, name in enumerate(columns, 1) if name), default=0)
-    columns = [name or f"(column {k})" for k, name in enumerate(columns, 1)]
-    yield columns
+    columns = [Column(name or f"(column {k})") for k, name in enumerate(columns, 1)]
     for k, (_, line) in enumerate(top[start + 1 : start + 3], start + 1):
         names = [str(cell) for cell in line if not is_empty(cell)]
         if names and all(SECOND_HEADERS.fullmatch(name) for name in names):
             again = k
+    for column, question in zip(columns, top[start + 1][1] if again == start + 2 else (), strict=False):
+        column.question = tidy(question)
+    yield columns
     repeated = again - start
     for number, line in itertools.chain(top[again + 1 :], lines):
         if all(map(is_empty, line)) and len(line) <= 1:
@@ -303,6 +310,12 @@ def _read_excel(path: str, how: How) -> Iterator[Any]:
                 raise InputError(f"{path}: {problem}")
             name = how.sheet or names[0]
             table = book.parse(name, header=None, keep_default_na=False, dtype=object)
+            lines = book.book[name].row_dimensions.items() if kind else ()
+            unseen = [
+                k
+                for k, line in lines
+                if line.hidden and not all(map(is_empty, table.iloc[k - 1 : k].values.flat))
+            ]
             for cells in book.book[name].merged_cells.ranges if kind else ():  # the first holds the value
                 top, column = cells.min_row - 1, cells.min_col - 1
                 if top < table.shape[0] and column < table.shape[1]:
@@ -314,6 +327,9 @@ def _read_excel(path: str, how: How) -> Iterator[Any]:
             raise InputError(f"{path}: sheet '{short(name)}': no column '{short(missing[0])}'; {remedy}")
         text = "%s: reading the sheet '%s' of %s; --sheet names another"
         log.warning(text, path, short(name), listed(names))
+    if unseen:
+        text = "%s: %d hidden rows of the sheet '%s' are read too, row %d first; delete what does not count"
+        log.warning(text, path, len(unseen), short(name), min(unseen))
     yield from _from_grid(path, table.itertuples(index=False, name=None), how, f" of sheet '{short(name)}'")
 
 

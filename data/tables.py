@@ -67,15 +67,14 @@ def cell(where: str, name: str, value: Any) -> str:
         return value.strip()
     is_text = not isinstance(value, str) or distjudge.is_text(value)
     if not is_text or isinstance(value, (bytes, bytearray, list, tuple, dict, set)):
-        kind = "text or a number" if is_text else "text without lone surrogates"
+        kind = "text or a number, in a field of its own" if is_text else "text without lone surrogates"
         raise InputError(f"{where}: {short(name)}: must be {kind}, not {short(repr(value))}")
     return "" if pandas.isna(value) else str(value).strip()
 
 
 def text_of(where: str, name: str, value: Any) -> str | list[dict[str, str]]:
     """A cell as text, or as messages {"role", "content"}, given as a list or as its JSON."""
-    is_json = isinstance(value, str) and MESSAGES.match(value)
-    turns = parsed(value) if is_json else value
+    turns = parsed(where, name, value) if isinstance(value, str) and MESSAGES.match(value) else value
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return cell(where, name, value)
     messages = [{key: turn.get(key) for key in ("role", "content")} for turn in turns]
@@ -205,7 +204,8 @@ prefer not to say|prefer not to answer|keine angabe|keine antwort|keine ahnung|w
 ne sais pas|sans réponse|no sé|no sabe|no aplica"""
 # "rank": an entry of a ranking, {"rank": 1, "value": "a"}, has two of these and is no vote
 CHOSEN = "choices rating number value label labels answer choice vote selected score rank".split()
-SEPARATORS = ("\n", "<br>", ";", "；", "|", ",", "，", "、", "/", "\t", "+", " ")
+LISTS = ("\n", "<br>", ";", "；", "|", ",", "，", "、", "\t")  # what stands between the labels of one cell,
+SEPARATORS = (*LISTS, "/", "+", " ")  # and what may stand within a label too
 MARKS = dict.fromkeys("true x ✓ ✔ ☑ yes checked selected on wahr vrai".split(), "1")
 MARKS |= dict.fromkeys(("false", "no", "unchecked", "not selected", "off", "☐", "falsch", "faux", ""), "0")
 MARKS |= dict.fromkeys(("nan", "null", "none", "n/a", "na", "-"), "0")
@@ -216,6 +216,12 @@ PEOPLE = re.compile(rf"(.*[\W_])?({PEOPLE})([\W_]*(p?id|name|address))?", re.I)
 STATE = re.compile(r".*status|answer", re.I)
 REFUSED = "reject rejected discarded draft canceled cancelled invalid ignore returned timed.out preview spam"
 REFUSED = re.compile(rf"(\w+ )?({REFUSED.replace(' ', '|')})", re.I)
+TOTAL = "totals? sums? means? averages? avg median count std stdev gesamt insgesamt summe mittelwert mittel "
+TOTAL += "durchschnitt anzahl moyenne somme média media suma promedio σ ø"
+TOTAL = (
+    rf"((sub|grand|column|row)[\W_]*)?({TOTAL.replace(' ', '|')})([\W_]*(ratings?|scores?|votes?|points))?\W*"
+)
+TOTAL, TOTAL_COLUMN = (re.compile(start + TOTAL, re.I) for start in (r"\W*", r"(\w*[\W_])?"))
 
 
 @functools.lru_cache(10_000)
@@ -261,11 +267,14 @@ def is_number(label: str) -> bool:
     return NUMBER.fullmatch(label) is not None
 
 
-def parsed(text: str) -> Any:
-    """What a cell of JSON or Python's lists and dicts says; the text itself if it is neither.
+def parsed(where: str, column: str, text: Any) -> Any:
+    """What a cell of JSON or Python's lists and dicts says; the cell itself if it is neither.
 
-    Raises ValueError for what looks like a list and cannot be read.
+    Raises InputError for what looks like a list and cannot be read.
     """
+    if not isinstance(text, str) or text[-1:] not in ("]", "}", ")"):
+        return text
+    at = f"{where}: {short(column)}: {short(repr(text))}"
     inner = re.sub(r"np\.\w+\(([^()]*)\)", r"\1", text.strip())
     kinds = r"(?:Counter|array|tensor|defaultdict)\((?:<class '\w+'>, )?"
     inner = re.sub(rf"^{kinds}(.*?)(?:, dtype=[\w.]+)?\)$", r"\1", inner, flags=re.DOTALL)
@@ -277,7 +286,7 @@ def parsed(text: str) -> Any:
     if not problem:
         return value
     if "stands twice" in problem:
-        raise ValueError(problem.removeprefix("broken JSON: ").replace("an object", "it"))
+        raise InputError(f"{at} {problem.removeprefix('broken JSON: ').replace('an object', 'it')}")
     if re.fullmatch(r"\[[\d\s.+-]+\]", inner) and re.search(r"\d\s+\d", inner):  # NumPy's way to write
         return inner.strip("[]").split()
     try:
@@ -286,7 +295,7 @@ def parsed(text: str) -> Any:
         value = ast.literal_eval(re.sub(r"(?<=[\[,(:\s])(nan|null|NaN)(?=\s*[,\])}])", "None", inner))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         if re.search(r"['\":]|\d\s*,", inner) or inner[:2] in ("[[", "{{"):
-            raise ValueError("is neither JSON nor a list or dict of Python") from None
+            raise InputError(f"{at} is neither JSON nor a list or dict of Python") from None
         return [part.strip() for part in inner[1:-1].split(",")] if "," in inner and inner[0] == "[" else text
     return value if isinstance(value, (list, dict, tuple, set)) else text
 
@@ -296,11 +305,7 @@ def people_in(where: str, row: dict[str, Any], column: str) -> list[list[str] | 
 
     None: an answer that its tool marks as discarded or draft.
     """
-    value = row[column]
-    try:
-        value = parsed(value) if isinstance(value, str) and value[-1:] in ("]", "}", ")") else value
-    except ValueError as error:
-        raise InputError(f"{where}: {short(column)}: {short(repr(value))} {error}") from None
+    value = parsed(where, column, row[column])
     if isinstance(value, str):
         return [[cell(where, column, value)]]
     if isinstance(value, dict) and len(value) > 1 and all(isinstance(one, list) for one in value.values()):
@@ -338,12 +343,9 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
     what = " ".join(map(short, config.counts))
     given: Any = {column: row[column] for column in config.counts}
     if len(given) == 1:
-        (given,), form = given.values(), 'must be an object such as {"1": 0, "2": 3}'
-        try:
-            given = parsed(given) if isinstance(given, str) else given
-        except ValueError as error:
-            raise InputError(f"{where}: {what}: {form}; {short(repr(given))} {error}") from None
+        given = parsed(where, what, row[config.counts[0]])
         if not isinstance(given, dict):
+            form = 'must be an object such as {"1": 0, "2": 3}'
             raise InputError(f"{where}: {what}: {form}, not {short(repr(given))}")
         if given and all(map(A_PERSON.fullmatch, map(str, given))):
             raise InputError(f"{where}: {what}: {short(repr(given))} are people's votes: use --label")
@@ -403,7 +405,7 @@ def own(config: Any, out: Any) -> None:
         shares = {label: counts.get((panel.number, label), 0) for label in out.labels}
         more = {"group": panel.group, "swap": swap, "annotators": named.get(panel.number)}
         out.add_item(name, panel.prompts[0], shares, **more)
-    say_doubts(config, out, panels)
+    say_doubts(config, out, panels, said.person)
 
 
 def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: dict, choices: list) -> None:
@@ -425,12 +427,20 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
     texts = [c for c in columns if c == config.text or f"{{{c}}}" in out.own["template"]]
     used = {name for names in columns_named(config).values() for name in names} | {*texts}
     free = [c for c in columns if c not in used]
-    for c in [*texts, *filter(STATE.fullmatch, free)]:
-        for value, number in Counter(said_in(c)).items():
-            if REFUSED.fullmatch(value) if c in free else look(value[:30]) in NO_VOTE:
+    names = {*texts, config.item, config.rater, *{*columns[:1]}.intersection(free)}
+    checks = [(texts, lambda value: look(value) in NO_VOTE), (names, TOTAL.fullmatch)]
+    checks.append(([*filter(STATE.fullmatch, free)], REFUSED.fullmatch))
+    for c in columns:
+        odd = [is_odd for some, is_odd in checks if c in some]
+        for value, number in Counter(said_in(c)).items() if odd else ():
+            if any(is_odd(value[:30]) for is_odd in odd):
                 option = shlex.quote(f"{short(c)}!={short(value, 30)}")
                 text = "%d rows count whose %s is '%s'; --where %s leaves them out"
                 log.warning(text, number, short(c), short(value, 30), option)
+    several = [*config.label, *config.counts]
+    for c in filter(TOTAL_COLUMN.fullmatch, several if len(several) > 1 else ()):
+        text = "the column '%s' counts like the others; if it sums them up, name those without it"
+        log.warning(text, short(c))
     own = {c: (re.findall(r"\d+", c) or [""])[-1] for c in config.counts}
     numbers = {c: {x for x in map(plain, said_in(c)) if x.isdigit() and x != "0"} for c in own}
     if len({n for some in numbers.values() for n in some} - {"1"}) > 1 and all(
@@ -438,16 +448,18 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
     ):
         out.notes.append("columns of counts say their own number: each such cell is one vote")
         rows = [(where, row | {c: 1 for c in own if plain(str(row[c])) == own[c]}) for where, row in rows]
-    items = [(c, (c,)) for c in config.label] if config.by_column else [(None, config.label)]
+    items = [("", None, config.label)]
+    if config.by_column:
+        items = [(c, getattr(c, "question", "") or c, (c,)) for c in config.label]
     keys = []
     for where, row in (rows[k] for k in table.index):
         group = cell(where, config.group, row[config.group]) if config.group else ""
-        for text, vote_columns in items:
+        for name, text, vote_columns in items:
             keys.append("")
             if not (prompts := make(where, row, text)):
                 out.dropped["row without text"] += 1
                 continue
-            key = text or (cell(where, config.item, row[config.item]) if config.item else "")
+            key = name or (cell(where, config.item, row[config.item]) if config.item else "")
             if config.item and not key:
                 raise InputError(f"{where}: {config.item}: empty, so the vote belongs to no item")
             keys[-1] = key = key or (prompts[0] if by_vote else where)
@@ -533,18 +545,28 @@ def count(config: Any, out: Any, said: Any, meaning: dict[str, list[str]]) -> An
     return votes.drop(late.index)
 
 
-def say_doubts(config: Any, out: Any, panels: dict[str, Panel]) -> None:
+def twins(looks: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of pairs of a name and its look: each name whose look came before, behind the first of that look."""
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(seen, name), name) for name, seen in looks]
+    return [pair for pair in pairs if pair[0] != pair[1]]
+
+
+def say_doubts(config: Any, out: Any, panels: dict[str, Panel], people: Any) -> None:
     """Warns of what may not be meant."""
     rows, empty = out.read["rows"], out.dropped["row without text"]
     if empty > 0.05 * rows:
         remedy = "--optional COLUMN allows that; cells that were merged must be filled down"
         log.warning("%d of %d rows are left out, as a text in them is empty; %s", empty, rows, remedy)
-    same: dict[str, str] = {}
-    twins = [(same.setdefault(visible(panel.prompts[0]), key), key) for key, panel in panels.items()]
-    if twins := [pair for pair in twins if pair[0] != pair[1]]:
-        remedy = "" if config.item else "; --item COLUMN says which rows are one item, and adds them up"
+    if same := twins((key, visible(panel.prompts[0])) for key, panel in panels.items()):
+        named = config.item or config.by_column
+        remedy = "" if named else "; --item COLUMN says which rows are one item, and adds them up"
         text = "%d of %d items have the prompt of another item, up to unseen signs: '%s' and '%s'%s"
-        log.warning(text, len(twins), len(panels), *map(short, twins[0]), remedy)
+        log.warning(text, len(same), len(panels), *map(short, same[0]), remedy)
+    if same := twins((name, look(plain(name))) for name in people.unique() if name):
+        pairs = ", ".join(f"'{short(one, 20)}' and '{short(other, 20)}'" for one, other in same[:5])
+        text = "names of --rater that look alike count as several people, %d times: %s; write each in one way"
+        log.warning(text, len(same), pairs)
     if out.rows and all(sum(row["counts"].values()) < 2 for row in out.rows):
         log.warning("every item has one vote only: nothing shows how far people disagree on one item")
 
@@ -669,8 +691,9 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
             fits = [way for way in others if way and all(look(part) in whole for part in way)]
         number = plain(label.replace(",", ".")) if re.fullmatch(r"[+-]?\d+,\d+", label) else ""
         if not known and not fits:
+            is_list = is_split or (not config.counts and any(mark in label for mark in LISTS))
             again = lambda way: all(map(is_number, way)) or any(times[look(x)] > 1 for x in way)  # noqa: E731
-            fits = [way for way in ways[:1] if is_split or len(way) == 1 or again(way)]
+            fits = [way for way in ways[:1] if is_list or len(way) == 1 or again(way)]
         if number and fits and not is_split:
             problem = "may be several votes (--multi split) or have a decimal comma (--decimal comma)"
             raise InputError(f"{first[text]}: '{short(text)}' {problem}")

@@ -207,7 +207,6 @@ SAYS = [  # cells of one item, flags, its votes
     (["red;", "green;"], "", "green:1 red:1"),
     (["a|b", "b"], "--multi split --labels a b", "a:1 b:2"),
     (["A", "A+", "B-"], "", "A:1 A+:1 B-:1"),
-    (["Yes, very", "No, not at all"], "", "No, not at all:1 Yes, very:1"),
     (["1", "2", "N/A", "–", "--", "k.A."], "--no_vote n/a - K.A.", "1:1 2:1"),
     (["1", "9.0", "2.0", "-99"], "--no_vote 9 -99", "1:1 2:1"),
     (["1", "2.50", "4.0", "+3", "02", "'4"], "--labels 1 2 2.5 3 4", "1:1 2:1 2.5:1 3:1 4:2"),
@@ -256,6 +255,8 @@ DOUBTS = [  # cells of one item, words of the refusal, the remedy in it, and the
     (['["a", "b"]', "a"], f"row 2: v: {SEVERAL}{{a, b}}", "--multi split", "a:2 b:1"),
     (["4,N/A", "4", "5"], "row 2: v: mixed scales: 'N/A'", "--no_vote N/A", "4:2 5:1"),
     (["so, so", "so", "no"], f"2: v: {SEVERAL}{{so, so}}", "--labels 'so, so' + so no", "so, so:1 so:1 no:1"),
+    (["A,B", "C,D"], f"row 2: v: {SEVERAL}{{A, B}}", "--multi split", "A:1 B:1 C:1 D:1"),
+    (["Yes, very", "No, not"], "{Yes, very}", "--labels 'Yes, very' + 'No, not'", "Yes, very:1 No, not:1"),
     (["2,5", "3"], "row 2: v: '2,5' may be several votes", "--multi split", "2:1 3:1 5:1"),
     (["1", "nan", "2", "N/A", "—"], "row 3: v: mixed scales: 'nan'", "--no_vote nan N/A -", "1:1 2:1"),
     (["1 (not at all)", "2", "5 – very"], "'1 (not at all)' among", "--labels 1-5", "1:1 2:1 5:1"),
@@ -424,6 +425,12 @@ TOOLS = [  # tasks of Label Studio or columns of a table, flags, votes or words 
         "1 of 2 items have the prompt of another item, up",
     ),
     ({"text": ["a b", "a\u200b b"], "v": [*"ab"], "id": 1}, "--item id", "a:1 b:1", ""),
+    ({"text": [*"xx", "Total votes:"], "v": [*"aba"]}, "", "a:1 b:1", "--where 'text!=Total votes:' leaves"),
+    ({"id": [1, 1, "Ø"], "v": [*"aba"]}, "--item id", "a:1 b:1", "1 rows count whose id is 'Ø'; --where"),
+    ({"v": [*"ab"], "v_mean": "b"}, "'v_*'", "a:1 b:1", "the column 'v_mean' counts like the others; if"),
+    ({"v": [*"abb"], "who": ["anna", "Anna", "x"]}, "--rater who", "a:1 b:2", "1 times: 'anna' and 'Anna'"),
+    ({"text": [{"q": 1}], "v": ["a"]}, "", "t.json[0]: text: must be text or a number, in a field of", ""),
+    ({"text": ['[{"role": "me" "content": "x"}]'], "v": ["a"]}, "", 't.json[0]: text: \'[{"role":', ""),
 ]
 
 
@@ -472,14 +479,17 @@ def test_bins_are_of_one_kind_of_number(own, cells, words):
         own(column(*cells), "--text text --label v --bins 0 50 100")
 
 
-def test_what_excel_makes_of_cells(own, tmp_path):
+def test_what_excel_makes_of_cells(own, tmp_path, caplog):
     book = openpyxl.Workbook()
     for row in (["id", "text", "v"], [1, "x", "a"], [None, None, "b"], [None, None, "b"], [2, "y", "a"]):
         book.active.append(row)
     book.active.merge_cells("A2:A4")
     book.active.merge_cells("B2:B4")
+    for row in (4, 5, 40):  # the last is empty
+        book.active.row_dimensions[row].hidden = True
     book.save(tmp_path / "v.xlsx")
     assert counts_of(own("v.xlsx", "--text text --label v --item id")) == [{"a": 1, "b": 2}, {"a": 1, "b": 0}]
+    assert "v.xlsx: 2 hidden rows of the sheet 'Sheet' are read too, row 4 first" in caplog.text
     for value in (datetime.time(3, 4), datetime.datetime(2024, 3, 4), datetime.timedelta(hours=3)):
         book.active["C5"] = value
         book.save(tmp_path / "v.xlsx")
@@ -583,11 +593,17 @@ def test_tasks_of_label_studio(own, tmp_path, capsys, caplog):
     assert row["counts"] == {"a": 1, "b": 2} and row["annotators"] == {"1": "a"}
 
 
-def test_a_row_a_person(own):
+def test_a_row_a_person(own, caplog):
     monkey = "ID,When,Is it clear?,,Why?\n,,Boil it.,Wait.,Response\n1,May,Yes,No,so\n2,May,No,No,\n"
     boil, wait = own(monkey, "--label 'Is it clear?*' --by_column")
     assert boil["prompt"] == "Is it clear? Boil it." and boil["counts"] == {"No": 1, "Yes": 1}
     assert wait["prompt"] == "Is it clear? Wait." and wait["counts"] == {"No": 2, "Yes": 0}
+    own("When,Q1\nMay,a\nAverage,b\n", "--label Q1 --by_column")
+    assert "1 rows count whose When is 'Average'; --where 'When!=Average' leaves them out" in caplog.text
+    asked = 'id,Q_1,Q_2\nID,Clear? - Soup,"Clear? -\n Tea"\n' + ",".join(['"{""ImportId"":""x""}"'] * 3)
+    soup, tea = own(f"{asked}\n1,Yes,No\n2,No,No\n", "--label Q* --by_column")
+    assert (soup["id"], soup["prompt"], soup["counts"]) == ("Q_1", "Clear? - Soup", {"No": 1, "Yes": 1})
+    assert (tea["id"], tea["prompt"], tea["counts"]) == ("Q_2", "Clear? - Tea", {"No": 2, "Yes": 0})
     table = 'Who,"Clear?\n[soup]",Clear? [tea]\np,Yes,No\nq,No,No\np,Yes,Yes\n'
     soup, tea = own(table, "--label Clear?* --by_column --rater Who")
     assert soup["prompt"] == soup["id"] == "Clear? [soup]" and soup["counts"] == {"No": 1, "Yes": 1}
