@@ -59,12 +59,10 @@ QUALITIES = {  # what is rated, as the prompt states it; of emobank, the ends of
     },
 }
 
-TASK_NAMES = ("snli", "mnli", "chaosnli", "summeval", "mtbench", "helpsteer2", "helpsteer2_pref", "emobank")
-
 
 @dataclasses.dataclass
 class PrepareConfig:
-    task: tyro.conf.Positional[Literal[(*TASK_NAMES, "own")]]
+    task: tyro.conf.Positional[Literal[(*sources.SOURCES, "own")]]
     """The data set."""
     out: str
     """The folder for the items and card.json; files in it are replaced."""
@@ -166,15 +164,6 @@ class Converted:
         self.rows.append(row | {key: value for key, value in more.items() if value})
 
 
-def task_template(task: str, own_file: str | None) -> tuple[Path, str]:
-    """File and text of a public data set's prompt. Your own file needs the placeholders of ours."""
-    ours = PROMPTS / f"{'snli' if task in ('mnli', 'chaosnli') else task}.txt"
-    names = placeholders(ours.read_text(encoding="utf-8"))
-    optional = [name for name in names if name in ("dimension", "low", "high")]
-    path = Path(own_file) if own_file else ours
-    return path, read_template(path, [name for name in names if name not in optional], optional)
-
-
 def text_key(kind: str, text: str) -> str:
     """The group of all items with this premise, article or question, alike in every data set."""
     plain = " ".join(text.split()).encode("utf-8", "surrogatepass")
@@ -193,11 +182,11 @@ def field(where: str, row: dict[str, Any], *names: str, kind: type = str) -> Any
     raise InputError(f"{where}: {names[0]}: missing; the row has {', '.join(sorted(row)[:12])}")
 
 
-def texts_of(where: str, row: dict[str, Any], name: str) -> list[str]:
-    texts = field(where, row, name, kind=list)
-    if wrong := [text for text in texts if not isinstance(text, str) or not distjudge.is_text(text)]:
-        raise InputError(f"{where}: {name}: must be a list of texts, not of {short(repr(wrong[0]))}")
-    return texts
+def list_of(where: str, row: dict[str, Any], name: str, kind: type = str) -> list:
+    """row[name], a list whose entries are all of the kind."""
+    for number, one in enumerate(field(where, row, name, kind=list)):
+        field(where, {f"{name}[{number}]": one}, f"{name}[{number}]", kind=kind)
+    return row[name]
 
 
 def check_known(where: str, name: str, values: Iterable[Any], known: Iterable[Any], said: str) -> None:
@@ -226,9 +215,7 @@ def nli(config: PrepareConfig, out: Converted) -> None:
         without_gold = row.get("gold_label", row.get("label")) in ("-", None)
         votes = [vote for vote in votes[config.drop_first_label :] if vote]
         out.read.update({"rows": 1, "votes": len(votes), "rows without a gold label": without_gold})
-        if wrong := [str(vote) for vote in votes if vote not in NLI]:
-            problem = f"unknown label {listed(wrong[:5])}; the labels are {listed(NLI)}"
-            raise InputError(f"{where}: annotator_labels: {problem}")
+        check_known(where, "annotator_labels", votes, NLI, f"one of {listed(NLI)}")
         values = {"premise": premise, "hypothesis": "" if hypothesis.strip().lower() == "n/a" else hypothesis}
         out.add(str(field(where, row, "pairID")), values, votes, group=text_key("premise", premise))
     left_out = "; left out" if config.drop_first_label else ""
@@ -302,13 +289,10 @@ def mtbench(config: PrepareConfig, out: Converted) -> None:
             continue
         number = field(where, row, "question_id", kind=int)
         if "choices" not in row:
-            questions[number] = texts_of(where, row, "turns")
+            questions[number] = list_of(where, row, "turns")
             continue
-        model, choices = field(where, row, "model_id"), field(where, row, "choices", kind=list)
-        if not choices or not isinstance(choices[0], dict):
-            problem = f"must be a list of objects with turns, not {short(repr(choices))}"
-            raise InputError(f"{where}: choices: {problem}")
-        turns = texts_of(where, choices[0], "turns")
+        model, choices = field(where, row, "model_id"), list_of(where, row, "choices", kind=dict)
+        turns = list_of(where, choices[0] if choices else {}, "turns")
         if answers.setdefault((model, number), turns) != turns:
             problem = f"another answer of {model} to question {number} was read before"
             raise InputError(f"{where}: {problem}; if one file holds reference answers, leave it out")
@@ -319,11 +303,9 @@ def mtbench(config: PrepareConfig, out: Converted) -> None:
         keys = [(model, question) for model in models]
         told = [talks.get(key) or (questions.get(question), answers.get(key)) for key in keys]
         if missing := [model for model, texts in zip(models, told, strict=True) if not all(texts)]:
-            problem = (
-                f"question {question}: its text or the answer of {missing[0]} is missing: name the file "
-            )
-            problem += "with the conversations, or FastChat's question.jsonl and model_answer/*.jsonl, too"
-            raise InputError(f"{votes[0][0]}: {problem}")
+            problem = f"question {question}: its text or the answer of {missing[0]} is missing: name the file"
+            remedy = "with the conversations, or FastChat's question.jsonl and model_answer/*.jsonl, too"
+            raise InputError(f"{votes[0][0]}: {problem} {remedy}")
         asked, both = told[0][0][:turn], [texts[1][:turn] for texts in told]
         if not all(text.strip() for text in asked) or {turn} != {len(texts) for texts in (asked, *both)}:
             out.dropped["item without text"] += 1
@@ -360,10 +342,8 @@ def read_vote(where: str, row: dict, out: Converted, panels: dict, talks: dict) 
     label = winner if winner == "tie" else "a" if row[winner] == first else "b"
     panels[turn, question, first, second].append((where, label, judge))
     for side, model in zip("ab", shown, strict=True):
-        if talk := row.get(f"conversation_{side}"):
-            if not isinstance(talk, list) or not all(isinstance(message, dict) for message in talk):
-                problem = f"must be a list of messages, not {short(repr(talk))}"
-                raise InputError(f"{where}: conversation_{side}: {problem}")
+        if row.get(f"conversation_{side}"):
+            talk = list_of(where, row, f"conversation_{side}", kind=dict)
             said = [field(where, message, "content") for message in talk]
             talks.setdefault((model, question), (said[0::2], said[1::2]))
 
@@ -452,17 +432,15 @@ TASKS = {  # converter, labels in order, licence
 }
 
 
-def spellings_of(labels: list[str]) -> list[str]:
-    """For --spellings: each label, and with a capital."""
-    return [f"{label}={label},{label.capitalize()}" for label in labels]
-
-
 def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
     """All items of a data set, in the order of its files, and what its card says; not split yet."""
     converter, labels, licence = TASKS[config.task]
     path, template = Path(config.prompts) if config.prompts else None, "{prompt}"
-    if config.task != "own":
-        path, template = task_template(config.task, config.prompts)
+    if config.task != "own":  # a template of one's own needs the placeholders of ours
+        ours = PROMPTS / f"{'snli' if labels == NLI else config.task}.txt"
+        names, path = placeholders(ours.read_text(encoding="utf-8")), path or ours
+        optional = {"dimension", "low", "high"}.intersection(names)
+        template = read_template(path, [name for name in names if name not in optional], optional)
         config.raw = config.raw or sources.fetch_all(config.task)
     out = Converted(labels, template, chosen_dimensions(config))
     converter(config, out)
@@ -471,7 +449,7 @@ def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
         raise InputError(f"{config.raw[0]}: no item is left of {number} rows: {told(out.dropped)}")
     card = {"task": config.task, "labels": out.labels, "ordered": distjudge.are_numeric(out.labels)}
     if labels in (NLI, PAIR):
-        card["spellings"] = spellings_of(labels)
+        card["spellings"] = [f"{label}={label},{label.capitalize()}" for label in labels]
     addresses = list(sources.SOURCES.get(config.task, {}).values())
     strange = [name for name in (Path(raw).name for raw in config.raw) if "multinli" not in name.lower()]
     if config.task == "mnli" and strange:
@@ -482,7 +460,7 @@ def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
     card |= {"own": out.own} if out.own else {}
     card["prompt"] = {"file": path and path.name, "sha256": path and sources.sha256_of(path)}
     card["sha256"] = {Path(raw).name: sources.sha256_of(raw) for raw in config.raw if Path(raw).is_file()}
-    return out.rows, card | {"read": dict(out.read), "dropped": dict(out.dropped)}
+    return out.rows, card | {"read": out.read, "dropped": out.dropped}
 
 
 def split_rows(rows: list[dict], items: list, how: str, seed: int, dropped: dict) -> dict[str, list[dict]]:
@@ -536,9 +514,8 @@ def main(config: PrepareConfig) -> None:
     items = distjudge.load_items(list(rows.values()), labels=card["labels"])
     for path in config.without:
         items, shared = distjudge.keep_apart(items, distjudge.load_items(path), overlap="remove")
-        for field_name, number in shared.items():
-            reason = f"item that shares its {field_name} with {Path(path).name}"
-            dropped[reason] = dropped.get(reason, 0) + number
+        where = Path(path).name
+        dropped.update({f"item that shares its {name} with {where}": n for name, n in shared.items()})
     if not items:
         raise InputError(f"{config.raw[0]}: no items are left: {told(dropped)}")
     kept = [rows[item.id] for item in items]

@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import sys
-import urllib.error
 import urllib.request
 import zipfile
 from collections import Counter, namedtuple
@@ -73,11 +72,7 @@ def fetch_all(task: str) -> tuple[str, ...]:
 
 
 def sha256_of(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def fetch(name: str, url: str, folder: Path, sha256: str = "", tries: int = 3) -> Path:
@@ -119,14 +114,10 @@ def _download(url: str, part: Path) -> str:
                 while block := answer.read(1 << 18):
                     file.write(block)
                     bar.update(len(block))
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and error.headers.get("Content-Range", "").endswith(f"/{have}"):
-            return ""  # everything was there already
-        if error.code == 416:
-            part.unlink()
-        return f"HTTP {error.code} {error.reason}"
     except (OSError, http.client.HTTPException) as error:
-        return str(getattr(error, "reason", error)) or type(error).__name__
+        if getattr(error, "code", 0) == 416:  # there is nothing behind what we have: start again
+            part.unlink()
+        return str(error) or type(error).__name__
     size = part.stat().st_size
     return f"the connection ended after {size} of {total} bytes" if size < (total or 0) else ""
 
@@ -135,9 +126,7 @@ def _download(url: str, part: Path) -> str:
 How = namedtuple("How", "split sheet wanted", defaults=("train", None, ()))
 
 
-def read_table(
-    path: str, split="train", sheet: str | None = None, wanted=()
-) -> tuple[list[str], Iterable[Row]]:
+def read_table(path: str, split="train", sheet=None, wanted=()) -> tuple[list[str], Iterable[Row]]:
     """Columns and rows of a table; every row has every column.
 
     path: a file of a kind in READERS (.gz too), or a folder or hub id of Hugging Face datasets (its `split`).
@@ -264,7 +253,7 @@ def _read_csv(path: str, how: How) -> Iterator[Any]:
     for _, file in _files(path):
         lines = _text_lines(path, file)
         first = list(itertools.islice(lines, 200))
-        mark = _delimiter(first, how.wanted)
+        mark = delimiter(first, how.wanted)
         grid = csv.reader(itertools.chain(first, lines), strict=True, delimiter=mark)
         if first and first[0].strip().strip('"').lower() == f"sep={mark}".strip():
             grid = itertools.chain([[]], itertools.islice(grid, 1, None))
@@ -272,19 +261,17 @@ def _read_csv(path: str, how: How) -> Iterator[Any]:
 
 
 def _text_lines(path: str, file: Any) -> Iterator[str]:
-    at = 0
     for number, raw in distjudge.read_lines(file, path):
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             kind = "UTF-16 ('Unicode text'), " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-            problem = f"byte {at + error.start + 1} is {kind}not UTF-8; save the sheet as 'CSV UTF-8'"
-            raise InputError(f"{path}: cannot be read as CSV: {problem}") from None
-        at += len(raw)
+            problem = f"byte {error.start + 1} of it is {kind}not UTF-8; save the sheet as 'CSV UTF-8'"
+            raise InputError(f"{path}: line {number}: {problem}") from None
         yield from io.StringIO(text, newline="")  # a carriage return alone ends a line too
 
 
-def _delimiter(lines: list[str], wanted: frozenset[str]) -> str:
+def delimiter(lines: list[str], wanted: frozenset[str]) -> str:
     """The one of , ; tab | that gives the first lines the wanted columns, and rows of one length."""
     if lines and (named := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):
         return named[1]
@@ -310,12 +297,9 @@ def _read_excel(path: str, how: How) -> Iterator[Any]:
                 raise InputError(f"{path}: {problem}")
             name = how.sheet or names[0]
             table = book.parse(name, header=None, keep_default_na=False, dtype=object)
-            lines = book.book[name].row_dimensions.items() if kind else ()
-            unseen = [
-                k
-                for k, line in lines
-                if line.hidden and not all(map(is_empty, table.iloc[k - 1 : k].values.flat))
-            ]
+            lines = book.book[name].row_dimensions if kind else {}
+            filled = ~table.map(is_empty).all(axis=1).to_numpy()
+            unseen = [k for k, line in lines.items() if line.hidden and filled[k - 1 : k].any()]
             for cells in book.book[name].merged_cells.ranges if kind else ():  # the first holds the value
                 top, column = cells.min_row - 1, cells.min_col - 1
                 if top < table.shape[0] and column < table.shape[1]:

@@ -34,11 +34,8 @@ log = logging.getLogger("distjudge")
 
 # --- prompts ----------------------------------------------------------------------------------------------
 PLACEHOLDER = re.compile(r"\{([^{}\n]+)\}")
+placeholders = PLACEHOLDER.findall  # the names in a template
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content)")
-
-
-def placeholders(template: str) -> list[str]:
-    return PLACEHOLDER.findall(template)
 
 
 def fill(template: str, values: dict[str, Any]) -> str:
@@ -46,13 +43,14 @@ def fill(template: str, values: dict[str, Any]) -> str:
     return PLACEHOLDER.sub(lambda m: str(values[m[1]]) if m[1] in values else m[0], template)
 
 
-def read_template(path: str | Path, needed: list[str], optional: Iterable[str]) -> str:
-    """A prompt template. The `needed` placeholders must stand in it once, the `optional` ones may."""
+def read_template(path: str | Path, needed: list[str], optional: Iterable[str] | None) -> str:
+    """A prompt template. The `needed` placeholders must stand in it once, the `optional` may (None: all)."""
     try:
         template = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: the template cannot be read: {error}") from None
-    known, found = [*needed, *optional], placeholders(template)
+    found = placeholders(template)
+    known = [*needed, *(found if optional is None else optional)]
     if unknown := [name for name in found if name not in known and re.fullmatch(r"\w+", name)]:
         there = ", ".join(f"{{{short(name)}}}" for name in known)
         raise InputError(f"{path}: unknown placeholder {{{unknown[0]}}}; there are {there}")
@@ -120,9 +118,6 @@ def as_text(said: str | list[dict[str, str]]) -> str:
 
 
 # --- columns ----------------------------------------------------------------------------------------------
-COLUMN_OPTIONS = ("text", "label", "counts", "item", "group", "rater", "optional", "swap")
-
-
 def conditions(config: Any) -> list[tuple[str, str, str, str]]:
     """What --where asks, each as written, and its column, "=" or "!=", and what its value looks like."""
     found = [re.fullmatch(r"([^=]*?)(!?=)(.*)", text, re.DOTALL) for text in config.where]
@@ -134,7 +129,8 @@ def conditions(config: Any) -> list[tuple[str, str, str, str]]:
 
 def columns_named(config: Any) -> dict[str, tuple[str, ...]]:
     """{option: the columns that it names}"""
-    named = {option: getattr(config, option) or () for option in COLUMN_OPTIONS}
+    options = "text label counts item group rater optional swap".split()
+    named = {option: getattr(config, option) or () for option in options}
     named = {option: (given,) if isinstance(given, str) else given for option, given in named.items()}
     return named | {"swap": config.swap[:2], "where": tuple(column for _, column, _, _ in conditions(config))}
 
@@ -159,20 +155,20 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
             changed[option] = found[0] if is_one else (*found, *getattr(config, option)[len(names) :])
     config = dataclasses.replace(config, **changed)
     used = Counter(config.label + config.counts).most_common(1) or [("", 0)]
-    a_vote = "name the column with the votes with --label, or columns of counts with --counts, not both"
-    a_text = "name the column with the judged text (--text), or a template of columns (--template); if a row "
-    a_text += "is a person and each column of --label an item, add --by_column"
-    a_swap = "name two columns, and where needed the labels that trade places, in pairs"
+    a_text = "name the judged text (--text) or a template (--template); if a row is a person, add --by_column"
     is_panel = len(config.label) > 1 and not config.by_column
     has_items = config.by_column and (config.counts or config.text or config.item)
     has_text = config.prompts or config.text or config.by_column
     for is_wrong, problem in (
         (used[0][1] > 1, f"label: column '{short(used[0][0])}' is named twice"),
-        (bool(config.label) == bool(config.counts), f"label: {a_vote}. {there}"),
+        (
+            bool(config.label) == bool(config.counts),
+            f"label: name the columns of votes, or else those of --counts. {there}",
+        ),
         (has_items, "by_column: the columns of --label are the items and their texts"),
         (config.rater and is_panel, "rater: with several columns of votes each column is a person"),
         (not has_text, f"text: {a_text}. {there}"),
-        (len(config.swap) % 2, f"swap: {a_swap}"),
+        (len(config.swap) % 2, "swap: name two columns, and the labels that trade places, in pairs"),
     ):
         if is_wrong:
             raise InputError(f"{path}: {problem}")
@@ -218,9 +214,7 @@ REFUSED = "reject rejected discarded draft canceled cancelled invalid ignore ret
 REFUSED = re.compile(rf"(\w+ )?({REFUSED.replace(' ', '|')})", re.I)
 TOTAL = "totals? sums? means? averages? avg median count std stdev gesamt insgesamt summe mittelwert mittel "
 TOTAL += "durchschnitt anzahl moyenne somme média media suma promedio σ ø"
-TOTAL = (
-    rf"((sub|grand|column|row)[\W_]*)?({TOTAL.replace(' ', '|')})([\W_]*(ratings?|scores?|votes?|points))?\W*"
-)
+TOTAL = rf"((sub|grand)[\W_]*)?({TOTAL.replace(' ', '|')})([\W_]*(ratings?|scores?|votes?|points))?\W*"
 TOTAL, TOTAL_COLUMN = (re.compile(start + TOTAL, re.I) for start in (r"\W*", r"(\w*[\W_])?"))
 
 
@@ -261,10 +255,6 @@ def label_in(config: Any, text: str) -> str:
     if config.decimal == "comma" and re.fullmatch(r"[+\-\u2212]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?", text):
         text = text.replace(".", "").replace(",", ".")
     return plain(text)
-
-
-def is_number(label: str) -> bool:
-    return NUMBER.fullmatch(label) is not None
 
 
 def parsed(where: str, column: str, text: Any) -> Any:
@@ -356,12 +346,10 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
         text = label_in(config, re.sub(rf"(?<=\d){thousands}(?=\d{{3}}(\D|$))", "", said))
         text = MARKS.get(text, text)
         unclear = config.decimal == "point" and re.fullmatch(r"\d+(\.\d{3})+", said)
-        if unclear or not re.fullmatch(r"[0-9]{1,300}", text):
+        if unclear or not re.fullmatch(r"[0-9]{1,9}", text):
             remedy = "; --decimal comma takes such points for thousands" if unclear else ""
             problem = f"a number of votes is needed, not '{short(number, 30)}'{remedy}"
             raise InputError(f"{where}: {short(label)}: {problem}")
-        if int(text) > 10**9:
-            raise InputError(f"{where}: {what}: more than a billion votes for '{short(label, 30)}'")
         found[cell(where, "label", label)] += int(text)
     return found
 
@@ -375,8 +363,7 @@ Choice = namedtuple("Choice", "item ballot person text people in_list at column"
 def own(config: Any, out: Any) -> None:
     """A row a vote, a row an item (several columns, or counts), or a row a person (--by_column): items."""
     if not config.raw:
-        problem = "name your table: CSV, Excel, Parquet, .json, .jsonl or a Hugging Face data set"
-        raise InputError(f"raw: {problem}")
+        raise InputError("raw: name your table, a file or a Hugging Face data set")
     panels: dict[str, Panel] = {}
     choices: list[Choice] = []
     wanted = [name for names in columns_named(config).values() for name in names if not name.endswith("*")]
@@ -443,9 +430,8 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
         log.warning(text, short(c))
     own = {c: (re.findall(r"\d+", c) or [""])[-1] for c in config.counts}
     numbers = {c: {x for x in map(plain, said_in(c)) if x.isdigit() and x != "0"} for c in own}
-    if len({n for some in numbers.values() for n in some} - {"1"}) > 1 and all(
-        numbers[c] <= {number} for c, number in own.items()
-    ):
+    only_own = all(numbers[c] <= {number} for c, number in own.items())
+    if only_own and len(set().union(*numbers.values()) - {"1"}) > 1:
         out.notes.append("columns of counts say their own number: each such cell is one vote")
         rows = [(where, row | {c: 1 for c in own if plain(str(row[c])) == own[c]}) for where, row in rows]
     items = [("", None, config.label)]
@@ -578,15 +564,15 @@ def traded_labels(swap: tuple[str, ...], order: list[str]) -> dict[str, str]:
     mirrored = dict(zip(order, order[::-1], strict=True))
     if not swap[2:] and all(plain(f"-{label}") == other for label, other in mirrored.items()):
         return mirrored
-    every, wanted = list(itertools.permutations(order, 2)), [tuple(map(look, swap[:2])), apart(*swap[:2])]
+    every, columns = list(itertools.permutations(order, 2)), tuple(map(look, swap[:2]))
     pairs = list(zip(swap[2::2], swap[3::2], strict=True))
+    wanted = {columns, apart(columns)}
     pairs = pairs or [pair for pair in every if tuple(map(look, pair)) in wanted]
-    pairs = pairs or [pair for pair in every if apart(*pair) in wanted]
+    pairs = pairs or [pair for pair in every if apart(map(look, pair)) in wanted]
     traded = dict(pairs) | {other: one for one, other in pairs}
     # one label may be its own mirror, a tie; of two or more nobody can tell
     if (len(pairs) != 1 and not swap[2:]) or len(set(order) - set(traded)) > 1:
-        ends = [label for label in order if look(label) not in ("tie", "both", "neither", "same", "equal")]
-        ends = [*zip(ends, ends[::-1], strict=True)][: (len(ends) + 1) // 2]
+        ends = [*mirrored.items()][: (len(order) + 1) // 2]
         if len(ends) > 1 and not distjudge.are_numeric(order):
             ends = [("LABEL", "ITS MIRROR"), ("LABEL", "...")]
         example = " ".join(map(shlex.quote, (*swap[:2], *itertools.chain(*ends))))
@@ -595,12 +581,14 @@ def traded_labels(swap: tuple[str, ...], order: list[str]) -> dict[str, str]:
     return traded
 
 
-def apart(one: str, other: str) -> tuple[str, str]:
-    """Where two names differ: ("a", "b") of "answer_a" and "answer_b"."""
-    one, other = look(one), look(other)
-    start = distjudge.common_length(one, other)
-    end = distjudge.common_length(one[start:][::-1], other[start:][::-1])
-    return one[start : len(one) - end], other[start : len(other) - end]
+def apart(names: Iterable[str], of_words: bool = False) -> tuple[str, ...]:
+    """Where names differ: ("a", "b") of "answer_a" and "answer_b"; of_words: they share whole words only."""
+    for _ in range(2):  # the beginning goes, then the end, for each time the names are turned round
+        names = tuple(names)
+        shared = min(names)[: distjudge.common_length(min(names), max(names))]
+        shared = re.sub(r"[^\W_]*$", "", shared) if of_words else shared
+        names = tuple(name[len(shared) :][::-1] for name in names)
+    return names
 
 
 # --- what votes say ---------------------------------------------------------------------------------------
@@ -667,14 +655,10 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
         return {text: [label] for text, label in said.items()}
     known = {look(label): label for label in order}
     if len(config.counts) > 1:  # "rate:::1" is 1, where that is a label
-        start, end = (
-            len(re.sub(r"[^\W_]*$", "", min(names)[: distjudge.common_length(min(names), max(names))]))
-            for names in (config.counts, [name[::-1] for name in config.counts])
-        )
-        middles = {t: t[start : len(t) - end] for t in said if look(t) not in known}
-        ends = {t: look(re.sub(r"[\W_]+", " ", middle)) for t, middle in middles.items()}
-        spaced = {look(re.sub(r"[\W_]+", " ", label)): label for label in order}
-        said |= {text: spaced[end] for text, end in ends.items() if end in spaced}
+        bare = lambda text: look(re.sub(r"[\W_]+", " ", text))  # noqa: E731
+        spaced, ends = {bare(label): label for label in order}, map(bare, apart(config.counts, of_words=True))
+        own = {t: spaced.get(end) for t, end in zip(config.counts, ends, strict=True) if look(t) not in known}
+        said |= {text: own[text] for text in said if own.get(text)}
     sure = {*known, *silent, *NO_VOTE}
     marks, is_split = SEPARATORS, config.multi == "split"
     if is_split and not known:  # one for all cells: "yes, but;no" holds two
@@ -686,13 +670,13 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
         ways = [[label]] if look(label) in sure else [way for m in marks if (way := parts_of(label, [m]))]
         fits = [way for way in ways if all(look(part) in sure for part in way)]
         if not fits and look(label) not in sure and not any(x.fullmatch(label) for x in (NUMBER, *FORMS)):
-            apart = WEAK.split(label)
-            others = [*(joined(label, sure, mark) for mark in SEPARATORS), apart * (len(apart) > 1)]
+            words = WEAK.split(label)
+            others = [*(joined(label, sure, mark) for mark in SEPARATORS), words * (len(words) > 1)]
             fits = [way for way in others if way and all(look(part) in whole for part in way)]
         number = plain(label.replace(",", ".")) if re.fullmatch(r"[+-]?\d+,\d+", label) else ""
         if not known and not fits:
             is_list = is_split or (not config.counts and any(mark in label for mark in LISTS))
-            again = lambda way: all(map(is_number, way)) or any(times[look(x)] > 1 for x in way)  # noqa: E731
+            again = lambda way: all(map(NUMBER.fullmatch, way)) or any(times[look(x)] > 1 for x in way)  # noqa: E731
             fits = [way for way in ways[:1] if is_list or len(way) == 1 or again(way)]
         if number and fits and not is_split:
             problem = "may be several votes (--multi split) or have a decimal comma (--decimal comma)"
@@ -706,7 +690,7 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
             if known and not problem and look(one) not in silent:
                 problem = f"is not one of {listed(order)}"
                 words = [x for x in (one, *said) if look(x) in NO_VOTE and look(x) not in {*known, *silent}]
-                if words := words or [one] * (is_number(one) and look(one) not in silent):
+                if words := words or [x for x in [one] if NUMBER.fullmatch(x) and look(x) not in silent]:
                     problem += f"; --no_vote {quoted(words)} leaves such cells out"
             if problem and look(one) not in known:
                 raise InputError(f"{first[text]}: '{short(one, 30)}' {problem}")
@@ -718,7 +702,7 @@ def parts_of(text: str, marks: Iterable[str] = SEPARATORS) -> list[str]:
     for mark in marks if not any(form.fullmatch(text) for form in FORMS) else ():
         parts = [plain(part) for part in text.split(mark) if part.strip()] if mark in text else []
         if len(parts) > 1 or (parts and mark in "\n;；|"):
-            return parts if mark != " " or all(map(is_number, parts)) else []
+            return parts if mark != " " or all(map(NUMBER.fullmatch, parts)) else []
     return []
 
 
@@ -741,8 +725,8 @@ def quoted(words: Iterable[str]) -> str:
 def bin_labels(config: Any, names: list[str], meaning: dict, first: Any, notes: list[str]) -> list[str]:
     """Puts numbers into bins: each from its lower edge up to the upper one, the last with it."""
     said = {t: label_in(config, visible(t).rstrip(" %")) for t in meaning if meaning[t] != [NOTHING]}
-    numbers = {text: float(number) for text, number in said.items() if is_number(number)}
-    edges = [float(edge) for edge in config.bins if is_number(plain(edge))]
+    numbers = {text: float(number) for text, number in said.items() if NUMBER.fullmatch(number)}
+    edges = [float(edge) for edge in config.bins if NUMBER.fullmatch(plain(edge))]
     if len(edges) < max(3, len(config.bins)) or edges != sorted(set(edges)):
         example = equal_edges(min(numbers.values(), default=0), max(numbers.values(), default=100))
         raise InputError(f"bins: name three edges or more, from low to high, as in --bins {example}")
@@ -800,10 +784,8 @@ def found_labels(votes: Any) -> list[str]:
     values = {label: float(label) for label in votes.index if label not in words}
     parts = [label for label in values if "." in label]
     low, high = min(values.values(), default=0), max(values.values(), default=0)
-    alike: dict[str, str] = {}  # the commonest of the words that look alike
-    for word in sorted(words, key=lambda word: (-votes.people[word], len(word))):
-        alike.setdefault(look(word), word)
-    twins = [word for word in words if alike[look(word)] != word]
+    commonest = sorted(words, key=lambda word: (-votes.people[word], len(word)))
+    alike = twins((word, look(word)) for word in commonest)
     odd = (words or parts or [""])[0]
     said, problem = f"'{short(odd, 20)}'", ""
     if values and words:
@@ -819,11 +801,10 @@ def found_labels(votes: Any) -> list[str]:
             points = (f"{low + step * k:g}" for k in range(int((high - low) / step) + 1))
             remedy = f"; name the scale, as in --labels {' '.join(points)}"
         problem = f"{said} is not a whole number; a vote is one label{remedy}"
-    elif twins:
-        odd, other = twins[0], alike[look(twins[0])]
-        how = "differ only in capitals" if odd.casefold() == other.casefold() else "look alike"
-        remedy = f"with --labels {quoted(sorted(alike.values()))} both count as one"
-        problem = f"'{short(odd, 20)}' and '{short(other, 20)}' {how}; {remedy}"
+    elif alike:
+        other, odd = alike[0]
+        remedy = f"with --labels {quoted(sorted({*words} - {word for _, word in alike}))} both count as one"
+        problem = f"'{short(odd, 20)}' and '{short(other, 20)}' look alike; {remedy}"
     elif len(words) > 20:
         problem = f"{len(words)} different labels, such as {listed(words[:4])}: is it the right column?"
     elif high - low > 20:

@@ -8,27 +8,17 @@
 
 Label probabilities come from the log-probabilities of the endpoint's --top tokens where the answer begins. A
 token counts for a label if it is a spelling of the label or begins one, white space around it and capitals
-aside; with --match whole it must be one. Labels outside the top tokens count as 0, as in the paper. Refused:
-over 1 % on tokens that begin two labels; one token with all the probability in every answer.
+aside. Labels outside the top tokens count as 0, as in the paper. --samples n counts the labels of n answers;
+with --percent, each answer gives a percentage for every label. Thoughts, up to </think>, are skipped.
 
---samples n counts the labels of n answers. A label is the whole answer or its last line, a word or two and a
-colon before it aside ("Rating: 4"). With --percent, each answer gives a percentage for every label. Thoughts,
-up to </think>, are skipped; --max_tokens is the budget for them.
-
-With --render, the tokenizer of a run folder or model folder makes the prompts. They go to the completions
-endpoint as token ids, and vLLM is asked for exactly the labels' tokens: probabilities and mass are those of
-the full vocabulary, as our own judge has them.
-
-Every answer is checked and kept in cache.jsonl in --out, so that a stopped run goes on without paying twice.
-The key is read from the environment and stands in no file. Items with "swap" (see recipes/judge.py) are asked
-in both orders. The folder is one that plots/figures.py and plots/report.py draw.
+With --render, prompts go as token ids to vLLM, which is asked for exactly the labels' tokens: probabilities
+and mass are those of the full vocabulary, as our own judge has them. Every answer is kept in cache.jsonl in
+--out: a stopped run goes on without paying twice. recipes/README.md has more.
 """
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
-import email.utils
 import hashlib
 import json
 import math
@@ -49,6 +39,7 @@ from distjudge import InputError, Item
 
 import httpx  # transformers brings it
 import torch
+from tqdm import tqdm
 
 OPENAI, KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"  # a key may be missing where it is not OpenAI's
 WAYS_OUT = "give --spellings that begin apart, use --match whole if every label is one token, or --samples n"
@@ -147,10 +138,9 @@ class ApiConfig:
     """Stop when this run has cost so much; 0 is never."""
 
     def check(self) -> None:
-        least = dict.fromkeys(
-            "limit samples max_tokens retries max_wait price_in price_out max_cost".split(), 0
-        )
-        for name, low in (least | {"top": 1, "concurrency": 1, "timeout": 0.001}).items():
+        names = "limit samples max_tokens retries max_wait price_in price_out max_cost".split()
+        least = dict.fromkeys(names, 0) | {"top": 1, "concurrency": 1, "timeout": 0.001}
+        for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: must be {low} or more, not {getattr(self, name)}")
         if not 0 <= self.min_mass <= 1:
@@ -354,16 +344,6 @@ def read_reply(reply: dict[str, Any], body: Mapping[str, Any]) -> dict[str, Any]
     return checked(answer | {"top": top})
 
 
-def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds to wait by the header Retry-After, seconds or a date (RFC 9110, 10.2.3); None without one."""
-    value = (headers.get("retry-after") or "").strip()
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(value)) if math.isfinite(float(value)) else None
-    with contextlib.suppress(TypeError, ValueError, IndexError):
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
-    return None
-
-
 def read_cache(path: Path) -> dict[str, dict[str, Any]]:
     """Answers by the hash of what was asked, from JSON lines; others are reported. Ends a cut line."""
     answers, raw = {}, b"\n"
@@ -456,7 +436,8 @@ class Endpoint:
                     raise InputError(why)
                 if code == "insufficient_quota":
                     raise EndpointError(f"{self.url}: {why}")
-                asked = retry_after(headers, time.time()) or 0.0
+                asked = headers.get("retry-after", "")  # seconds; a date there has the usual wait
+                asked = float(asked) if re.fullmatch(r"\d{1,9}(\.\d+)?", asked) else 0.0
             except InputError as error:
                 raise type(error)(f"{where}: {self.url}: {error}") from None
             except asyncio.TimeoutError:
@@ -538,12 +519,10 @@ async def read_prompt(prompt: str, where: str, endpoint: Endpoint, reader: Label
 
 async def read_all(items: Sequence[Item], config: ApiConfig) -> tuple[list[Reading], Endpoint]:
     """Readings of all prompts, an item's swapped one behind its own, and the endpoint with its bill."""
-    from tqdm.auto import tqdm
-
     reader = (Renderer if config.render else LabelReader)(distjudge.labels_of(items), config)
     prompts = [(prompt, item.named) for item in items for prompt in item.prompts]
-    endpoint, readings, quiet = Endpoint(config), [], not (sys.stderr and sys.stderr.isatty())
-    bar = tqdm(total=len(prompts), desc=config.model, unit="prompt", disable=quiet)
+    endpoint, readings = Endpoint(config), []
+    bar = tqdm(total=len(prompts), desc=config.model, unit="prompt", disable=None)
     async with endpoint.client:
         with bar, endpoint.cache:
             for part in (prompts[:PILOT], prompts[PILOT:]):

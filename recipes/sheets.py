@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import csv
 import dataclasses
 import gzip
 import itertools
@@ -95,8 +94,7 @@ def template_of(run: str, path: str = "", text: str = "", item: str = "") -> Tem
     if path:
         import tables
 
-        known = tables.placeholders(Path(path).read_text("utf-8", errors="replace"))
-        own |= {"template": tables.read_template(path, [], known)}
+        own |= {"template": tables.read_template(path, [], None)}
     if text:
         own = {"template": "{text}"} | own | {"text": text}
     if not own.get("template"):
@@ -116,10 +114,12 @@ def for_columns(found: Template | None, path: str, columns: Sequence[str], item:
     needed = [*template.columns(columns), *(template.swap or ()), *filter(None, [item])]
     if missing := [name for name in needed if name not in columns]:
         why = (
-            "which the template needs" if found else "and no template: name one, or the text (--text COLUMN)"
+            "which the template needs; "
+            if found
+            else "and no template: name one, or the text (--text COLUMN); "
         )
-        there = ", ".join(short(name, 30) for name in columns)
-        raise InputError(f"{path}: no column '{short(missing[0])}', {why}; the columns are {there}")
+        why += f"the columns are {', '.join(short(name, 30) for name in columns)}"
+        raise InputError(f"{path}: no column '{short(missing[0])}', {why}")
     return template
 
 
@@ -172,13 +172,10 @@ def frame_of(rows: Sequence[Row], out: Path, added: Iterable[str]) -> Any:
     if len(frame) >= 1 << 20:
         raise InputError(f"out: {len(frame)} rows are more than an Excel sheet holds; name a .csv file")
     for where, row, _ in rows:
-        for name, text in ((name, str(cell)) for name, cell in row.items()):
-            long = len(text) > 32_767
-            if long or ILLEGAL_CHARACTERS_RE.search(text):
-                what = "more than 32,767 characters" if long else "a control character"
-                raise InputError(
-                    f"{where}: {short(name)}: has {what}, which Excel cannot hold; name a .csv file"
-                )
+        for name, cell in row.items():
+            if len(str(cell)) > 32_767 or ILLEGAL_CHARACTERS_RE.search(str(cell)):
+                problem = "has more than 32,767 characters or a control character; name a .csv file"
+                raise InputError(f"{where}: {short(name)}: {problem}, for Excel cannot hold it")
     return frame
 
 
@@ -194,14 +191,14 @@ def csv_form(items: str, columns: Sequence[str], suffix: str) -> dict[str, Any]:
 
     Where semicolons stand between cells, commas stand in numbers.
     """
+    import sources
+
     kind, head = kind_of(items), b""
     if kind in (".csv", ".tsv", ".txt"):
         with (gzip.open if items.lower().endswith(".gz") else open)(items, "rb") as file:
             head = file.read(1 << 16)
     text = head.decode("utf-8-sig", "replace")
-    lines, fits = text.splitlines(), lambda row: len(row) == len(columns)
-    found = {mark: sum(map(fits, csv.reader(lines, delimiter=mark))) for mark in ",;\t|"}
-    sep = "," if kind == ".tsv" else max(found, key=found.get)
+    sep = "," if kind == ".tsv" else sources.delimiter(text.splitlines(), frozenset(columns))
     form = {"sep": "\t" if suffix == ".tsv" else sep, "decimal": "," if sep == ";" else "."}
     form["lineterminator"] = "\r\n" if b"\r\n" in head else "\n"
     marked = head.startswith(codecs.BOM_UTF8) or "\ufffd" in text[:-3] or kind.startswith(".xls")

@@ -149,11 +149,11 @@ too many cells       | V + "a,b,c\n"                            | t.csv: row 4: 
 5,000 digits         | V + f"z,{NINES}\n"                       | t.csv: row 4: v: mixed scales: '9999
 not a number         | V + "z,nan\n"                            | t.csv: row 4: v: mixed scales: 'nan'
 lists too deep       | 'text,n\nx,"' + "[" * 100_000 + '"\n', *N | t.csv: row 2: n: must be an object
-a count of 5,000     | f'text,n\nx,"{{""1"": {NINES}}}"\n', *N  | t.csv: row 2: n: must be an object
+a count of 5,000     | f'text,n\nx,"{{""1"": {NINES}}}"\n', *N  | t.csv: row 2: n: ... neither JSON nor
 an infinite count    | 'text,n\nx,"{""1"": 1e400, ""2"": 1}"\n', *N | t.csv: row 2: 1: ... not 'inf'
 an object as a count | 'text,n\nx,"{""1"": {""a"": 1}}"\n', *N  | t.csv: row 2: 1: a number of votes is needed
 a label twice        | 'text,n\nx,"{""1"": 1, ""1"": 5}"\n', *N | t.csv: row 2: n: ... '1' stands twice in it
-too many votes | 'text,n\nx,"{""1"": 2000000000}"\n', *N | t.csv: row 2: n: more than a billion votes for '1'
+too many votes | 'text,n\nx,"{""1"": 2000000000}"\n', *N | t.csv: row 2: 1: a number of votes is needed
 a column of digits   | f"text,a,b\nx,{NINES},1\n", *AB          | t.csv: row 2: a: a number of votes is needed
 a scale of digits    | V, "--labels", "1-" + NINES, "2"         | t.csv: row 2: v: ... is not one of
 a scale without an end | V, "--labels", "1-5000000000000"         | labels: ... is not a range
@@ -164,12 +164,12 @@ no number of votes   | V, "--min_votes", "0"                    | min_votes: mus
 a template, no text  | V, "--template", "latin.txt"             | latin.txt: the template cannot be read
 no folder            | V, "--out", ""                           | out: name a folder
 surrogate in a text  | '{"text": "\\ud800", "v": 1}', *JSONL    | t.jsonl:1: text: ... lone surrogates
-a list as text       | '{"text": ["a"], "v": 1}', *JSONL        | t.jsonl:1: text: ... a number, not ['a']
+a list as text       | '{"text": ["a"], "v": 1}', *JSONL        | t.jsonl:1: text: ... of its own, not ['a']
 an object as a vote  | '{"text": "a", "v": {"x": 1}}', *JSONL   | t.jsonl:1: v: ... is an object, not a vote
 a field twice        | '{"text": "a", "v": 1, "v": 2}', *JSONL  | t.jsonl:1: ... 'v' stands twice in an object
 surrogate in a group | '{"text": "a", "v": 1, "g": "\\ud800"}', *JSONL, "--group", "g" | t.jsonl:1: g: ...
 another archive      | a_zip(), "--raw", "t.xlsx"               | t.xlsx: ... cannot be read as Excel
-bytes in Parquet | a_parquet(), "--raw", "t.parquet" | t.parquet: row 1: text: must be text or a number, not
+bytes in Parquet | a_parquet(), "--raw", "t.parquet" | t.parquet: row 1: text: must be text or a number
 a cut Parquet        | a_parquet()[:-20], "--raw", "t.parquet"  | t.parquet: ... cannot be read as Parquet
 an unknown kind      | V, "--raw", "t.doc"                      | t.doc: is not a table that can be read
 """
@@ -180,15 +180,15 @@ VOTE = {"question_id": 1, "turn": 1, "model_a": "x", "model_b": "y", "winner": "
 HELP = {"prompt": "p", "response": "r"} | {quality: [1, 2] for quality in prepare.QUALITIES["helpsteer2"]}
 PREFERENCE = {"prompt": "p", "response_1": "r", "response_2": "s"}
 PUBLISHED = r"""
-snli: a label in a list    | NLI, {"annotator_labels": [["neutral"]]}    | annotator_labels: ... unknown label
+snli: a label in a list    | NLI, {"annotator_labels": [["neutral"]]}    | annotator_labels: ... is not one of
 snli: a lone surrogate     | NLI, {"sentence1": "\ud800"}                | sentence1: ... lone surrogate
 snli: no premise           | NLI, {"sentence1": None}                    | sentence1: must be str, not None
 chaosnli: votes in words   | CHAOS, {"label_counter": {"e": "many"}}     | label_counter: ... not 'many'
 chaosnli: votes below zero | CHAOS, {"label_counter": {"e": -3, "n": 5}} | label_counter: ... not -3
 summeval: a rating alone   | SUMMARY, {"expert_annotations": [1.5]}      | coherence: '1.5' is not 1 to 5
-mtbench: no choices        | {"question_id": 1}, {"model_id": "x", "choices": []} | choices: must be a list of
-mtbench: turns in numbers  | {"question_id": 1}, {"turns": [1, 2]} | turns: must be a list of texts, not of 1
-mtbench: text for turns    | VOTE, {"conversation_a": "hi"} | conversation_a: must be a list of messages
+mtbench: no choices        | {"question_id": 1}, {"model_id": "x", "choices": []} | turns: missing
+mtbench: turns in numbers  | {"question_id": 1}, {"turns": [1, 2]} | turns[0]: must be str, not 1
+mtbench: text for turns    | VOTE, {"conversation_a": "hi"} | conversation_a: must be list, not 'hi'
 helpsteer2: a rating of true | HELP, {"helpfulness": [True]}               | helpfulness: True is not 0 to 4
 helpsteer2_pref: a list    | PREFERENCE, {"all_preferences_unprocessed": [[1]]} | strength: [1] is not -3 to 3
 """

@@ -133,9 +133,9 @@ RATING, LABEL = "--text answer --label rating", "--text text --label v"
 MISTAKES = [  # rows behind VOTES, or a whole table, or a file; arguments, words
     ("", "--text answr --label rating", "text: no column 'answr', did you mean 'answer'? The columns are"),
     ("", "--text answer --label stars", "votes.csv: label: no column 'stars'. The columns are id, answer"),
-    ("", "", "label: name the column with the votes with --label, or columns of counts with --counts"),
-    ("", "--label rating --counts id", "or columns of counts with --counts, not both. The columns are"),
-    ("", "--label rating", "votes.csv: text: name the column with the judged text (--text), or a template"),
+    ("", "", "label: name the columns of votes, or else those of --counts. The columns are"),
+    ("", "--label rating --counts id", "label: name the columns of votes, or else those of --counts. The"),
+    ("", "--label rating", "votes.csv: text: name the judged text (--text) or a template (--template); if"),
     ("", f"{RATING} --labels 1-4", "votes.csv: row 10: rating: '5' is not one of {1, 2, 3, 4}"),
     ("", f"{RATING} --labels 5-1", "labels: '5-1' is not a range from low to high"),
     ("9,Else.,3,p\n", f"{RATING} --item id", "32: item '9': its text differs from that at votes.csv: row 29"),
@@ -145,7 +145,7 @@ MISTAKES = [  # rows behind VOTES, or a whole table, or a file; arguments, words
     ("9,x,90,p\n", RATING, "row 32: rating: mixed scales? The votes reach from 1 to 90"),
     ("9,x,3.5,p\n", RATING, "row 32: rating: '3.5' is not a whole number"),
     ("t\n" + "".join(f"a{i}\n" for i in range(30)), "--text t --label t", "t: 30 different labels, such"),
-    ("text,v\nx,Yes\nx,yes\n", LABEL, "'yes' and 'Yes' differ only in capitals; with --labels Yes both"),
+    ("text,v\nx,Yes\nx,yes\n", LABEL, "'yes' and 'Yes' look alike; with --labels Yes both"),
     ("text,v\nx,1\ny,1\n", LABEL, "v: only the label {1} occurs; name them all with --labels"),
     ("text,v\n ,1\n,2\n", LABEL, "no item is left of 2 rows: 2 rows without text"),
     ("text,v\nx,\ny,\n", LABEL, "no item is left of 2 rows: 2 empty cells; 2 items without votes"),
@@ -157,8 +157,12 @@ MISTAKES = [  # rows behind VOTES, or a whole table, or a file; arguments, words
     ("votes", RATING, "votes: no such file"),
     ("odd.doc.gz", RATING, "odd.doc.gz: is not a table that can be read"),
     *((f"gone.{kind}", RATING, f"gone.{kind}: no such file") for kind in ("csv", "xlsx", "parquet", "jsonl")),
-    ("latin.csv", LABEL, "cannot be read as CSV: byte 11 is not UTF-8; save the sheet as 'CSV UTF-8'"),
-    ("wide.tsv", LABEL, "byte 1 is UTF-16 ('Unicode text'), not UTF-8; save the sheet as 'CSV UTF-8'"),
+    ("latin.csv", LABEL, "line 2: byte 4 of it is not UTF-8; save the sheet as 'CSV UTF-8'"),
+    (
+        "wide.tsv",
+        LABEL,
+        "line 1: byte 1 of it is UTF-16 ('Unicode text'), not UTF-8; save the sheet as 'CSV UTF-8'",
+    ),
     ("v.zip", LABEL, "v.zip: no .jsonl file in it; unpack it, and name one of {v.csv}"),
 ]
 
