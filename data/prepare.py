@@ -5,10 +5,9 @@
     python data/prepare.py mnli --without votes/chaosnli/items.jsonl --out votes/mnli    # no test items
     python data/prepare.py own --raw votes.csv --text answer --label rating --item id --out votes/own
 
-snli, mnli, chaosnli, summeval, mtbench, helpsteer2, helpsteer2_pref and emobank are public data sets, own is
-your table. Writes train.jsonl and test.jsonl (emobank: and valid.jsonl; --split none: items.jsonl) and
+own is your table. Writes train.jsonl and test.jsonl (emobank: and valid.jsonl; --split none: items.jsonl) and
 card.json into --out: what was read, kept and left out, the licence, and how prompts were made. data/README.md
-tells of each, and of every form that your table may have.
+tells of each data set, and of every form that your table may have.
 """
 
 import dataclasses

@@ -131,8 +131,7 @@ def read_table(path: str, split="train", sheet=None, wanted=()) -> tuple[list[st
 
     path: a file of a kind in READERS (.gz too), or a folder or hub id of Hugging Face datasets (its `split`).
     sheet: of an Excel file, by default the first. wanted: columns that are looked for, which tell the header
-    from lines above it, and the delimiter. What is left out is said in a warning. Raises InputError, one line
-    that names the file, and the row where there is one, for what cannot be read.
+    from lines above it, and the delimiter. Raises InputError for what cannot be read.
     """
     rows = _read(path, How(split, sheet, frozenset(map(tidy, wanted))))
     columns = next(rows)
@@ -164,8 +163,7 @@ def _read(path: str, how: How) -> Iterator[Any]:
     if kind not in READERS:
         kind = "datasets"
         if Path(path).is_file():
-            kinds = "CSV, Excel, Parquet, .json and .jsonl can"
-            raise InputError(f"{path}: is not a table that can be read: {kinds}")
+            raise InputError(f"{path}: is not a table that can be read, as CSV, Excel, Parquet or JSON is")
         hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)  # OWNER/NAME
         if not Path(path).is_dir() and not hub_id:
             raise InputError(f"{path}: no such file")
@@ -188,13 +186,10 @@ def _numbered(path: str, rows: Iterable[dict]) -> Iterator[Row]:
 
 
 class Column(str):
-    """A column's name, and the question that Qualtrics writes below it."""
-
-    question = ""
+    question = ""  # what Qualtrics writes below the column's name
 
 
-SECOND_HEADERS = r'\{["\']ImportId["\']:.*|(Open-Ended )?Response'  # of Qualtrics, of SurveyMonkey
-SECOND_HEADERS = re.compile(SECOND_HEADERS)
+SECOND_HEADERS = re.compile(r'\{["\']ImportId["\']:.*|(Open-Ended )?Response')  # Qualtrics, SurveyMonkey
 
 
 def _from_grid(path: str, grid: Iterable[Iterable[Any]], how: How, reading: str = "") -> Iterator[Any]:
@@ -289,28 +284,26 @@ def delimiter(lines: list[str], wanted: frozenset[str]) -> str:
 
 def _read_excel(path: str, how: How) -> Iterator[Any]:
     kind = {"engine_kwargs": {"read_only": False}} if ".xlsx" in path.lower() else {}
-    with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
-        with pandas.ExcelFile(file, **kind) as book:
-            names = [str(name) for name in book.sheet_names]
-            if how.sheet and how.sheet not in names:
-                problem = f"sheet: there is no '{short(how.sheet)}'; there are {listed(names)}"
-                raise InputError(f"{path}: {problem}")
-            name = how.sheet or names[0]
-            table = book.parse(name, header=None, keep_default_na=False, dtype=object)
-            lines = book.book[name].row_dimensions if kind else {}
-            filled = ~table.map(is_empty).all(axis=1).to_numpy()
-            unseen = [k for k, line in lines.items() if line.hidden and filled[k - 1 : k].any()]
-            for cells in book.book[name].merged_cells.ranges if kind else ():  # the first holds the value
-                top, column = cells.min_row - 1, cells.min_col - 1
-                if top < table.shape[0] and column < table.shape[1]:
-                    table.iloc[top : cells.max_row, column] = table.iat[top, column]
+    file = gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
+    with file, pandas.ExcelFile(file, **kind) as book:
+        names = [str(name) for name in book.sheet_names]
+        if how.sheet and how.sheet not in names:
+            raise InputError(f"{path}: sheet: no '{short(how.sheet)}'; there are {listed(names)}")
+        name = how.sheet or names[0]
+        table = book.parse(name, header=None, keep_default_na=False, dtype=object)
+        lines = book.book[name].row_dimensions if kind else {}
+        filled = ~table.map(is_empty).all(axis=1).to_numpy()
+        unseen = [k for k, line in lines.items() if line.hidden and filled[k - 1 : k].any()]
+        for cells in book.book[name].merged_cells.ranges if kind else ():  # the first holds the value
+            top, column = cells.min_row - 1, cells.min_col - 1
+            if top < table.shape[0] and column < table.shape[1]:
+                table.iloc[top : cells.max_row, column] = table.iat[top, column]
     if not how.sheet and len(names) > 1:
         there = {tidy(cell) for line in table.head(30).itertuples(index=False) for cell in line}
         if missing := sorted(how.wanted - there):
             remedy = f"the sheets are {listed(names)}, --sheet names another"
             raise InputError(f"{path}: sheet '{short(name)}': no column '{short(missing[0])}'; {remedy}")
-        text = "%s: reading the sheet '%s' of %s; --sheet names another"
-        log.warning(text, path, short(name), listed(names))
+        log.warning("%s: reads the sheet '%s' of %s; --sheet names another", path, short(name), listed(names))
     if unseen:
         text = "%s: %d hidden rows of the sheet '%s' are read too, row %d first; delete what does not count"
         log.warning(text, path, len(unseen), short(name), min(unseen))

@@ -1,9 +1,8 @@
 """A table of your own: its columns, its texts and its votes, understood, or refused with the row.
 
 own() is the converter of `python data/prepare.py own`: read_votes() lists what people chose, a text each,
-understand() says which labels each text means, count() takes what is a vote. A text that can mean several
-things is never guessed at: the message names the option that decides. prompts_of() makes the prompts of a
-table once more, from the "own" part of the card.json that the converter wrote.
+understand() says which labels each text means, count() takes what is a vote. prompts_of() makes the prompts
+of a table once more, from the "own" part of the card.json that the converter wrote.
 """
 
 import ast
@@ -177,9 +176,8 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
 
 def template_of(config: Any, path: str, columns: list[str]) -> str:
     """The template of a table's prompts."""
-    template = "{text}"
-    if config.prompts:
-        template = read_template(config.prompts, ["text"] if config.text or config.by_column else [], columns)
+    needed = ["text"] if config.text or config.by_column else []
+    template = read_template(config.prompts, needed, columns) if config.prompts else "{text}"
     shown = {config.text if name == "text" else name for name in placeholders(template)}
     for option, names in (("optional", config.optional), ("swap", config.swap[:2])):
         if unused := [name for name in names if name not in shown]:
@@ -203,8 +201,8 @@ CHOSEN = "choices rating number value label labels answer choice vote selected s
 LISTS = ("\n", "<br>", ";", "；", "|", ",", "，", "、", "\t")  # what stands between the labels of one cell,
 SEPARATORS = (*LISTS, "/", "+", " ")  # and what may stand within a label too
 MARKS = dict.fromkeys("true x ✓ ✔ ☑ yes checked selected on wahr vrai".split(), "1")
-MARKS |= dict.fromkeys(("false", "no", "unchecked", "not selected", "off", "☐", "falsch", "faux", ""), "0")
-MARKS |= dict.fromkeys(("nan", "null", "none", "n/a", "na", "-"), "0")
+MARKS |= {"": "0", "not selected": "0"}
+MARKS |= dict.fromkeys("false no unchecked off ☐ falsch faux nan null none n/a na -".split(), "0")
 PEOPLE = "rater annotator worker user judge coder participant respondent prolific who completed_by performer"
 PEOPLE = PEOPLE.replace(" ", "|") + "|evaluator|labell?er|assignee|email"
 A_PERSON = re.compile(rf"(ann|{PEOPLE})[\W_]*\d+", re.I)  # "Ann1", the name of one of them
@@ -426,8 +424,7 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
                 log.warning(text, number, short(c), short(value, 30), option)
     several = [*config.label, *config.counts]
     for c in filter(TOTAL_COLUMN.fullmatch, several if len(several) > 1 else ()):
-        text = "the column '%s' counts like the others; if it sums them up, name those without it"
-        log.warning(text, short(c))
+        log.warning("column '%s' counts like the others; if it sums them up, name those without it", short(c))
     own = {c: (re.findall(r"\d+", c) or [""])[-1] for c in config.counts}
     numbers = {c: {x for x in map(plain, said_in(c)) if x.isdigit() and x != "0"} for c in own}
     only_own = all(numbers[c] <= {number} for c, number in own.items())
@@ -545,8 +542,7 @@ def say_doubts(config: Any, out: Any, panels: dict[str, Panel], people: Any) -> 
         remedy = "--optional COLUMN allows that; cells that were merged must be filled down"
         log.warning("%d of %d rows are left out, as a text in them is empty; %s", empty, rows, remedy)
     if same := twins((key, visible(panel.prompts[0])) for key, panel in panels.items()):
-        named = config.item or config.by_column
-        remedy = "" if named else "; --item COLUMN says which rows are one item, and adds them up"
+        remedy = "" if config.item or config.by_column else "; --item COLUMN adds up the rows of one item"
         text = "%d of %d items have the prompt of another item, up to unseen signs: '%s' and '%s'%s"
         log.warning(text, len(same), len(panels), *map(short, same[0]), remedy)
     if same := twins((name, look(plain(name))) for name in people.unique() if name):
@@ -568,23 +564,21 @@ def traded_labels(swap: tuple[str, ...], order: list[str]) -> dict[str, str]:
     pairs = list(zip(swap[2::2], swap[3::2], strict=True))
     wanted = {columns, apart(columns)}
     pairs = pairs or [pair for pair in every if tuple(map(look, pair)) in wanted]
-    pairs = pairs or [pair for pair in every if apart(map(look, pair)) in wanted]
+    pairs = pairs or [pair for pair in every if apart(tuple(map(look, pair))) in wanted]
     traded = dict(pairs) | {other: one for one, other in pairs}
     # one label may be its own mirror, a tie; of two or more nobody can tell
     if (len(pairs) != 1 and not swap[2:]) or len(set(order) - set(traded)) > 1:
-        ends = [*mirrored.items()][: (len(order) + 1) // 2]
-        if len(ends) > 1 and not distjudge.are_numeric(order):
-            ends = [("LABEL", "ITS MIRROR"), ("LABEL", "...")]
+        is_plain = len(order) < 3 or distjudge.are_numeric(order)
+        ends = [*mirrored.items()][: (len(order) + 1) // 2] if is_plain else [("LABEL", "ITS MIRROR ...")]
         example = " ".join(map(shlex.quote, (*swap[:2], *itertools.chain(*ends))))
         problem = f"which of the labels {listed(order)} trade places cannot be told; name them in pairs, "
         raise InputError(f"swap: {problem}one that stays with itself, as in --swap {example}")
     return traded
 
 
-def apart(names: Iterable[str], of_words: bool = False) -> tuple[str, ...]:
+def apart(names: tuple[str, ...], of_words: bool = False) -> tuple[str, ...]:
     """Where names differ: ("a", "b") of "answer_a" and "answer_b"; of_words: they share whole words only."""
     for _ in range(2):  # the beginning goes, then the end, for each time the names are turned round
-        names = tuple(names)
         shared = min(names)[: distjudge.common_length(min(names), max(names))]
         shared = re.sub(r"[^\W_]*$", "", shared) if of_words else shared
         names = tuple(name[len(shared) :][::-1] for name in names)
@@ -768,10 +762,8 @@ def named_labels(labels: Iterable[str]) -> list[str]:
         if ends and not int(ends[1]) < int(ends[2]) <= int(ends[1]) + 100:
             raise InputError(f"labels: '{label}' is not a range from low to high")
         out += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [plain(label)]
-    if "" in out:
-        raise InputError(f"labels: {listed(out)} names an empty label")
-    if len(set(map(look, out))) < len(out):
-        raise InputError(f"labels: {listed(out)} names a label twice (capitals are ignored)")
+    if "" in out or len(set(map(look, out))) < len(out):
+        raise InputError(f"labels: {listed(out)} names an empty label, or a label twice")
     return out
 
 

@@ -492,8 +492,8 @@ async def read_prompt(prompt: str, where: str, endpoint: Endpoint, reader: Label
     try:
         while not usage or len(texts) < config.answers:  # an endpoint may give fewer than asked for
             wanted = config.answers - len(texts)
-            more = {"n": wanted} if wanted > 1 else {}
-            answer = await endpoint.ask(body | more, usage["requests"], where)
+            asked = body | {"n": wanted} if wanted > 1 else body
+            answer = await endpoint.ask(asked, usage["requests"], where)
             usage.update(answer["usage"])
             texts += answer.get("texts", [])
     except Refused as error:

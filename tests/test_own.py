@@ -431,7 +431,7 @@ TOOLS = [  # tasks of Label Studio or columns of a table, flags, votes or words 
     ({"text": ["a b", "a\u200b b"], "v": [*"ab"], "id": 1}, "--item id", "a:1 b:1", ""),
     ({"text": [*"xx", "Total votes:"], "v": [*"aba"]}, "", "a:1 b:1", "--where 'text!=Total votes:' leaves"),
     ({"id": [1, 1, "Ø"], "v": [*"aba"]}, "--item id", "a:1 b:1", "1 rows count whose id is 'Ø'; --where"),
-    ({"v": [*"ab"], "v_mean": "b"}, "'v_*'", "a:1 b:1", "the column 'v_mean' counts like the others; if"),
+    ({"v": [*"ab"], "v_mean": "b"}, "'v_*'", "a:1 b:1", "column 'v_mean' counts like the others; if"),
     ({"v": [*"abb"], "who": ["anna", "Anna", "x"]}, "--rater who", "a:1 b:2", "1 times: 'anna' and 'Anna'"),
     ({"text": [{"q": 1}], "v": ["a"]}, "", "t.json[0]: text: must be text or a number, in a field of", ""),
     ({"text": ['[{"role": "me" "content": "x"}]'], "v": ["a"]}, "", 't.json[0]: text: \'[{"role":', ""),
@@ -508,7 +508,7 @@ def test_sheets(own, tmp_path, caplog):
     with pytest.raises(InputError, match=r"'README': no column 'text'; the sheets are {README, May}, --sh"):
         own("v.xlsx", "--text text --label v")
     assert votes_of(own("v.xlsx", "--text text --label v --sheet May")) == "1:1 2:1"
-    with pytest.raises(InputError, match=r"sheet: there is no 'June'; there are {README, May}"):
+    with pytest.raises(InputError, match=r"sheet: no 'June'; there are {README, May}"):
         own("v.xlsx", "--text text --label v --sheet June")
 
 
