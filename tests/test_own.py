@@ -341,11 +341,7 @@ def test_headers_of_tools(own, tmp_path, caplog):
     for table, flags, words in (
         (qualtrics + "1,a,x\n2,b,x\n", "--label Q1", "further header rows left out: 2"),
         ("Person,v,text\n,Response,Open-Ended Response\n1,a,x\n2,b,x\n", "--label v", "left out: 1"),
-        (
-            "Our survey\nof May\n\ntext;v\nx;a\nx;b\n",
-            "--label v",
-            "the header is row 4; lines above it left out: 2",
-        ),
+        ("Our survey\nof May\n\ntext;v\nx;a\nx;b\n", "--label v", "is row 4; lines above it left out: 2"),
         ('id|"the\n vote"|text\n1|a|x, y\n2|b|x, y\n', "--label the\u00a0vote", ""),
         ('sep=;\n"text";v,w\nx;a\nx;b\n', "--label v,w", ""),
         ("text,v,\nx,a,\nx,b\n", "--label v", ""),
@@ -390,24 +386,14 @@ ONE, OTHER = {"value": "a", "status": "submitted"}, {"value": "b", "status": "di
 ARGILLA = {"value": ["a", "b", "b"], "status": ["submitted", "draft", "submitted"], "user_id": [1, 2, 3]}
 MARKED = "left out: 1 vote that its tool marks as discarded or draft"
 TOOLS = [  # tasks of Label Studio or columns of a table, flags, votes or words of the refusal, what is said
-    (
-        [studio("a", "b", None, "-", "a")],
-        "",
-        "a:2 b:1",
-        "left out: 1 vote that its tool marks as discarded or draft; 1 empty cell",
-    ),
+    ([studio("a", "b", None, "-", "a")], "", "a:2 b:1", f"{MARKED}; 1 empty cell"),
     ([studio("ab", "b")], "", "a person's cell holds several labels, {a, b}; --multi split counts each", ""),
     ([studio("ab", "b")], "--multi split", "a:1 b:2", ""),
     ({"v": [[ONE, OTHER, ONE, {"value": "b"}]]}, "", "a:2 b:1", MARKED),
     ({"v": [ARGILLA]}, "", "a:1 b:1", MARKED),
     ({"v": [["a", "b", "b"]], "v.status": [ARGILLA["status"]]}, "", "a:1 b:1", MARKED),
     ({"v": [[{"rank": 1, "value": "a"}]]}, "", "{'rank': 1, 'value': 'a'} is an object, not a vote", ""),
-    (
-        {"v": [["a"], "b", "b"], "answer": ["accept", "accept", "reject"]},
-        "",
-        "a:1 b:2",
-        "--where 'answer!=reject'",
-    ),
+    ({"v": [["a"], "b", "b"], "answer": ["accept", "", "reject"]}, "", "a:1 b:2", "--where 'answer!=reject'"),
     (
         {"v": [*"abb"], "PROLIFIC_PID": [*"ppq"]},
         "",
@@ -422,12 +408,7 @@ TOOLS = [  # tasks of Label Studio or columns of a table, flags, votes or words 
         "a:1 b:1",
         "2 rows count whose text is 'nan'; --where",
     ),
-    (
-        {"text": ["a b", "a\u00a0b"], "v": [*"ab"]},
-        "",
-        "a:1",
-        "1 of 2 items have the prompt of another item, up",
-    ),
+    ({"text": ["a b", "a\u00a0b"], "v": [*"ab"]}, "", "a:1", "1 of 2 items have the prompt of another item"),
     ({"text": ["a b", "a\u200b b"], "v": [*"ab"], "id": 1}, "--item id", "a:1 b:1", ""),
     ({"text": [*"xx", "Total votes:"], "v": [*"aba"]}, "", "a:1 b:1", "--where 'text!=Total votes:' leaves"),
     ({"id": [1, 1, "Ø"], "v": [*"aba"]}, "--item id", "a:1 b:1", "1 rows count whose id is 'Ø'; --where"),
@@ -454,10 +435,8 @@ def test_columns_of_counts_name_their_labels(own):
     table = "id,text,tone_agree,tone_strongly_agree,tone_no\n1,x,2,3,0\n2,y,WAHR,FALSCH,x\n"
     flags = "--text text --item id --counts tone_agree tone_strongly_agree tone_no"
     rows = own(table, f"{flags} --labels no agree 'strongly agree'")
-    assert counts_of(rows) == [
-        {"no": 0, "agree": 2, "strongly agree": 3},
-        {"no": 1, "agree": 1, "strongly agree": 0},
-    ]
+    assert rows[0]["counts"] == {"no": 0, "agree": 2, "strongly agree": 3}
+    assert rows[1]["counts"] == {"no": 1, "agree": 1, "strongly agree": 0}
     with pytest.raises(InputError, match=r"row 2: .*: 'tone_strongly_agree' is not one of {no, agree}"):
         own(table, f"{flags} --labels no agree")
     (row,) = own("text,yes,no,N/A\nx,6,4,5\n", "--text text --counts yes no N/A --no_vote N/A")
