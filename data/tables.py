@@ -763,7 +763,7 @@ def named_labels(labels: Iterable[str]) -> list[str]:
             raise InputError(f"labels: '{label}' is not a range from low to high")
         out += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [plain(label)]
     if "" in out or len(set(map(look, out))) < len(out):
-        raise InputError(f"labels: {listed(out)} names an empty label, or a label twice")
+        raise InputError(f"labels: {listed(out)} names an empty label, or one twice (capitals are ignored)")
     return out
 
 

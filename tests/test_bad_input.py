@@ -157,7 +157,7 @@ too many votes | 'text,n\nx,"{""1"": 2000000000}"\n', *N | t.csv: row 2: 1: a nu
 a column of digits   | f"text,a,b\nx,{NINES},1\n", *AB          | t.csv: row 2: a: a number of votes is needed
 a scale of digits    | V, "--labels", "1-" + NINES, "2"         | t.csv: row 2: v: ... is not one of
 a scale without an end | V, "--labels", "1-5000000000000"         | labels: ... is not a range
-a label named twice  | V, "--labels", "1", "1.0"                | labels: ... or a label twice
+a label named twice  | V, "--labels", "1", "1.0"                | labels: ... or one twice
 labels but for case  | V, "--labels", "a", "A"                  | labels: ... twice (capitals are ignored)
 an empty label       | V, "--labels", "1", " "                  | labels: ... names an empty label
 no number of votes   | V, "--min_votes", "0"                    | min_votes: must be 1 or more, not 0
