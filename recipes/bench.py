@@ -3,6 +3,7 @@
     python recipes/bench.py --out runs/bench             # everything; the better part of an hour on two cores
     python recipes/bench.py --parts judge rate           # two parts
     python recipes/bench.py --backbone qwen7b            # on a GPU: the real architecture, random weights
+    python recipes/bench.py --model runs/smollm2 --tasks votes.jsonl     # your weights and items
 
 Parts:
     train       seconds of a training step on the same items and model: ours, ours without packs, and
@@ -69,8 +70,10 @@ class BenchConfig:
     """What to measure."""
     backbone: Literal["toy", "small", "middle", "qwen7b", "llama8b"] = "small"
     """The architecture, with random weights."""
-    tasks: tuple[Literal["snli", "summeval", "mtbench", "sample"], ...] = TASKS
-    """Which prompts. Default: those of the first three that DISTJUDGE_DATA has, else the sample."""
+    model: str = ""
+    """A model's folder or hub id, in place of backbone: its own weights and tokenizer."""
+    tasks: tuple[str, ...] = TASKS
+    """Whose prompts: snli, summeval, mtbench (in DISTJUDGE_DATA), sample, or files of items."""
     batch_size: int = 16
     """Items a training step."""
     stock_rows: tuple[int, ...] = (1, 4, 16)
@@ -124,8 +127,11 @@ def quietly(action: Callable[[], Any]) -> Any:
 
 def some_items(task: str, number: int, seed: int) -> list[Item]:
     """So many items with different prompts, by whole groups (an article's summaries, a question's pairs)."""
-    if task == "sample":
-        items = distjudge.load_items(tiny.SAMPLE)
+    if task == "sample" or task.endswith((".jsonl", ".jsonl.gz")):
+        items = distjudge.load_items(tiny.SAMPLE if task == "sample" else task)
+    elif not (DATA / task).is_dir():
+        there = distjudge.listed(TASKS)
+        raise InputError(f"tasks: {distjudge.short(task)}: name a file of items (.jsonl), sample, or {there}")
     else:
         other = ("snli_1.0_test.jsonl", "reference_answer_gpt-4.jsonl")  # not needed, and no model's answer
         raw = tuple(str(path) for path in sorted((DATA / task).glob("*.jsonl")) if path.name not in other)
@@ -158,7 +164,9 @@ def random_model(backbone: str, tokenizer: Any, seed: int, **changes: Any) -> An
 
 
 def model_and_tokenizer(config: BenchConfig) -> tuple[Any, Any]:
-    """The tokenizer is Qwen's own where it lies beside the data sets, else one of the embedded sample."""
+    """config.model's; else random weights and, where it lies beside the data sets, Qwen's tokenizer."""
+    if config.model:
+        return distjudge.load_model(config.model), distjudge.load_tokenizer(config.model)
     folder = DATA.parent / "tokenizers" / "qwen2.5"
     if folder.is_dir():
         tokenizer = distjudge.load_tokenizer(str(folder))

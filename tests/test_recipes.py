@@ -224,6 +224,21 @@ def test_bench_runs_every_part(tmp_path):
     assert all(f"**{title}**" in table for title in bench.PARTS.values())
 
 
+def test_bench_of_a_model_and_items_of_ones_own(tiny_model, tmp_path, monkeypatch):
+    """Its weights, and whole groups of the file's items; another task is refused by name."""
+    rows = [
+        {"id": n, "prompt": f"Soup {n}", "counts": {"a": n, "b": 5 - n}, "group": n // 2} for n in range(6)
+    ]
+    write_rows(tmp_path / "own.jsonl", rows)
+    items = bench.some_items(str(tmp_path / "own.jsonl"), 4, 0)
+    assert len({item.group for item in items}) == 2 and items[0].prompt.startswith("Soup ")
+    own, _ = bench.model_and_tokenizer(bench.BenchConfig(model=str(tiny_model)))
+    saved = distjudge.load_model(str(tiny_model)).state_dict()
+    assert all(torch.equal(weight, saved[name]) for name, weight in own.state_dict().items())
+    with pytest.raises(InputError, match="tasks: nosuch: name a file of items"):
+        bench.some_items("nosuch", 4, 0)
+
+
 def test_importing_distjudge_needs_torch_alone():
     absent = ("numpy", "transformers", "peft", "tyro", "datasets", "matplotlib", "unsloth", "pydantic")
     check = f"import sys; sys.modules.update(dict.fromkeys({absent})); import distjudge"
