@@ -93,6 +93,11 @@ def messages_of(prompt: str) -> list[dict[str, str]]:
     return json.loads(prompt) if isinstance(prompt, Messages) else [{"role": "user", "content": prompt}]
 
 
+def prompt_field(prompt: str) -> str | list[dict[str, str]]:
+    """A prompt as a line of items holds it, so that it is read back as the same: its text or its messages."""
+    return json.loads(prompt) if isinstance(prompt, Messages) else prompt
+
+
 @dataclasses.dataclass(frozen=True)
 class Swap:
     """A pair in the other order. labels: for each label the index of the one that means the same there."""
@@ -2995,7 +3000,7 @@ def write_results(
     for item, predicted, m in zip(items, q.tolist(), mass.tolist(), strict=True):
         predicted = dict(zip(judge.labels, predicted, strict=True))
         row = {"id": item.id, "counts": item.counts, "predicted": predicted, "label_mass": m}
-        known = {"prompt": item.prompt, "group": item.group, "truth": item.truth}
+        known = {"prompt": prompt_field(item.prompt), "group": item.group, "truth": item.truth}
         row |= {name: value for name, value in known.items() if value is not None}
         rows.append(json.dumps(row, ensure_ascii=False))
     write_lines(folder / "predictions.jsonl", rows)

@@ -158,8 +158,7 @@ class Converted:
             return
         self.ids[name] += 1
         name = f"{name}-{self.ids[name]}" if self.ids[name] > 1 else name
-        shown = distjudge.messages_of(prompt) if isinstance(prompt, distjudge.Messages) else prompt
-        row = {"id": name, "prompt": shown, "counts": counts}
+        row = {"id": name, "prompt": distjudge.prompt_field(prompt), "counts": counts}
         self.rows.append(row | {key: value for key, value in more.items() if value})
 
 

@@ -260,10 +260,11 @@ def parsed(where: str, column: str, text: Any) -> Any:
 
     Raises InputError for what looks like a list and cannot be read.
     """
-    if not isinstance(text, str) or text[-1:] not in ("]", "}", ")"):
+    inner = text.strip() if isinstance(text, str) else ""
+    if inner[-1:] not in ("]", "}", ")"):
         return text
     at = f"{where}: {short(column)}: {short(repr(text))}"
-    inner = re.sub(r"np\.\w+\(([^()]*)\)", r"\1", text.strip())
+    inner = re.sub(r"np\.\w+\(([^()]*)\)", r"\1", inner)
     kinds = r"(?:Counter|array|tensor|defaultdict)\((?:<class '\w+'>, )?"
     inner = re.sub(rf"^{kinds}(.*?)(?:, dtype=[\w.]+)?\)$", r"\1", inner, flags=re.DOTALL)
     if re.fullmatch(r"\{[^:]*\}", inner):  # PostgreSQL's way to write a list

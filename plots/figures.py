@@ -133,12 +133,14 @@ def load_run(folder: str | Path) -> Run:
         settings = content("config.json") if (home / "config.json").exists() else {}
         if not rows:
             raise InputError(f"{named}/predictions.jsonl: no predictions")
+        for row in rows:
+            row |= {"prompt": distjudge.prompt_text(row["prompt"])} if row.get("prompt") else {}
         labels, ids = list(rows[0]["predicted"]), [row["id"] for row in rows]
         votes, q = table("counts"), table("predicted")
         truth = table("truth") if all("truth" in row for row in rows) else None
     except KeyError as error:
         raise InputError(f"{named}/predictions.jsonl: a line lacks {error}") from None
-    except (OSError, InputError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{named}: not a run folder: {error}") from None
     return Run(labels, ids, votes, q, truth, metrics, log, rows, settings, home.resolve().name)
 

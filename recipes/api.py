@@ -587,7 +587,8 @@ def main(config: ApiConfig) -> None:
         low, q = any(reading.refused or reading.mass < config.min_mass for reading in found), found[0].q
         if low and config.low_mass == "drop":
             continue
-        row: dict[str, Any] = {"id": item.id, "counts": item.counts, "prompt": item.prompt}
+        row: dict[str, Any] = {"id": item.id, "counts": item.counts}
+        row["prompt"] = distjudge.prompt_field(item.prompt)
         if item.swap:
             q, row["flipped"] = distjudge.average_orders(q, found[1].q, item.swap.labels)
         row["predicted"] = dict(zip(labels, q.tolist(), strict=True))

@@ -220,7 +220,7 @@ def export_judge(judge: Judge, config: ExportConfig, folder: Path, out: Path, de
 def prompts_of(folder: Path, judge: Judge) -> list[str]:
     path = folder / "predictions.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()[:32] if path.is_file() else []
-    found = [json.loads(line)["prompt"] for line in lines]
+    found = [distjudge.prompt_text(json.loads(line)["prompt"]) for line in lines]
     return [prompt for prompt in found if len(judge.encoder(prompt)) <= judge.max_length] or PROBES
 
 

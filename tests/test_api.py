@@ -554,8 +554,8 @@ def test_nothing_is_paid_twice(measure, fake, capsys):
         measure(more, **settings)
     assert len(fake.asked) == 8 + 3 + 18
     turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Good soup?"}]
-    measure([{"id": "talk", "prompt": turns, "counts": {"1": 1, "2": 0, "3": 0}}])
-    assert fake.asked[-1]["messages"] == turns
+    rows, _ = measure([{"id": "talk", "prompt": turns, "counts": {"1": 1, "2": 0, "3": 0}}])
+    assert fake.asked[-1]["messages"] == turns == rows[0]["prompt"]
 
 
 def test_money_requests_at_once_and_the_key(measure, fake, capsys, monkeypatch):

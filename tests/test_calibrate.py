@@ -14,6 +14,8 @@ import scipy.optimize
 import torch
 from make_panel import make_panel
 
+from plots import figures
+
 LABELS = ["1", "2", "3"]
 log_q = lambda *shape, seed=0: torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()  # noqa: E731
 
@@ -206,6 +208,11 @@ def test_a_run_s_own_test_items_calibrate_it(run, capsys):
     main(run="run", items=("run/predictions.jsonl",), draws=1)
     assert "not checked" not in capsys.readouterr().err
     assert read(run / "judge.json")["calibration"]["items"] == 8
+    turns = [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "Good soup?"}]
+    talks = distjudge.load_items([{"id": "t", "prompt": turns, "counts": dict.fromkeys(LABELS, 1)}])
+    distjudge.write_results(distjudge.load_judge(run), talks, [], distjudge.Config(out="run"), "run")
+    assert distjudge.load_items("run/predictions.jsonl")[0].prompt == talks[0].prompt
+    assert figures.load_run("run").pieces == [json.dumps(turns)]
 
 
 def test_the_command_calibrates_and_takes_it_back(run, capsys):

@@ -93,7 +93,7 @@ def test_a_conversation_is_the_prompt_that_it_was_in_training(tmp_path):
     """Messages in a cell, as text or as a list: prepare.py and the template make the same of them."""
     turns = [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "Good soup?"}]
     own = {"template": "{text}", "text": "talk", "item": None, "optional": [], "swap": None}
-    for cell in (turns, json.dumps(turns)):
+    for cell in (turns, json.dumps(turns), f"{json.dumps(turns)}\n"):
         (wanted,) = tables.prompts_of(own, ["talk"])("t.csv: row 2", {"talk": cell})
         made = sheets.Template(template="{text}", text="talk").fill("t.csv: row 2", {"talk": cell})
         assert made["prompt"] == wanted and distjudge.messages_of(wanted) == turns
