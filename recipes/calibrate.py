@@ -97,7 +97,8 @@ def calibrate(items: Sequence[Item], logq: torch.Tensor) -> tuple[dict[str, Any]
     logq: the judge's own log-probabilities (M, C) of the items' prompts, both orders of a pair. The
     probabilities are cross-fitted: each fifth of the groups is corrected by what the others' votes say, so
     they say what the correction is worth. Where that is nothing in mean KL, temperature and bias stay 1 and
-    0. Limits and entropies come from them too. Raises InputError for fewer than two groups.
+    0. Limits and entropies come from them too. Raises InputError for fewer than two groups; the command needs
+    three, for it halves them.
     """
     counts, rows = distjudge.counts_of(items), []
     for item, own in zip(items, counts, strict=True):
@@ -105,7 +106,7 @@ def calibrate(items: Sequence[Item], logq: torch.Tensor) -> tuple[dict[str, Any]
     votes, prompts = torch.stack(rows), torch.tensor([len(item.prompts) for item in items])
     group, logq = distjudge.group_numbers([item.group for item in items]), logq.double().log_softmax(1)
     if (size := int(group.max()) + 1) < 2:
-        raise InputError(f"{items[0].where}: calibration needs votes on items of two groups or more")
+        raise InputError(f"{items[0].where}: calibration needs votes on items of three groups or more")
     shuffled_groups = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     fold = (shuffled_groups % 5)[group].repeat_interleave(prompts)
     apart, p = torch.empty_like(logq), distjudge.shares_of(items)

@@ -73,7 +73,7 @@ def test_each_item_is_corrected_by_other_groups_and_a_useless_correction_is_left
     found, apart = recipe.calibrate(items_of(counts.tolist()), logq[:8])
     assert found["temperature"] == 1 and set(found["bias"]) == {0.0}
     assert apart.tolist() == [pytest.approx(row) for row in logq[:8].softmax(1).tolist()]
-    with pytest.raises(InputError, match="two groups or more"):
+    with pytest.raises(InputError, match="three groups or more"):
         recipe.calibrate(items_of([[1, 0, 0]] * 3, groups=["g"] * 3), logq[:3])
 
 
