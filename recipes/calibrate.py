@@ -294,6 +294,8 @@ def main(config: CalibrateConfig) -> None:
     bias = ", ".join(f"{distjudge.short(label, 20)} {b:+.2f}" for label, b in pairs)
     what = "calibrated on {votes:,g} votes on {items:,} items in {groups:,} groups: temperature "
     print(f"{what.format(**calibration)}{calibration['temperature']:.3f}, bias {bias}")
+    if calibration["groups"] < 50:
+        print("these are few groups: with fewer than fifty the fit and the sets are rough")
     for name, found in tables.items():
         print(f"\n{name}\n{found.to_string()}")
     if config.run:
