@@ -17,7 +17,7 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-DATA = Path(os.environ.get("DISTJUDGE_DATA", ROOT.parent / "shared" / "data"))
+DATA = Path(os.environ.get("DISTJUDGE_DATA") or ROOT.parent / "shared" / "data")
 
 
 def need(path: Path) -> Path:
