@@ -1254,6 +1254,12 @@ def label_logprobs(
     return scores.log_softmax(1), scores.logsumexp(1) if with_mass else None
 
 
+def corrected(logq: torch.Tensor, calibration: dict[str, Any]) -> torch.Tensor:
+    """Log-probabilities (..., C) of the model -> those of the calibrated judge, float64."""
+    bias = torch.tensor(calibration["bias"], dtype=torch.float64)
+    return (logq.double() / calibration["temperature"] + bias).log_softmax(-1)
+
+
 class Judge:
     """A model, its tokenizer and its labels. Made by load_judge(); `predict` is the judge at work."""
 
@@ -1392,9 +1398,7 @@ class Judge:
                     self.model.train(was_training)
                 if bad := int((logq.isnan().any(1) | ~mass.isfinite()).sum()):
                     raise FloatingPointError(f"the model gives NaN for {bad} of {len(chunk)} prompts")
-                if fitted := self.calibration:
-                    bias = torch.tensor(fitted["bias"], dtype=torch.float64)
-                    logq = (logq.double() / fitted["temperature"] + bias).log_softmax(1).float()
+                logq = corrected(logq, self.calibration).float() if self.calibration else logq
                 yield from zip(logq, mass.tolist(), strict=True)
 
     def score(self, prompts: Sequence[str], progress: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2924,8 +2928,14 @@ def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
 
 def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) -> list[Item]:
     """The items whose prompts fit judge.max_length; InputError for the others unless overlong is "drop"."""
-    encoded = iter(judge.encoder.many([prompt for item in items for prompt in item.prompts]))
-    lengths, most = [max(len(next(encoded)) for _ in item.prompts) for item in items], judge.max_length
+    from tqdm.auto import tqdm
+
+    lengths, most = [], judge.max_length
+    chunks = range(0, len(items), 2048)  # not all of them at a time in memory
+    for start in tqdm(chunks, desc=f"counting tokens of {what} items", disable=len(items) < 20_000):
+        some = items[start : start + 2048]
+        encoded = iter(judge.encoder.many([prompt for item in some for prompt in item.prompts]))
+        lengths += [max(len(next(encoded)) for _ in item.prompts) for item in some]
     over = [i for i, length in enumerate(lengths) if length > most]
     found = f"{len(over)} of {len(items)} {what} items"
     if over and overlong == "error":

@@ -124,12 +124,6 @@ def calibrate(items: Sequence[Item], logq: torch.Tensor) -> tuple[dict[str, Any]
     return calibration | {"votes": counts.sum().item()}, q
 
 
-def corrected(logq: torch.Tensor, calibration: dict[str, Any]) -> torch.Tensor:
-    """Log-probabilities (..., C) of the model -> those of the calibrated judge, float64."""
-    bias = torch.tensor(calibration["bias"], dtype=torch.float64)
-    return (logq.double() / calibration["temperature"] + bias).log_softmax(-1)
-
-
 def mass_ahead(q: Any, labels: Sequence[str] = ()) -> torch.Tensor:
     """How much probability a growing set holds before it takes each label: (N, C) -> (N, C), float64.
 
@@ -237,7 +231,7 @@ def sets(items: Sequence[Item], logq: torch.Tensor, draws: int) -> pandas.DataFr
         mine, new = ([i for i, side in enumerate(half.tolist()) if side == k] for k in (0, 1))
         held, own = [items[i] for i in new], torch.cat([parts[i] for i in new])
         fitted = calibrate([items[i] for i in mine], torch.cat([parts[i] for i in mine]))[0]
-        raw, q = (distjudge.average_items(held, x)[0] for x in (own, corrected(own, fitted)))
+        raw, q = (distjudge.average_items(held, x)[0] for x in (own, distjudge.corrected(own, fitted)))
         weight, p = 1 / group.bincount()[group[new]].double(), distjudge.shares_of(held)
         for level in LEVELS:
             kinds = {"credible": label_sets(raw, labels, level / 100)}

@@ -139,7 +139,7 @@ def simulated_coverage(draws, groups, each, votes, labels):
         counts = numpy_draw.multinomial(votes, truth[:size].numpy())
         items = items_of(counts, labels, [f"g{i // each}" for i in range(size)])
         calibration = recipe.calibrate(items, logq[:size])[0]
-        ahead = recipe.mass_ahead(recipe.corrected(logq[size:], calibration).exp(), labels)
+        ahead = recipe.mass_ahead(distjudge.corrected(logq[size:], calibration).exp(), labels)
         inside = [ahead <= calibration["conformal"][level - 1] + 1e-6 for level in (80, 90, 95)]
         found.append([(truth[size:] * one).sum(1).mean().item() for one in inside])
     return np.mean(found, axis=0)
@@ -194,7 +194,7 @@ def test_a_calibrated_judge_answers_so_wherever_it_is_loaded(run, caplog):
     assert f"calibrated on {about['votes']:g} votes on 20 items" in caplog.text
     q = np.exp(own / about["temperature"] + about["bias"])
     assert judge.predict(prompts) == pytest.approx(q / q.sum(1, keepdims=True), abs=1e-6)
-    assert recipe.corrected(torch.tensor(own), about).exp().numpy() == pytest.approx(
+    assert distjudge.corrected(torch.tensor(own), about).exp().numpy() == pytest.approx(
         judge.predict(prompts), abs=1e-6
     )
     assert abs(judge.predict(prompts) - np.exp(own)).max() > 0.01

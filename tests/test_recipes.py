@@ -224,7 +224,7 @@ def test_bench_runs_every_part(tmp_path):
     assert all(f"**{title}**" in table for title in bench.PARTS.values())
 
 
-def test_bench_of_a_model_and_items_of_ones_own(tiny_model, tmp_path, monkeypatch):
+def test_bench_of_a_model_and_items_of_ones_own(tiny_model, tmp_path):
     """Its weights, and whole groups of the file's items; another task is refused by name."""
     rows = [
         {"id": n, "prompt": f"Soup {n}", "counts": {"a": n, "b": 5 - n}, "group": n // 2} for n in range(6)
