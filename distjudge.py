@@ -1131,6 +1131,55 @@ class Recomputed(torch.autograd.Function):
         return None, *(next(found) if need else None for need in needed)
 
 
+class HalfProducts(torch.autograd.Function):
+    """A frozen linear layer with its adapter, x W' + b + s (x A') B': float32 but for products in bfloat16.
+
+    x (..., H), W (O, H) in bfloat16, b (O,) or None, A (r, H) and B (O, r) -> (..., O).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
+        rows, a = x.flatten(0, -2).bfloat16(), a.bfloat16()
+        low = rows @ a.T
+        ctx.shape, ctx.scale = x.shape, scale
+        ctx.save_for_backward(rows, weight, a, b, low)
+        # the adapter's part is added in float32, where it is not lost beside the other while it is small
+        out = F.linear(rows, weight).float().addmm_(low.float(), b.T, alpha=scale)
+        return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        rows, weight, a, b, low = ctx.saved_tensors
+        gradient = gradient.flatten(0, -2).bfloat16()
+        narrow = (gradient @ b.bfloat16()) * ctx.scale
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = torch.addmm(gradient @ weight, narrow, a).float().view(ctx.shape)
+        return back, None, None, (narrow.T @ rows).float(), ctx.scale * (gradient.T @ low).float(), None
+
+
+def multiplies_bf16(device: str | torch.device) -> bool:
+    """Whether a device is a CPU with matrix units for bfloat16 (AMX): several times as fast as float32."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.device(device).type == "cpu" and bool(known.get("amx_bf16"))
+
+
+def _halve_products(model: Any) -> None:
+    """Holds what carries an adapter in bfloat16, and computes with it as HalfProducts does."""
+    from peft.tuners.lora import Linear
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        (name,), base = self.active_adapters, self.base_layer
+        scale = 0.0 if self.disable_adapters else self.scaling[name]
+        own = self.lora_A[name].weight, self.lora_B[name].weight, scale
+        return HalfProducts.apply(x, base.weight, base.bias, *own)
+
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.base_layer.weight.data = layer.base_layer.weight.data.bfloat16()
+            layer.forward = types.MethodType(forward, layer)
+
+
 def add_label_readout(model: Any) -> None:
     """Teaches a causal LM's forward more arguments: `answer_at`, `token_ids`, `vocabulary` and `ends`.
 
@@ -1267,6 +1316,8 @@ class Judge:
     """Whether prompts that share a beginning are computed together; check_model() decides."""
     pack_tokens: int
     """Tokens a forward pass, at most; halved when CUDA runs out of memory."""
+    bf16: bool = False
+    """Whether products may be in bfloat16, see load_judge()."""
     calibration: dict[str, Any] | None = None
     """The temperature and bias that answers are corrected by, see recipes/calibrate.py; None: by nothing."""
 
@@ -1432,7 +1483,8 @@ def check_model(judge: Judge) -> None:
     Raises InputError where scores are not finite, or differ: then the model changes its logits in a way that
     add_label_readout does not know. Probes are longer than a window of up to 1,024 tokens, on CUDA of any.
     """
-    model, name, dtype = judge.model, type(judge.model).__name__, next(judge.model.parameters()).dtype
+    model, name = judge.model, type(judge.model).__name__
+    dtype = min((w.dtype for w in model.parameters()), key=lambda kind: kind.itemsize)
     if hasattr(model, "meant_for"):  # an outline has no weights to check with
         return
     tolerance, settings = 1e-4 if dtype == torch.float32 else 0.05, model.config.get_text_config().to_dict()
@@ -1504,12 +1556,14 @@ def load_judge(
     backend: str = "auto",
     gradient_checkpointing: bool = False,
     weights: bool = True,
+    bf16: bool | None = None,
 ) -> Judge:
     """A judge from a run folder of save_judge() or run(), or from a model (folder or hub id) and its labels.
 
     Weights are float32 on a CPU, 16-bit on CUDA, or with four_bit NF4. LoRA adapters go on all linear layers
-    of the decoder; with lora_rank=0 all weights are trained, in float32. max_length: 2048 tokens, or what a
-    saved judge was trained with. Only safetensors are read, no code of a repository is run. weights=False: an
+    of the decoder; with lora_rank=0 all weights are trained, in float32. bf16: on a CPU with AMX, products
+    with what carries an adapter are in bfloat16. max_length, bf16: 2048 tokens and False, or as a saved judge
+    was trained. Only safetensors are read, no code of a repository is run. weights=False: an
     outline on PyTorch's meta device, for dry runs. Raises InputError for what is no model, labels other than
     a saved judge's, changed files of it, and where check_model() does.
     """
@@ -1520,6 +1574,7 @@ def load_judge(
         saved = read_saved(folder, labels)
         labels, spellings, four_bit = saved["labels"], saved["spellings"], saved["four_bit"]
         max_length, lora_rank = max_length or saved["max_length"], 0
+        bf16 = saved.get("bf16") if bf16 is None else bf16
         adapter = folder / "adapter" if saved["adapter"] else None
         base = saved["base"] if adapter else str(folder / "model")
     elif not labels:
@@ -1544,6 +1599,7 @@ def load_judge(
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     made = {"lora_rank": lora_rank, "max_length": max_length, "seed": seed, "encoder": encoder, "base": base}
     made |= {"gradient_checkpointing": gradient_checkpointing, "adapter": adapter, "spellings": spellings}
+    made["bf16"] = bool(bf16)
     judge = make_judge(model, tokenizer, labels, **made)
     judge.calibration = saved.get("calibration")
     if fitted := judge.calibration:
@@ -1562,11 +1618,12 @@ def make_judge(
     gradient_checkpointing: bool = False,
     encoder: PromptEncoder | None = None,
     adapter: Path | None = None,
+    bf16: bool = False,
     **about: Any,
 ) -> Judge:
     """load_judge() of a causal LM in memory, which is changed in place; adapter: a trained one's folder.
 
-    about: base, max_length and spellings, see Judge.
+    about: base, max_length and spellings, see Judge; bf16: see load_judge().
     """
     encoder = encoder or PromptEncoder(tokenizer)
     tokens = label_tokens(tokenizer, labels, about.get("spellings"), encoder)
@@ -1576,6 +1633,9 @@ def make_judge(
     elif not hasattr(model, "meant_for"):  # rounded to 16 bits, small steps of its own weights would be lost
         model.float()
     judge = Judge(model, encoder, tokens, **about)
+    judge.bf16 = bf16
+    if bf16 and judge.backend == "transformers" and multiplies_bf16(judge.device):
+        _halve_products(model)
     check_model(judge)
     return judge
 
@@ -1823,7 +1883,7 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     judge.tokenizer.save_pretrained(folder / "tokenizer")
     about = {"distjudge": __version__, "base": judge.base, "adapter": adapter, "labels": judge.labels}
     about |= {"spellings": judge.spellings, "max_length": judge.max_length, "frame": judge.encoder.frame}
-    about |= {"four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False))}
+    about |= {"four_bit": bool(getattr(judge.model, "is_loaded_in_4bit", False)), "bf16": judge.bf16}
     about |= {"sequences": judge.tokens.sequences, "base_sample": getattr(judge.model, "fingerprint", None)}
     about |= {"sha256": checksums(folder)}
     write_saved(folder, about | ({"calibration": judge.calibration} if judge.calibration else {}))
@@ -2097,6 +2157,9 @@ class Config:
     """Model folder or hub id."""
     four_bit: bool = False
     """Load the weights in 4 bits (NF4)."""
+    bf16: bool = True
+    """On a CPU that multiplies bfloat16 several times as fast (AMX): hold what adapters are put on in it, and
+    compute products with it so. The rest is float32."""
     lora_rank: int = 16
     """Rank of the LoRA adapters, whose scale is 2; 0 trains all weights."""
     max_length: int = 2048
@@ -3026,7 +3089,7 @@ def write_results(
 
 def judge_of(config: Config, labels: Sequence[str], **options: Any) -> Judge:
     """load_judge() of config.model, with the settings of a run and these options."""
-    names = ("lora_rank", "four_bit", "max_length", "seed", "backend", "gradient_checkpointing")
+    names = ("lora_rank", "four_bit", "bf16", "max_length", "seed", "backend", "gradient_checkpointing")
     settings = {name: getattr(config, name) for name in names}
     settings["spellings"] = parse_spellings(config.spellings)
     judge = load_judge(config.model, labels, **settings, **options)

@@ -177,6 +177,8 @@ def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunCon
     why = {"bfloat16": "the card has it, or is assumed to", "float16": "the card has no bfloat16"}
     why["float32"] = "on a CPU" if on == "cpu" else "float16 is too narrow" if adapters else "all are trained"
     four_bit = "4-bit (NF4, quantized twice); embeddings, output layer and norms "
+    halved = ", products in bfloat16 (the processor is made for it; --no_bf16: float32)"
+    halved *= any(w.dtype == torch.bfloat16 for w in model.parameters()) and held == "float32"
     targets = sorted(model.peft_config["default"].target_modules) if adapters else []
     lora = f"LoRA of rank {config.lora_rank} on {', '.join(targets)}" if adapters else "all"
     attention = model.config.get_text_config()._attn_implementation
@@ -185,7 +187,7 @@ def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunCon
     return {
         "backend": f"{judge.backend} ({model.backend_reason})",
         "model": f"{config.model}: {total / 1e9:.3g} billion weights" + planned * hasattr(model, "meant_for"),
-        "weights": four_bit * getattr(model, "is_loaded_in_4bit", False) + f"{held} ({why[held]})",
+        "weights": four_bit * getattr(model, "is_loaded_in_4bit", False) + f"{held} ({why[held]}){halved}",
         "trained": f"{trained:,} weights in float32: {lora}",
         "optimizer": ("8-bit AdamW" if distjudge.optimizer_is_8bit(judge) else "AdamW")
         + f", learning rate {config.learning_rate:g}, {config.schedule}",

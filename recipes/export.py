@@ -558,7 +558,7 @@ def main(config: ExportConfig) -> None:
         from transformers.utils import logging as transformers_logging  # Unsloth wants to be imported first
 
         transformers_logging.disable_progress_bar()  # of loading weights
-    judge = load_judge(config.run, backend=backend) if form != "none" else None
+    judge = load_judge(config.run, backend=backend, bf16=False) if form != "none" else None
     try:
         if judge:
             if judge.calibration:

@@ -90,7 +90,7 @@ def copy(run, tmp_path):
 
 # --- merged -----------------------------------------------------------------------------------------------
 def test_a_merged_model_is_the_judge_and_says_how_far_it_is_off(run):
-    folder, judge = run[0], load_judge(run[0])
+    folder, judge = run[0], load_judge(run[0], bf16=False)
     merged = plain(AutoModelForCausalLM.from_pretrained(folder / "merged"), judge)
     assert (merged - torch.as_tensor(judge.predict(PROMPTS))).abs().max() < 1e-5
     assert AutoTokenizer.from_pretrained(folder / "merged").chat_template == judge.tokenizer.chat_template
@@ -107,7 +107,7 @@ def test_16_bits_are_allowed_their_rounding_and_no_more(copy, tiny_model, tmp_pa
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "base")
     save_tuned(tmp_path / "base", tmp_path / "stored")
-    stored, judge = do(tmp_path / "stored", "merged"), load_judge(copy)
+    stored, judge = do(tmp_path / "stored", "merged"), load_judge(copy, bf16=False)
     judge.model.to(torch.bfloat16)
     export.export_judge(judge, export.ExportConfig(run="", export="merged"), copy, copy / "merged")
     for report in (stored, export.read(copy / "merged" / "export.json")):
@@ -262,7 +262,7 @@ def clone(copy, tmp_path, monkeypatch):
     options = {"LLAMA_FTYPE_MOSTLY_Q4_K_M": 15, "llama_model_quantize_default_params": types.SimpleNamespace}
     play(monkeypatch, "llama_cpp", Llama=Llama, llama_model_quantize=quantize, **options)
     play(monkeypatch, "sentencepiece")
-    monkeypatch.setattr(Llama, "judge", load_judge(copy))
+    monkeypatch.setattr(Llama, "judge", load_judge(copy, bf16=False))
     monkeypatch.setattr(export, "START", "fork")  # what is played is there too
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERT)
     return str(tmp_path)
@@ -287,7 +287,7 @@ def test_a_gguf_file_is_compared_and_kept(kind, content, copy, clone, monkeypatc
 
 def test_unsloth_writes_a_gguf_file_compared_or_not(copy, clone, monkeypatch, caplog):
     """With the arguments and the answer of its own save_pretrained_gguf."""
-    judge = load_judge(copy)
+    judge = load_judge(copy, bf16=False)
 
     def save_pretrained_gguf(save_directory, tokenizer=None, quantization_method="fast_quantized"):
         made = Path(save_directory + "_gguf", f"model.{quantization_method.upper()}.gguf")
@@ -301,7 +301,7 @@ def test_unsloth_writes_a_gguf_file_compared_or_not(copy, clone, monkeypatch, ca
     play(monkeypatch, "unsloth")
     play(monkeypatch, "unsloth.save", **unsloth)
     monkeypatch.setattr(distjudge, "choose_backend", lambda *_, **__: ("unsloth", "played"))
-    monkeypatch.setattr(export, "load_judge", lambda *_, backend: judge if backend == "unsloth" else None)
+    monkeypatch.setattr(export, "load_judge", lambda *_, backend, bf16: judge if backend == "unsloth" else None)
     with pytest.raises(InputError, match="quantization: must be one of q8_0, f16, not q9"):
         do(copy, "gguf", quantization="q9")
     assert do(copy, "gguf")[GGUF][LARGEST] < 1e-5
@@ -386,7 +386,7 @@ def test_a_gguf_file_judges_as_the_judge_does(name, kind, most, llama_cpp_clone,
 # --- the model card -----------------------------------------------------------------------------------------
 def test_the_card_says_what_the_folder_holds_and_its_code_runs(run):
     folder, metrics = run
-    card, judge = (folder / "README.md").read_text(), load_judge(folder)
+    card, judge = (folder / "README.md").read_text(), load_judge(folder, bf16=False)
     head = card.split("---")[1]
     assert "library_name: peft" in head and "base_model" not in head  # a local folder is no hub id
     row = next(line for line in card.splitlines() if line.startswith("| `kl` |"))
@@ -408,7 +408,7 @@ def test_the_card_says_what_the_folder_holds_and_its_code_runs(run):
     for block in blocks:
         exec(block.replace('"RUN', f'"{folder}').replace('"base"', f'"{folder.parent / "base"}"'), scope)
     own = torch.as_tensor(scope["judge"].predict(PROMPTS))
-    assert len(blocks) == 2 and (plain(scope["model"], scope["judge"]) - own).abs().max() < 1e-5
+    assert len(blocks) == 2 and (plain(scope["model"], scope["judge"]) - own).abs().max() < 2e-3
     with scope["model"].disable_adapter():
         assert (plain(scope["model"], scope["judge"]) - own).abs().max() > 0.05
 

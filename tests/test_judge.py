@@ -494,3 +494,56 @@ def test_a_folder_of_another_judge_leaves_nothing_in_the_new_one(tiny_model, tin
     assert again.encode(["Hi"]) == other.encode(["Hi"]) != first.encode(["Hi"])
     save_judge(load_judge(tiny_model, ["yes", "no"], lora_rank=2), tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
+
+
+# --- products in bfloat16 on CPUs made for them ------------------------------------------------------------
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_bfloat16_against_float64(bias):
+    draw = torch.Generator().manual_seed(0)
+    x, weight, a, b, gradient, offset = (
+        torch.randn(shape, generator=draw, dtype=torch.float64)
+        for shape in [(2, 5, 64), (32, 64), (4, 64), (32, 4), (2, 5, 32), (32,)]
+    )
+    weight, offset = weight.bfloat16().double(), offset if bias else None
+    a, b = a.requires_grad_(), b.requires_grad_()
+    inputs = x.requires_grad_(), a, b
+    exact = torch.nn.functional.linear(x, weight, offset) + 0.5 * x @ a.T @ b.T
+    wanted = torch.autograd.grad(exact, inputs, gradient)
+    x, a, b = (t.detach().float().requires_grad_() for t in inputs)
+    offset = offset if offset is None else offset.float()
+    out = distjudge.HalfProducts.apply(x, weight.bfloat16(), offset, a, b, 0.5)
+    found = torch.autograd.grad(out, (x, a, b), gradient.float())
+    for one, other in zip((out, *found), (exact, *wanted), strict=True):
+        assert one.dtype == torch.float32 and one.shape == other.shape
+        assert (one - other).norm() < 0.006 * other.norm()
+    small = distjudge.HalfProducts.apply(x, weight.bfloat16(), offset, a, 1e-5 * b, 0.5)
+    none = distjudge.HalfProducts.apply(x, weight.bfloat16(), offset, a, 0 * b, 0.5)
+    part = 0.5e-5 * x @ a.T @ b.T  # of an adapter that has hardly begun to learn: it is not rounded away
+    assert (small - none - part).norm() < 0.05 * part.norm()
+
+
+def test_a_judge_computes_in_bfloat16_where_the_processor_does(tiny_model, votes, tmp_path, monkeypatch):
+    items, texts = votes(24), [item.prompt for item in votes(24)]
+    exact = load_judge(tiny_model, ["1", "2", "3"], lora_rank=4)
+    q = exact.predict(texts)
+    monkeypatch.setattr(distjudge, "multiplies_bf16", lambda device: False)
+    judge = load_judge(tiny_model, ["1", "2", "3"], lora_rank=4, bf16=True)
+    assert numpy.array_equal(judge.predict(texts), q)
+
+    monkeypatch.setattr(distjudge, "multiplies_bf16", lambda device: True)
+    judge = load_judge(tiny_model, ["1", "2", "3"], lora_rank=4, bf16=True)
+    kinds = {"base_layer.weight" in name: w.dtype for name, w in judge.model.named_parameters()}
+    assert kinds == {True: torch.bfloat16, False: torch.float32}
+    assert judge.packs and 0 < numpy.abs(judge.predict(texts) - q).max() < 0.02
+    config = distjudge.Config(out=str(tmp_path / "run"), learning_rate=1e-3, epochs=4, save_every=0)
+    losses = [[row["loss"] for row in distjudge.train(one, items, config)] for one in (exact, judge)]
+    assert losses[0] != losses[1] and numpy.allclose(*losses, atol=0.02)
+    assert sum(losses[1][-3:]) < 0.9 * sum(losses[1][:3])
+    with judge.model.disable_adapter():
+        assert numpy.abs(judge.predict(texts) - q).max() < 0.02 < numpy.abs(exact.predict(texts) - q).max()
+    save_judge(judge, tmp_path / "run")
+    again, q = load_judge(tmp_path / "run"), judge.predict(texts)
+    assert again.bf16 and numpy.array_equal(again.predict(texts), q)
+    plain = load_judge(tmp_path / "run", bf16=False)
+    assert {w.dtype for w in plain.model.parameters()} == {torch.float32}
+    assert 0 < numpy.abs(plain.predict(texts) - q).max() < 0.02
