@@ -1,16 +1,14 @@
 """After training: a plain model folder or a GGUF file of a judge, its model card, an upload to a hub.
 
     python recipes/export.py --run runs/first --export merged          # runs/first/merged, a model folder
-    python recipes/export.py --run runs/first --export gguf            # runs/first/gguf, through Unsloth
-    python recipes/export.py --run runs/first --export gguf --llama_cpp llama.cpp     # on a CPU too
+    python recipes/export.py --run runs/first --export gguf --llama_cpp llama.cpp     # runs/first/gguf
     python recipes/export.py --run runs/first --push_to_hub me/judge   # the run folder; a new one is private
     python recipes/export.py --run runs/first                          # its model card, as every call does
 
     merged           the adapters are added to the base's own weights, in the type they are stored in; a
                      judge trained on 4-bit weights is merged into the base that was not rounded
-    gguf             one file for llama.cpp and Ollama: Unsloth writes it on CUDA and builds llama.cpp for
-                     that; with --llama_cpp, a clone that need not be built, its converter does (pip install
-                     gguf sentencepiece); the file is compared through llama-cpp-python
+    gguf             one file for llama.cpp and Ollama, by the converter of --llama_cpp, a clone that need not
+                     be built (pip install gguf sentencepiece), and compared through llama-cpp-python
     gguf-unchecked   the same without the comparison; measure it with recipes/api.py before you trust it
 
 What is written is read back and compared with the judge on 32 test items (three prompts of ours where there
@@ -70,7 +68,7 @@ class ExportConfig:
     quantization: str = "q8_0"
     """gguf: how llama.cpp stores the weights (f16, q8_0, q4_k_m, ...)."""
     llama_cpp: str = ""
-    """gguf: a clone of llama.cpp, whose converter is used in place of Unsloth."""
+    """gguf: a clone of llama.cpp, for its converter."""
     push_to_hub: str = ""
     """Upload the run folder, without test items and checkpoints, to this repository (NAME or OWNER/NAME)."""
 
@@ -98,8 +96,8 @@ def check(config: ExportConfig, folder: Path, out: Path) -> str:
     if form != "none":
         if out.exists():
             raise InputError(f"{out}: exists already")
-        if form != "merged":  # first: Unsloth wants to be imported before transformers
-            check_gguf(config, adapters)
+        if form != "merged":
+            check_gguf(config)
         device = check_base(base, adapters)
     if config.push_to_hub and adapters and Path(base).is_dir():
         if out != folder / "merged" and not export_of(folder, "merged"):
@@ -134,25 +132,18 @@ def check_base(base: str, adapters: bool) -> str:
     return "cpu"
 
 
-def check_gguf(config: ExportConfig, adapters: bool) -> None:
+def check_gguf(config: ExportConfig) -> None:
     script, installed = Path(config.llama_cpp) / CONVERTER, importlib.util.find_spec("llama_cpp") is not None
     if config.export == "gguf" and not installed:
         raise InputError("export: gguf needs llama-cpp-python, not installed here; gguf-unchecked does not")
-    if not config.llama_cpp:
-        use, why = distjudge.choose_backend("auto", trained=not adapters)
-        if use != "unsloth":
-            raise InputError(f"export: Unsloth, which writes gguf, cannot be used ({why}): give --llama_cpp")
-        from unsloth.save import ALLOWED_QUANTS
-
-        known = ALLOWED_QUANTS
-    elif not script.is_file():
-        raise InputError(f"llama_cpp: {script} is not there: git clone https://github.com/ggml-org/llama.cpp")
-    elif importlib.util.find_spec("sentencepiece") is None:  # imported late, for every kind of tokenizer
+    if not config.llama_cpp or not script.is_file():
+        where = f"{script} is not there" if config.llama_cpp else "gguf needs a clone of llama.cpp"
+        raise InputError(f"llama_cpp: {where}: git clone https://github.com/ggml-org/llama.cpp")
+    if importlib.util.find_spec("sentencepiece") is None:  # imported late, for every kind of tokenizer
         raise InputError(f"llama_cpp: {CONVERTER} needs sentencepiece: pip install gguf sentencepiece")
-    else:
-        convert(script, "--help", error=InputError)
-        types = dir(importlib.import_module("llama_cpp")) if installed else []
-        known = [*CONVERTED, *(name.removeprefix(TYPE).lower() for name in types if TYPE in name)]
+    convert(script, "--help", error=InputError)
+    types = dir(importlib.import_module("llama_cpp")) if installed else []
+    known = [*CONVERTED, *(name.removeprefix(TYPE).lower() for name in types if TYPE in name)]
     if config.quantization not in known:
         raise InputError(f"quantization: must be one of {', '.join(known)}, not {config.quantization}")
 
@@ -171,8 +162,8 @@ def convert(script: Path, *arguments: str, error: type[Exception] = ExportError)
 def export_judge(judge: Judge, config: ExportConfig, folder: Path, out: Path, device: str = "cpu") -> None:
     """Writes the judge saved in `folder` as config says, reads it back and compares it.
 
-    The judge loses its model where that is loaded again to be merged. Raises ExportError and leaves no files
-    if what was written judges otherwise by more than the bounds above.
+    The judge loses its model, which is loaded again to be merged. Raises ExportError and leaves no files if
+    what was written judges otherwise by more than the bounds above.
     """
     form, model, prompts = config.export, judge.model, prompts_of(folder, judge)
     four_bit = getattr(model, "is_loaded_in_4bit", False)
@@ -186,17 +177,16 @@ def export_judge(judge: Judge, config: ExportConfig, folder: Path, out: Path, de
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        if form == "merged" or config.llama_cpp:
-            runs_in, judge.model, model = model.get_input_embeddings().weight.dtype, None, None
-            merged = part if form == "merged" else part / "weights"
-            stored, reference, found = merge(judge, folder, merged, prompts, runs_in, device)
-            report["dtype"] = str(stored).removeprefix("torch.")
-            held = "float32" if stored == runs_in == torch.float32 else "16 bits"
-            report |= compare("merged weights", "their base with the adapter", found, reference, held)
-            report |= compare("merged weights", to, found, own, "fewer bits" if four_bit else held)
+        runs_in, judge.model, model = model.get_input_embeddings().weight.dtype, None, None
+        merged = part if form == "merged" else part / "weights"
+        stored, reference, found = merge(judge, folder, merged, prompts, runs_in, device)
+        report["dtype"] = str(stored).removeprefix("torch.")
+        held = "float32" if stored == runs_in == torch.float32 else "16 bits"
+        report |= compare("merged weights", "their base with the adapter", found, reference, held)
+        report |= compare("merged weights", to, found, own, "fewer bits" if four_bit else held)
         if form != "merged":
             report["quantization"] = config.quantization
-            file = (gguf_by_llama_cpp if config.llama_cpp else gguf_by_unsloth)(judge, part, config)
+            file = make_gguf(judge, part, config)
             report["size"] = f"{file.stat().st_size / 1e6:,.0f} MB"  # k-quants keep some tensors larger
         if form == "gguf":
             found, same = gguf_logprobs(file, judge, prompts)
@@ -267,22 +257,7 @@ def merge(
     return stored, reference, plain(str(part)).score(prompts)[0].exp()
 
 
-def gguf_by_unsloth(judge: Judge, part: Path, config: ExportConfig) -> Path:
-    from unsloth.save import patch_saving_functions  # an adapter loaded by PEFT has only its base's methods
-
-    weights = str(part / "weights")
-    try:
-        model, kind = patch_saving_functions(judge.model), config.quantization
-        made = model.save_pretrained_gguf(weights, tokenizer=judge.tokenizer, quantization_method=kind)
-        file, *_ = [Path(shutil.move(file, part)) for file in made["gguf_files"]]
-    except Exception as error:  # llama.cpp, the disk, the network; no file where it says there is one
-        raise ExportError(f"gguf: Unsloth could not write the file: {first_line(error)}") from error
-    for path in (weights, f"{weights}_gguf"):
-        shutil.rmtree(path, ignore_errors=True)
-    return file
-
-
-def gguf_by_llama_cpp(judge: Judge, part: Path, config: ExportConfig) -> Path:
+def make_gguf(judge: Judge, part: Path, config: ExportConfig) -> Path:
     """Turns the merged model in part/weights into a GGUF file.
 
     The converter goes by what transformers 5 does not write: which tokens are control tokens, and, from the
@@ -553,12 +528,11 @@ def main(config: ExportConfig) -> None:
     out = Path(config.out) if config.out else folder / form.removesuffix("-unchecked")
     device = check(config, folder, out)
     repository = open_repository(config.push_to_hub) if config.push_to_hub else ""
-    backend = "transformers" if form == "merged" or config.llama_cpp else "unsloth"
     if not sys.stderr.isatty():
-        from transformers.utils import logging as transformers_logging  # Unsloth wants to be imported first
+        from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()  # of loading weights
-    judge = load_judge(config.run, backend=backend, bf16=False) if form != "none" else None
+    judge = load_judge(config.run, backend="transformers", bf16=False) if form != "none" else None
     try:
         if judge:
             if judge.calibration:

@@ -163,7 +163,7 @@ def test_a_run_of_all_weights_and_labels_that_would_break_the_page(tiny_model, t
 # --- what cannot be done ------------------------------------------------------------------------------------
 CANNOT = {
     "--export gguf": "export: gguf needs llama-cpp-python, not installed here",
-    "--export gguf-unchecked": "export: Unsloth, which writes gguf, cannot be used (no CUDA device)",
+    "--export gguf-unchecked": "llama_cpp: gguf needs a clone of llama.cpp: git clone https://",
     "--export merged --llama_cpp .": "llama_cpp: is for --export gguf, not merged",
     "--export gguf-unchecked --llama_cpp .": "convert_hf_to_gguf.py is not there: git clone",
     "--export merged --out {run}": "exists already",
@@ -212,7 +212,7 @@ def test_a_machine_too_small_to_merge_is_told_at_once(tmp_path, monkeypatch):
             assert export.check_base(str(tmp_path), adapters) == place
 
 
-# --- GGUF: Unsloth and llama.cpp are played, but for the last test ------------------------------------------
+# --- GGUF: llama.cpp is played, but for the last test -------------------------------------------------------
 class Llama:
     """llama_cpp.Llama as far as it is used, computing with the model of a judge."""
 
@@ -285,30 +285,9 @@ def test_a_gguf_file_is_compared_and_kept(kind, content, copy, clone, monkeypatc
     assert "## `gguf`\n\nRead back and compared with the judge" in (copy / "README.md").read_text()
 
 
-def test_unsloth_writes_a_gguf_file_compared_or_not(copy, clone, monkeypatch, caplog):
-    """With the arguments and the answer of its own save_pretrained_gguf."""
-    judge = load_judge(copy, bf16=False)
-
-    def save_pretrained_gguf(save_directory, tokenizer=None, quantization_method="fast_quantized"):
-        made = Path(save_directory + "_gguf", f"model.{quantization_method.upper()}.gguf")
-        for folder in (Path(save_directory), made.parent):
-            folder.mkdir()
-        made.write_bytes(b"GGUF" if tokenizer is judge.tokenizer else b"")
-        return {"save_directory": save_directory, "gguf_files": [str(made)]}
-
-    judge.model.save_pretrained_gguf = save_pretrained_gguf
-    unsloth = {"patch_saving_functions": lambda model: model, "ALLOWED_QUANTS": {"q8_0": "", "f16": ""}}
-    play(monkeypatch, "unsloth")
-    play(monkeypatch, "unsloth.save", **unsloth)
-    monkeypatch.setattr(distjudge, "choose_backend", lambda *_, **__: ("unsloth", "played"))
-    monkeypatch.setattr(export, "load_judge", lambda *_, backend, bf16: judge if backend == "unsloth" else None)
-    with pytest.raises(InputError, match="quantization: must be one of q8_0, f16, not q9"):
-        do(copy, "gguf", quantization="q9")
-    assert do(copy, "gguf")[GGUF][LARGEST] < 1e-5
-    assert sorted(path.name for path in (copy / "gguf").iterdir()) == ["export.json", "model.Q8_0.gguf"]
-    shutil.rmtree(copy / "gguf")
+def test_a_gguf_file_that_is_not_compared(copy, clone, monkeypatch, caplog):
     monkeypatch.setattr(Llama, "__init__", lambda *_, **__: pytest.fail("compared"))
-    export.main(export.ExportConfig(run=str(copy), export="gguf-unchecked"))
+    export.main(export.ExportConfig(run=str(copy), export="gguf-unchecked", llama_cpp=clone))
     assert export.read(copy / "gguf" / "export.json")["compared_items"] == 0
     assert "not compared with the judge" in caplog.text
     assert "**Not compared with** the judge" in (copy / "README.md").read_text()

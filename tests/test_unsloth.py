@@ -14,15 +14,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("distjudge.py", "recipes/export.py", "tests/gpu/report.py")
+OURS = ("distjudge.py", "tests/gpu/report.py")
 ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 CHECKS = """
 import unsloth  # first: it patches the others
 import importlib, inspect, json, sys
-import peft, torch, transformers
+import torch
 from unsloth import FastLanguageModel
 from unsloth.models import llama, mistral, qwen3
-from unsloth.save import ALLOWED_QUANTS, patch_saving_functions, unsloth_save_pretrained_gguf
 from unsloth.utils.prefix_grouper_kernel import _make_mask_mod
 import distjudge
 
@@ -54,17 +53,6 @@ for module in (llama, mistral, qwen3):
 for name in ("from_pretrained", "get_peft_model", "patch_peft_model"):
     parameters = inspect.signature(getattr(FastLanguageModel, name)).parameters
     assert parameters["use_gradient_checkpointing"].default == "unsloth", name
-
-# an adapter of PEFT's has only its base's way to GGUF, which would write the base; patched, it has its own
-shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
-model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-assert not hasattr(model, "save_pretrained_gguf") or model.save_pretrained_gguf.__self__ is not model
-assert patch_saving_functions(model) is model and model.save_pretrained_gguf.__self__ is model
-assert model.save_pretrained_gguf.__func__ is unsloth_save_pretrained_gguf
-inspect.signature(model.save_pretrained_gguf).bind("folder", tokenizer=None, quantization_method="q8_0")
-assert '"gguf_files"' in inspect.getsource(unsloth_save_pretrained_gguf)
-assert {"q8_0", "q4_k_m", "f16"} <= set(ALLOWED_QUANTS)
 """
 
 
@@ -108,7 +96,7 @@ def test_the_calls_are_found_in_our_code(calls):
     loading = {"max_seq_length", "load_in_4bit", "device_map", "use_exact_model_name", "use_safetensors"}
     assert loading | {"offload_embedding"} <= made["FastLanguageModel", "from_pretrained"]
     others = {("FastLanguageModel", "patch_peft_model"), ("FastBaseModel", "post_patch_model")}
-    others |= {("build_seg_info_multigroup", ""), ("patch_saving_functions", "")}
+    others |= {("build_seg_info_multigroup", "")}
     assert others <= set(made)
 
 
