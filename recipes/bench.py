@@ -10,6 +10,7 @@ Parts:
                 trl.SFTTrainer (single-point, loss on the label only) with the rows a pass that suit it best;
                 what packs save; the adversary's share
     judge       seconds to judge the same items: ours, padded batches, one at a time, generating one token
+                (both parts on a CPU with AMX: also ours with products in bfloat16, as recipes run there)
     rate        the part of the machine's own matrix rate that a forward and backward pass of ours reaches
 
 All ways take turns within one run. Figures are medians with the smallest and largest. Prompts come from the
@@ -59,7 +60,7 @@ BACKBONES = {  # family, SIZES, vocabulary, whether input and output embeddings 
     "qwen7b": ("qwen2", (3584, 18_944, 28, 28, 4), 152_064, False),
     "llama8b": ("llama", (4096, 14_336, 32, 32, 8), 128_256, False),
 }
-OURS, UNPACKED, STOCK = "ours", "ours without packs", "stock SFTTrainer"
+OURS, HALVED, UNPACKED, STOCK = "ours", "ours in bfloat16", "ours without packs", "stock SFTTrainer"
 
 
 @dataclasses.dataclass
@@ -175,9 +176,9 @@ def model_and_tokenizer(config: BenchConfig) -> tuple[Any, Any]:
     return random_model(config.backbone, tokenizer, config.seed), tokenizer
 
 
-def make_judge(config: BenchConfig, items: list[Item]) -> Judge:
-    labels = distjudge.labels_of(items)
-    return distjudge.make_judge(*model_and_tokenizer(config), labels, seed=config.seed, max_length=8192)
+def make_judge(config: BenchConfig, items: list[Item], bf16: bool = False) -> Judge:
+    options = {"seed": config.seed, "max_length": 8192, "bf16": bf16}
+    return distjudge.make_judge(*model_and_tokenizer(config), distjudge.labels_of(items), **options)
 
 
 def train_ours(judge: Judge, items: list[Item], **settings: Any) -> tuple[list[float], list[float]]:
@@ -265,6 +266,9 @@ def bench_train(task: str, config: BenchConfig) -> dict[str, Any]:
         UNPACKED: lambda: our_step(judge, items, config, packs=False),
         STOCK: lambda: stock(best),
     }
+    if distjudge.multiplies_bf16(judge.device):
+        halved = make_judge(config, items, bf16=True)
+        ways[HALVED] = lambda: our_step(halved, items, config, packs=True)
     times = take_turns(ways, config.repeats, warm_up=0)
     encoded = judge.encode([item.prompt for item in items])
     tokens, _ = common.first_epoch(judge, encoded, distjudge.Config(batch_size=config.batch_size))
@@ -313,6 +317,9 @@ def bench_judge(task: str, config: BenchConfig) -> dict[str, Any]:
         "one at a time": lambda: seconds(lambda: read(singly)),
         "generate one token": lambda: seconds(lambda: quietly(generate)),
     }
+    if distjudge.multiplies_bf16(judge.device):
+        halved = make_judge(config, items, bf16=True)
+        ways[HALVED] = lambda: seconds(lambda: halved.score(prompts))
     times = take_turns(ways, config.repeats)
     return {"task": task, "items": len(items), "seconds": times, "largest_difference_nats": apart}
 

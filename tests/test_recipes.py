@@ -216,6 +216,8 @@ def test_bench_runs_every_part(tmp_path):
     found = json.loads((tmp_path / "b" / "bench.json").read_text())
     trained, judged = found["train"][0], found["judge"][0]
     assert set(trained["seconds_a_step"]) >= {"ours", "ours without packs", "stock SFTTrainer"}
+    halved = "ours in bfloat16" in trained["seconds_a_step"], "ours in bfloat16" in judged["seconds"]
+    assert set(halved) == {distjudge.multiplies_bf16("cpu")}
     assert trained["shared_tokens"] > 0.3 and trained["stock_rows"] in (2, 4)
     assert set(trained["stock_rows_tried"]) == {"2", "4"}
     assert judged["largest_difference_nats"] < 1e-4  # the other ways judge the same
