@@ -4,8 +4,8 @@
     python recipes/qwen7b.py --train votes.jsonl            # 8:2 split by group; --test names test items
     python recipes/qwen7b.py --train votes.jsonl --model models/Qwen2.5-7B-Instruct
 
-Memory in GiB, estimated (--dry_run does that for your items) and not measured on a GPU yet: 7.2 for NLI
-prompts, 8.3 for SummEval's with their articles; 7.0 and 7.3 with --pack_tokens 1.
+Memory in GiB, estimated (--dry_run does that for your items): 7.2 for NLI prompts, 8.3 for SummEval's with
+their articles; 7.0 and 7.3 with --pack_tokens 1. An H200 held 6.5 for NLI prompts (measured).
 
 The chat template begins with Qwen's own system turn. Digits are single tokens: "10" begins like "1", and
 such labels are read whole. Apache-2.0.
