@@ -16,7 +16,6 @@ Figures are .png files. Their titles name the judge and the data.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -24,12 +23,12 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distjudge
-from distjudge import InputError, short
+from distjudge import InputError, Item, short
 
 import matplotlib.pyplot as plt
 import pandas
@@ -46,6 +45,7 @@ plt.rc("font", size=9)
 plt.rc("text", parse_math=False)  # a "$" in a text or label is a dollar
 plt.rc("axes", titlesize=9, grid=True, axisbelow=True, prop_cycle=plt.cycler(color=COLOURS, linestyle=LINES))
 plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
 plt.rc("grid", color="#e4e4e4", linewidth=0.6)
 plt.rc("figure", dpi=150, facecolor="white")  # an opaque ground, for dark pages
 plt.rc("figure.constrained_layout", use=True)
@@ -55,40 +55,43 @@ plt.rc("svg", hashsalt="distjudge")  # the same file each time
 
 @dataclasses.dataclass
 class Run:
-    """A run folder. votes, predictions q and truth: (N, C) float64. rows: the lines of predictions.jsonl.
+    """A run folder: items with their votes, the judge's q (N, C) float64; of files what is there.
 
-    settings: config.json, if it is there. name: that of the folder.
+    rows: the lines of predictions.jsonl. settings: config.json. name: that of the folder. p and truth are as
+    q; kl: KL(p || q) of each item, nats. scores: as report.py adds them, see distjudge.item_scores().
     """
 
-    labels: list[str]
-    ids: list[str]
-    votes: torch.Tensor
+    items: list[Item]
     q: torch.Tensor
-    truth: torch.Tensor | None
-    metrics: dict
+    metrics: dict = dataclasses.field(default_factory=dict)
     log: list[dict] = dataclasses.field(default_factory=list)
     rows: list[dict] = dataclasses.field(default_factory=list)
     settings: dict = dataclasses.field(default_factory=dict)
     name: str = ""
+    scores: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.labels, self.p = distjudge.labels_of(self.items), distjudge.shares_of(self.items)
+        self.truth, self.kl = distjudge.truths_of(self.items), distjudge.kl_divergence(self.p, self.q)
 
     @property
     def title(self) -> str:
         """Which judge on which data, for the title of a figure."""
         files = next((own for key in ("test", "files", "train") if (own := self.settings.get(key))), [])
         data = ", ".join(Path(file).name for file in ([files] if isinstance(files, str) else files))
-        return short(f"{self.name} on {len(self.ids):,} items" + (f" of {data}" if data else ""), 90)
+        return short(f"{self.name} on {len(self.items):,} items" + (f" of {data}" if data else ""), 90)
 
     @functools.cached_property
     def pieces(self) -> list[str]:
-        return pieces([row.get("prompt") or "" for row in self.rows] or [""] * len(self.ids), 90)
+        return pieces([item.prompt for item in self.items], 90)
 
-    @property
-    def p(self) -> torch.Tensor:
-        return self.votes / self.votes.sum(1, keepdim=True)
 
-    @property
-    def kl(self) -> torch.Tensor:
-        return distjudge.kl_divergence(self.p, self.q)
+def interval(mean: float | None, low: float | None, high: float | None, digits: str = ".3f") -> str:
+    """A mean with its interval, as far as there are any: None and NaN are none."""
+    mean, low, high = (math.nan if x is None else x for x in (mean, low, high))
+    ends = "" if math.isnan(low) else f" [{low:{digits}}, {high:{digits}}]"
+    said = "–" if math.isnan(mean) else f"{mean:{digits}}{ends}"
+    return said.replace("inf", "∞").replace("-0.000", "0.000")
 
 
 def pieces(prompts: list[str], width: int) -> list[str]:
@@ -119,13 +122,13 @@ def load_run(folder: str | Path) -> Run:
         return [row for _, row, _ in found]
 
     def content(name: str) -> dict:
-        try:
-            return json.loads((home / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{named}/{name}: broken JSON: {error}") from None
+        found, problem = distjudge.parse_json((home / name).read_bytes())
+        if problem:
+            raise InputError(f"{named}/{name}: {problem}")
+        return found
 
-    def table(field: str) -> torch.Tensor:
-        return torch.tensor([[row[field][label] for label in labels] for row in rows], dtype=torch.float64)
+    def values(row: dict, field: str) -> dict[str, float]:
+        return {label: row[field][label] for label in rows[0]["predicted"]}
 
     try:
         rows, metrics = lines("predictions.jsonl"), content("metrics.json")
@@ -133,16 +136,17 @@ def load_run(folder: str | Path) -> Run:
         settings = content("config.json") if (home / "config.json").exists() else {}
         if not rows:
             raise InputError(f"{named}/predictions.jsonl: no predictions")
+        items = []
         for row in rows:
-            row |= {"prompt": distjudge.prompt_text(row["prompt"])} if row.get("prompt") else {}
-        labels, ids = list(rows[0]["predicted"]), [row["id"] for row in rows]
-        votes, q = table("counts"), table("predicted")
-        truth = table("truth") if all("truth" in row for row in rows) else None
+            text = distjudge.prompt_text(row["prompt"]) if row.get("prompt") else ""
+            truth = values(row, "truth") if row.get("truth") else None
+            items.append(Item(row["id"], text, values(row, "counts"), row.get("group"), truth=truth))
+        q = torch.tensor([[*values(row, "predicted").values()] for row in rows], dtype=torch.float64)
+        return Run(items, q, metrics, log, rows, settings, home.resolve().name)
     except KeyError as error:
         raise InputError(f"{named}/predictions.jsonl: a line lacks {error}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{named}: not a run folder: {error}") from None
-    return Run(labels, ids, votes, q, truth, metrics, log, rows, settings, home.resolve().name)
 
 
 def name_labels(ax: plt.Axes, labels: list[str]) -> None:
@@ -150,6 +154,13 @@ def name_labels(ax: plt.Axes, labels: list[str]) -> None:
     turned = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if max(map(len, labels)) > 4 else {}
     ax.set_xticks(range(len(labels)), [short(label, 14) for label in labels], **turned)
     ax.grid(visible=False, axis="x")
+
+
+def add_legend(figure: Any, place: str, columns: int = 1) -> None:
+    """One legend for all panels of a figure or a part of one, outside of them."""
+    handles = [ax.get_legend_handles_labels() for ax in figure.axes]
+    named = {label: handle for own in handles for handle, label in zip(*own, strict=True)}
+    figure.legend(named.values(), named.keys(), loc=f"outside {place}", ncols=columns)
 
 
 def draw_item(ax: plt.Axes, run: Run, i: int, judges: dict[str, torch.Tensor], about: str) -> None:
@@ -169,16 +180,15 @@ def draw_item(ax: plt.Axes, run: Run, i: int, judges: dict[str, torch.Tensor], a
 
 def draw_bars(run: Run, each: int = 4) -> plt.Figure:
     """Small bar charts of items in rows: the least and the most entropy of votes, and the largest KL."""
-    entropy, each = distjudge.entropy(run.p), min(each, len(run.ids))
+    entropy, each = distjudge.entropy(run.p), min(each, len(run.items))
     kinds = {"most agreed on": entropy, "most disputed": -entropy, "worst predicted": -run.kl}
     figure, axes = plt.subplots(3, each, figsize=(2.4 * each, 6.4), sharey=True, squeeze=False)
     for row, (kind, value) in zip(axes, kinds.items(), strict=True):
         for ax, i in zip(row, value.argsort(stable=True)[:each].tolist(), strict=True):
-            about = f"{short(run.ids[i], 22)}: KL {run.kl[i]:.2f}, {run.votes[i].sum():g} votes"
+            about = f"{short(run.items[i].id, 22)}: KL {run.kl[i]:.2f}, {run.items[i].votes:g} votes"
             draw_item(ax, run, i, {"judge": run.q}, about)
         row[0].set_ylabel(f"{kind}\nprobability")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower right", ncols=len(names), frameon=False)
+    add_legend(figure, "lower right", 3)
     return figure
 
 
@@ -198,7 +208,7 @@ def draw_calibration(run: Run, bins: int = 10) -> plt.Figure:
         ax.annotate(n, (x, y), (6, -9), textcoords="offset points", fontsize=7, color=NEUTRAL)
     ax.set(xlabel="predicted probability of a label", ylabel="share of votes the label got")
     ax.set(xlim=(0, 1), ylim=(0, 1))
-    ax.legend(frameon=False, loc="upper left")
+    ax.legend(loc="upper left")
     return figure
 
 
@@ -212,7 +222,7 @@ def draw_kl(run: Run) -> plt.Figure:
         if mean is not None:
             ax.axvline(mean, color=colour, linestyle=style, linewidth=1.8, label=f"{name}: mean {mean:.3f}")
     ax.set(xlabel="KL(votes || judge) of an item, nats", ylabel="items")
-    ax.legend(frameon=False)
+    ax.legend()
     return figure
 
 
@@ -265,7 +275,7 @@ def draw_curves(run: Run, most: int = 100) -> plt.Figure:
     for ax, title in zip(axes[0], ("training loss", "KL on test items"), strict=False):
         ax.set(xlabel="step", ylabel="nats", title=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(frameon=False)
+        ax.legend()
     return figure
 
 
@@ -275,14 +285,12 @@ def draw_compare(runs: dict[str, Run]) -> plt.Figure:
     They are the most agreed on, the most disputed, and two on which the judges differ most (the mutual
     information of judge and label). Raises InputError for runs of other items.
     """
-    first = next(iter(runs.values()))
-    for name, run in runs.items():
-        if (run.labels, run.ids) != (first.labels, first.ids) or not run.votes.equal(first.votes):
-            raise InputError(
-                f"{short(name)}: its items, labels or votes are not those of {short(first.name)}"
-            )
+    first, votes = next(iter(runs.values())), lambda run: [(i.id, [*i.counts.items()]) for i in run.items]
+    if other := [name for name, run in runs.items() if votes(run) != votes(first)]:
+        what = "its items, labels or votes are not those of"
+        raise InputError(f"{short(other[0])}: {what} {short(first.name)}")
     q = torch.stack([run.q for run in runs.values()])
-    groups = [row.get("group") for row in first.rows] or None
+    groups = [item.group for item in first.items]
     entropy, apart = distjudge.entropy(first.p), distjudge.entropy(q.mean(0)) - distjudge.entropy(q).mean(0)
     most = [value.argsort(stable=True).tolist() for value in (entropy, -entropy, -apart)]
     chosen = list(dict.fromkeys([most[0][0], most[1][0], *most[2]]))[:4]
@@ -299,14 +307,13 @@ def draw_compare(runs: dict[str, Run]) -> plt.Figure:
         ax.set(xlabel=f"KL({kind} || judge), nats: mean, 95 % interval over items", ylim=(len(at), -1))
     if (floor := first.metrics.get("kl_noise_floor")) is not None:
         above[0].axvline(floor, color=TRUTH, linestyle=":", label=f"noise floor {floor:.3f}")
-        above[0].legend(frameon=False)
+        above[0].legend()
     below = bottom.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     kinds = ("most agreed on", "most disputed", "judges differ", "judges differ")
     for ax, i, kind in zip(below, chosen, kinds, strict=False):
-        draw_item(ax, first, i, dict(zip(runs, q, strict=True)), f"{short(first.ids[i], 20)}: {kind}")
+        draw_item(ax, first, i, dict(zip(runs, q, strict=True)), f"{short(first.items[i].id, 20)}: {kind}")
     below[0].set_ylabel("probability")
-    handles, names = below[0].get_legend_handles_labels()
-    bottom.legend(handles, names, loc="outside lower center", ncols=6, frameon=False)
+    add_legend(bottom, "lower center", 6)
     return figure
 
 

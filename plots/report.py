@@ -29,6 +29,7 @@ import torch
 import tyro
 
 from plots import figures
+from plots.figures import Run, interval
 
 COLOURS = ("#e08214", "#2f9e77", "#b5579d", "#8c6bb1", "#a6761d", "#d6604d")
 # what a metric can be; others are 0 or more
@@ -46,6 +47,10 @@ METRICS = {  # the names of distjudge.item_scores, and what they mean to a reade
     "mean_correlation": ("correlation of mean ratings", "over items; higher is better"),
     "entropy_correlation": ("correlation of entropies", "over items; higher is better"),
     "label_mass": ("label mass", "probability that the answer is a label at all"),
+}
+FLOORS = {  # by their names in metrics.json
+    "kl_noise_floor": "noise floor of KL: what the true distributions would score",
+    "kl_marginal": "KL of the training marginal",
 }
 WORTH = "as near to everybody's opinion as a panel of so many; higher is better"
 FIRST = (  # of a run's settings, in this order
@@ -72,39 +77,26 @@ class ReportConfig:
     """Longer texts are cut in the page, and marked as cut; 0 cuts nothing."""
 
 
-@dataclasses.dataclass
-class Judged:
-    """A run with its items and their scores, as distjudge.item_scores has them."""
-
-    name: str
-    run: figures.Run
-    items: list[Item]
-    scores: dict[str, torch.Tensor]
-
-
-def load_judged(folder: Path, name: str, texts: dict[str, Item], ordered: bool) -> Judged:
+def load_judged(folder: Path, name: str, texts: dict[str, Item], ordered: bool) -> Run:
     """Reads a run folder. Prompts, and groups where it has none, come from `texts`, {id: item}."""
-    run, path, items = figures.load_run(folder), short(folder / "predictions.jsonl", 200), []
-    if len(set(run.ids)) != len(run.ids):
+    run, path = figures.load_run(folder), short(folder / "predictions.jsonl", 200)
+    run.name = name
+    if len({item.id for item in run.items}) != len(run.items):
         raise InputError(f"{path}: an id stands there twice")
-    in_order = lambda values: {label: values[label] for label in run.labels}  # noqa: E731
-    for row in run.rows:
-        text = texts.get(row["id"])
-        row["prompt"] = text.prompt if text else row.get("prompt") or ""  # for the figures, too
-        group, truth = row.get("group") or (text and text.group), run.truth is not None and row["truth"]
-        counts, truth = in_order(row["counts"]), in_order(truth) if truth else None
-        items.append(Item(row["id"], row["prompt"], counts, group, truth=truth))
+    for k, item in enumerate(run.items):
+        if text := texts.get(item.id):
+            run.items[k] = dataclasses.replace(item, prompt=text.prompt, group=item.group or text.group)
     try:
-        scores = distjudge.item_scores(run.q, items, ordered or None)
+        run.scores = distjudge.item_scores(run.q, run.items, ordered or None)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     masses = [row.get("label_mass") for row in run.rows]
     if None not in masses:
-        scores["label_mass"] = torch.tensor(masses, dtype=torch.float64)
-    return Judged(name, run, items, scores)
+        run.scores["label_mass"] = torch.tensor(masses, dtype=torch.float64)
+    return run
 
 
-def load(config: ReportConfig) -> list[Judged]:
+def load(config: ReportConfig) -> list[Run]:
     """Reads the runs. Raises InputError for runs that cannot be compared."""
     if not 1 <= len(config.runs) <= len(COLOURS):
         raise InputError(f"runs: 1 to {len(COLOURS)} run folders, not {len(config.runs)}")
@@ -118,7 +110,7 @@ def load(config: ReportConfig) -> list[Judged]:
     ]
     votes: dict[str, dict[str, float]] = {}
     for folder, one in zip(config.runs, judged, strict=True):
-        ours, first = one.run.labels, judged[0].run.labels
+        ours, first = one.labels, judged[0].labels
         if ours != first:
             theirs = f"{short(config.runs[0])}, {distjudge.listed(first)}"
             raise InputError(f"{short(folder)}: labels {distjudge.listed(ours)} are not those of {theirs}")
@@ -128,75 +120,63 @@ def load(config: ReportConfig) -> list[Judged]:
     return judged
 
 
-def shown(found: dict[str, float | None], digits: str = ".3f") -> str:
-    """A mean with its interval, as far as there are any."""
-    if found["mean"] is None:
-        return "–"
-    ends = "" if found["low"] is None else f" [{found['low']:{digits}}, {found['high']:{digits}}]"
-    return f"{found['mean']:{digits}}{ends}".replace("inf", "∞")
-
-
-def mean_of(one: Judged, metric: str, draws: int, first: Judged | None = None) -> str:
+def mean_of(one: Run, metric: str, draws: int, first: Run | None = None) -> str:
     """The mean of a metric, or what it is above that of `first` on the items both have, with its interval."""
-    if metric not in one.scores or (first and metric not in first.scores):
+    place = {item.id: i for i, item in enumerate((first or one).items)}
+    both = [i for i, item in enumerate(one.items) if item.id in place]
+    if not both or any(run and metric not in run.scores for run in (one, first)):
         return "–"
-    if first:
-        place = {item.id: i for i, item in enumerate(first.items)}
-        both = [i for i, item in enumerate(one.items) if item.id in place]
-        other = [place[one.items[i].id] for i in both]
-        scores = one.scores[metric][None, both], first.scores[metric][None, other]
-        groups = [one.items[i].group for i in both]
-        return shown(distjudge.bootstrap(*scores, groups, draws), "+.3f") if both else "–"
-    found = distjudge.bootstrap(one.scores[metric][None], None, [item.group for item in one.items], draws)
-    least, most = BOUNDS.get(metric, (0.0, math.inf))
-    if found["low"] is not None:  # an interval of few items can reach beyond what there is
-        found |= {"low": max(found["low"], least), "high": min(found["high"], most)}
-    return shown(found)
+    other = first and first.scores[metric][None, [place[one.items[i].id] for i in both]]
+    groups = [one.items[i].group for i in both]
+    found = distjudge.bootstrap(one.scores[metric][None, both], other, groups, draws)
+    found.pop("p")
+    if first or found["low"] is None:
+        return interval(**found, digits="+.3f" if first else ".3f")
+    least, most = BOUNDS.get(metric, (0.0, math.inf))  # few items' interval can reach beyond what there is
+    return interval(found["mean"], max(found["low"], least), min(found["high"], most))
 
 
-def metrics_rows(judged: list[Judged], draws: int, first: Judged | None = None) -> list[tuple]:
+def metrics_rows(judged: list[Run], draws: int, first: Run | None = None) -> list[tuple]:
     """(title, hint, a cell a run): the metrics, the floors right under the KL, and the number of items.
 
     With `first`: what the metrics are above those of `first`, item by item, on the items both have.
     """
     rows = []
+    if not first:
+        worth = [distjudge.survey_equivalence(one.q, one.items, draws) for one in judged]
+        rows.append(("worth, in people", WORTH, [interval(**found, digits=".1f") for found in worth]))
     for metric, (title, hint) in METRICS.items():
         if any(metric in one.scores for one in ([first] if first else judged)):
             rows.append((title, hint, [mean_of(one, metric, draws, first) for one in judged]))
+        for name, floor in FLOORS.items() if metric == "kl" and not first else ():
+            rows.append((floor, "", [interval(one.metrics.get(name), None, None) for one in judged]))
     if first:
-        common = [f"{len(set(first.run.ids) & set(one.run.ids)):,}" for one in judged]
-        return [*rows, ("items in common", "", common)]
-    worth = [distjudge.survey_equivalence(one.run.q, one.items, draws) for one in judged]
-    rows.insert(0, ("worth, in people", WORTH, [shown(found, ".1f") for found in worth]))
-    floors = {"kl_noise_floor": "noise floor of KL: what the true distributions would score"}
-    floors |= {"kl_marginal": "KL of the training marginal"}
-    for k, (name, title) in enumerate(floors.items(), 2):
-        values = [one.run.metrics.get(name) for one in judged]
-        rows.insert(k, (title, "", ["–" if value is None else f"{value:.3f}" for value in values]))
-    groups = [len({(i.group, i.group is None and i.id) for i in one.items}) for one in judged]
+        ids = [{item.id for item in one.items} for one in (first, *judged)]
+        return [*rows, ("items in common", "", [f"{len(own & ids[0]):,}" for own in ids[1:]])]
+    groups = [len(distjudge.group_numbers([i.group for i in one.items]).unique()) for one in judged]
     sizes = [f"{len(one.items):,} ({n:,})" for one, n in zip(judged, groups, strict=True)]
     return [*rows, ("items (groups)", "", sizes)]
 
 
-def settings_rows(judged: list[Judged]) -> list[tuple[str, str, list[str]]]:
+def settings_rows(judged: list[Run]) -> list[tuple[str, str, list[str]]]:
     """As metrics_rows: those that matter most first, with a hint at those in which the runs differ."""
 
-    def text(one: Judged, name: str) -> str:
-        value = one.run.settings.get(name, "–")
+    def text(one: Run, name: str) -> str:
+        value = one.settings.get(name, "–")
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
-    known = dict.fromkeys(name for one in judged for name in one.run.settings if name != "out")
+    known = dict.fromkeys(name for one in judged for name in one.settings if name != "out")
     known = dict.fromkeys([name for name in FIRST if name in known]) | known
     rows = [(name, [text(one, name) for one in judged]) for name in known]
     return [(name, "differs" if len(set(cells)) > 1 else "", cells) for name, cells in rows]
 
 
-def pictures_of(one: Judged) -> dict[str, str]:
+def pictures_of(one: Run) -> dict[str, str]:
     """The figures that can be drawn of a run, {name: PNG in base64}."""
     pictures = {}
     for name, draw in figures.FIGURES.items():
         try:
-            figure, buffer = draw(one.run), io.BytesIO()
+            figure, buffer = draw(one), io.BytesIO()
         except InputError:  # no triangle for this number of labels, or no log
             continue
         figure.savefig(buffer, format="png", dpi=120)
@@ -205,12 +185,12 @@ def pictures_of(one: Judged) -> dict[str, str]:
     return pictures
 
 
-def page_data(judged: list[Judged], max_chars: int) -> dict[str, Any]:
+def page_data(judged: list[Run], max_chars: int) -> dict[str, Any]:
     """What the list of items is made from: predictions and scores of an item in the order of the runs."""
     items: dict[str, dict[str, Any]] = {}
     for k, one in enumerate(judged):
-        kl, q = one.scores["kl"].tolist(), one.run.q.tolist()
-        for i, (item, row) in enumerate(zip(one.items, one.run.rows, strict=True)):
+        kl, q = one.scores["kl"].tolist(), one.q.tolist()
+        for i, (item, row) in enumerate(zip(one.items, one.rows, strict=True)):
             new = {field: [None] * len(judged) for field in ("q", "mass", "flipped", "kl")}
             new |= {"id": item.id, "counts": list(item.counts.values())}
             entry = items.setdefault(item.id, new | dict.fromkeys(("text", "group", "truth")))
@@ -221,11 +201,11 @@ def page_data(judged: list[Judged], max_chars: int) -> dict[str, Any]:
     for entry in items.values():
         entry["cut"] = max(0, len(entry["text"]) - max_chars) if max_chars else 0
         entry["text"] = entry["text"][: len(entry["text"]) - entry["cut"]]
-    labels, runs = judged[0].run.labels, [one.name for one in judged]
+    labels, runs = judged[0].labels, [one.name for one in judged]
     return {"labels": labels, "runs": runs, "items": list(items.values())}
 
 
-def make_page(judged: list[Judged], config: ReportConfig) -> str:
+def make_page(judged: list[Run], config: ReportConfig) -> str:
     """Fills report.html, which escapes what it is given."""
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     pages.policies["json.dumps_kwargs"] = {"separators": (",", ":")}

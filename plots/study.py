@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 
-from plots.figures import COLOURS, HUMAN, LINES, MARKERS, NEUTRAL, TRUTH, save
+from plots.figures import COLOURS, HUMAN, LINES, MARKERS, NEUTRAL, TRUTH, add_legend, save
 
 COLUMNS = (
     "study data votes items epochs alpha eps delta entropy method seed metric value std low high "
@@ -90,13 +90,6 @@ def panels(number: int, width: float, height: float) -> tuple[plt.Figure, list[p
     return figure, list(axes[0])
 
 
-def add_legend(figure: plt.Figure, place: str = "right upper", columns: int = 1) -> None:
-    """One legend for all panels."""
-    handles = [ax.get_legend_handles_labels() for ax in figure.axes]
-    named = {label: handle for own in handles for handle, label in zip(*own, strict=True)}
-    figure.legend(named.values(), named.keys(), loc=f"outside {place}", ncols=columns, frameon=False)
-
-
 def by_votes(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows for each number of votes, by the title of their panel."""
     groups = rows.assign(votes=rows["votes"].fillna(0)).groupby("votes", sort=False)
@@ -151,7 +144,7 @@ def draw_grid(rows: pd.DataFrame, x: str, by: str, label: str, name: str = "{}")
             style = {"color": TRUTH, "linestyle": ":"} if floor else {"color": NEUTRAL, "linestyle": "--"}
             ax.axhline(row["value"], linewidth=1.1, label=row["method"], **style)
         ax.set(xlabel=label, ylabel=NAMES[metric])
-    add_legend(figure)
+    add_legend(figure, "right upper")
     return figure
 
 

@@ -317,13 +317,14 @@ def draw(tally: Tally, labels: Sequence[str], path: str) -> None:
     """Bars of the predictions, and of the votes beside them where an item has counts of these labels."""
     from plots import figures
 
-    rows, wide, votes = tally.first, min(4, len(tally.first)), []
-    for counts in (row.get("counts") for row in rows):
+    rows, wide, items = tally.first, min(4, len(tally.first)), []
+    for row, prompt in zip(rows, tally.prompts, strict=False):
+        counts = row.get("counts")
         known = isinstance(counts, dict) and set(counts) <= set(labels)
-        votes.append([counts.get(label, 0) if known else 0 for label in labels])
-    q = torch.tensor([list(row["predicted"].values()) for row in rows])
-    prompts, ids = [{"prompt": text} for text in tally.prompts], [row["id"] for row in rows]
-    run = figures.Run(list(labels), ids, torch.tensor(votes).double(), q, None, {}, rows=prompts)
+        votes = {label: counts.get(label, 0) if known else 0 for label in labels}
+        items.append(distjudge.Item(row["id"], prompt, votes))
+    q = torch.tensor([list(row["predicted"].values()) for row in rows], dtype=torch.float64)
+    run = figures.Run(items, q)
     size = {"figsize": (2.4 * wide, 2.1 * -(-len(rows) // wide)), "squeeze": False, "sharey": True}
     figure, axes = figures.plt.subplots(-(-len(rows) // wide), wide, **size)
     for i, ax in enumerate(axes.flat):

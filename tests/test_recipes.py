@@ -168,14 +168,12 @@ def test_figures_from_a_run_folder(tmp_path):
 
 def test_bars_choose_the_items_they_say():
     q = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.01, 0.99]], dtype=torch.float64)
-    votes = torch.tensor([[2.0, 2], [4, 0], [3, 1]], dtype=torch.float64)
-    run = figures.Run(["x", "y"], ["even", "sure", "wrong"], votes, q, None, {})
-    run.rows = [{"prompt": f"Rate it: ${name}$"} for name in ("one", "two", "three")]
-    figure = figures.draw_bars(run, each=1)
-    titles = [axes.get_title().split("\n") for axes in figure.axes]
-    assert [title[0] for title in titles] == ["$two$", "$one$", "$three$"]
+    votes = {"even": {"x": 2, "y": 2}, "sure": {"x": 4, "y": 0}, "wrong": {"x": 3, "y": 1}}
+    rows = [{"id": i, "prompt": f"Rate it: ${i}$", "counts": own} for i, own in votes.items()]
+    figure = figures.draw_bars(figures.Run(distjudge.load_items(rows), q), each=1)
+    titles = [axes.get_title().split(":")[0] for axes in figure.axes]
+    assert titles == ["$sure$\nsure", "$even$\neven", "$wrong$\nwrong"]
     assert not figure.axes[0].title.get_parse_math()  # "$" is no formula
-    assert [title[1].split(":")[0] for title in titles] == ["sure", "even", "wrong"]
     assert [bar.get_height() for bar in figure.axes[1].patches] == [0.5, 0.5, 0.5, 0.5]
 
 
