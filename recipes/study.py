@@ -54,6 +54,7 @@ import tyro
 from calibrate import fit_calibration
 
 from plots import study as figures
+from plots.figures import interval
 
 PAPER = {"alpha": 0.8, "eps": 0.25}
 SINGLE = {"alpha": 0.0, "eps": 0.0}
@@ -74,17 +75,17 @@ METHODS: dict[str, dict[str, Any]] = {  # settings of Config, and what a study d
     "running mean": distjudge.PRESETS["teacher"] | {"teacher": 1e-6},  # its weights, without its pull
     "no answer term": PAPER | {"answer": 0.0},
 }
-RIVALS = ("single-point", "label smoothing", "temperature")
+MAIN = ("single-point", "untrained", "label smoothing", "temperature", "distribution")
 ROWS = {  # the methods a study compares by default; the first is what the others are compared with
-    "main": ("single-point", "untrained", "label smoothing", "temperature", "distribution"),
+    "main": MAIN,
     "ablation": ("distribution", "without adversary", "without KL", "without CE"),
     "sweep": ("distribution",),
     "robustness": ("single-point", "without adversary", "distribution", "teacher"),
     "budget": ("distribution", "KL alone", "teacher"),
     "length": ("distribution", "teacher", "KL alone"),
-    "ood": ("single-point", "untrained", "label smoothing", "temperature", "distribution"),
+    "ood": MAIN,
     "cost": ("single-point", "without adversary", "distribution", "teacher"),
-    "methods": ("distribution", "teacher", "KL alone", "without adversary", *RIVALS),
+    "methods": ("distribution", "teacher", "KL alone", "without adversary", MAIN[0], *MAIN[2:4]),
 }
 METRICS = {"people": "worth, people", "kl": "KL to votes", "kl_truth": "KL to truth", "accuracy": "accuracy"}
 METRICS |= {"js_divergence": "JS", "entropy_correlation": "entropy r", "rps": "RPS"}
@@ -131,9 +132,9 @@ class StudyConfig(tiny.TinyConfig):
         if unknown := [m for m in self.methods if m not in METHODS]:
             raise InputError(f"methods: {', '.join(unknown)}: not among {', '.join(METHODS)}")
         for name, low in (("draws", 100), ("perturbations", 1), ("train_items", 0), ("votes", 1)):
-            given = getattr(self, name)
-            if wrong := [v for v in (given if isinstance(given, tuple) else [given]) if v < low]:
-                raise InputError(f"{name}: must be {low} or more, not {wrong[0]}")
+            least = min(getattr(self, name), default=low) if name == "votes" else getattr(self, name)
+            if least < low:
+                raise InputError(f"{name}: must be {low} or more, not {least}")
         if not self.lengths or min(self.lengths) <= 0 or len(set(self.lengths)) != len(self.lengths):
             raise InputError("lengths: must be different numbers of epochs above 0")
 
@@ -175,14 +176,6 @@ def draw_votes(items: list[Item], votes: int, seed: int) -> list[Item]:
     if not drawn:
         raise InputError(f"votes: no training item has {votes}")
     return drawn
-
-
-def some_of(items: list[Item], number: int, seed: int) -> list[Item]:
-    """A random part of the items, in their order; all for 0."""
-    if not number or number >= len(items):
-        return items
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [items[i] for i in sorted(order[:number].tolist())]
 
 
 def smoothed(items: list[Item], share: float) -> list[Item]:
@@ -243,11 +236,11 @@ class Workshop:
     def items(self, cell: Cell) -> list[Item]:
         """The training items of a cell. Votes are drawn first, so that fewer items are a part of more."""
         items = draw_votes(self.train, cell.votes, cell.seed) if cell.votes else self.train
-        return some_of(items, cell.items, cell.seed)
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(cell.seed))
+        return [items[i] for i in sorted(order[: cell.items or None].tolist())]
 
-    def load(self, cell: Cell) -> dict[str, Any]:
+    def load(self, folder: Path) -> dict[str, Any]:
         """A cell that is there: its cell.json and "predicted" (N, C)."""
-        folder, _ = self.folder(cell)
         found = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
         rows = [row for _, row, _ in distjudge.read_rows(folder / "predictions.jsonl")]
         if [row.get("id") for row in rows] != [item.id for item in self.test]:
@@ -259,25 +252,26 @@ class Workshop:
         """Predictions (N, C) of each cell, a tensor for each seed."""
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
         some = {"items": self.config.train_items}
-        rows = self.made([[Cell(**some | {"seed": n} | cell) for cell in wanted.values()] for n in seeds])
-        return {key: [row[k]["predicted"] for row in rows] for k, key in enumerate(wanted)}
+        found = self.made([Cell(**some | {"seed": n} | cell) for n in seeds for cell in wanted.values()])
+        return {key: [cell["predicted"] for cell in found[k :: len(wanted)]] for k, key in enumerate(wanted)}
 
-    def made(self, rows: list[list[Cell]]) -> list[list[dict[str, Any]]]:
-        """The cells of the rows, a seed each; makes what is missing first.
+    def made(self, cells: list[Cell]) -> list[dict[str, Any]]:
+        """What load() reads of the cells; makes what is missing first.
 
         Says how many there are and, by the time they took so far, how long the rest may take.
         """
-        cells = {self.folder(cell)[0]: cell for row in rows for cell in row}
-        todo = {folder: cell for folder, cell in cells.items() if not (folder / "cell.json").exists()}
+        folders = [self.folder(cell)[0] for cell in cells]
+        todo = {f: c for f, c in zip(folders, cells, strict=True) if not (f / "cell.json").exists()}
         if todo:
-            print(f"{len(todo)} of {len(cells)} judges are to be made, each a folder in {self.out}/cells.")
+            there = len(set(folders))
+            print(f"{len(todo)} of {there} judges are to be made, each a folder in {self.out}/cells.")
             print("Ctrl-C stops; the same command goes on with the next (--resume: amid the one it was at).")
         began = time.perf_counter()
         for n, (folder, cell) in enumerate(todo.items()):
             minutes = (time.perf_counter() - began) / max(n, 1) * (len(todo) - n) / 60
             left = f", about {math.ceil(minutes)} min left" if n else ""
             self.make(cell, folder, f"[{time.strftime('%H:%M:%S')}] {n + 1} of {len(todo)}{left}:")
-        return [[self.load(cell) for cell in row] for row in rows]
+        return [self.load(folder) for folder in folders]
 
     def make(self, cell: Cell, folder: Path, number: str) -> None:
         run, beside = self.settings(cell)
@@ -435,21 +429,18 @@ class Table:
         """Rows for one metric of methods with scores (S, N): a value for each seed, and the mean."""
         first = next(iter(scores))
         for method, own in scores.items():
-            means = [distjudge.correlation(s.mean(0)) if s.dim() == 2 else s.mean() for s in own]
-            values = pd.Series([mean.item() for mean in means])
+            means = own.mean(1) if own.dim() == 2 else distjudge.correlation(own.mean(1))
+            values = pd.Series(means.tolist())
             for seed, value in enumerate(values, self.config.seed):
                 self.add(method, metric, value, seed, **at)
             found = bootstrap(own, groups=groups, draws=self.draws)
             more = {"std": values.std(), "low": found["low"], "high": found["high"]} | at
-            if method != first:
-                more |= self.gap(own, scores[first], first, groups)
+            if method != first:  # paired by seed and item; what has no seed meets each
+                pairs = torch.broadcast_tensors(own, scores[first])
+                gap = bootstrap(*pairs, groups=groups, draws=self.draws)
+                more |= {"against": first, "difference": gap["mean"], "p": gap["p"]}
+                more |= {"difference_low": gap["low"], "difference_high": gap["high"]}
             self.add(method, metric, found["mean"], **more)
-
-    def gap(self, own: torch.Tensor, other: torch.Tensor, against: str, groups: list) -> dict[str, Any]:
-        """The columns of a difference, paired by seed and item; what has no seed meets each."""
-        gap = bootstrap(*torch.broadcast_tensors(own, other), groups=groups, draws=self.draws)
-        ends = {"difference_low": gap["low"], "difference_high": gap["high"]}
-        return {"against": against, "difference": gap["mean"], "p": gap["p"]} | ends
 
     def references(self, votes: int, **at: Any) -> dict[str, list[torch.Tensor]]:
         """Adds the noise floor's rows; returns the rival without a model, the mean of the training votes."""
@@ -511,11 +502,8 @@ class Table:
 
 def shown(row: dict[str, Any]) -> str:
     """A value with its interval, as far as there are any."""
-    digits = f"{{:.{1 if row.get('metric') == 'people' else 3}f}}".format
-    value, low, high = (digits(row[name]).replace("-0.000", "0.000") for name in ("value", "low", "high"))
-    if low != "nan":
-        value += f" [{low}, {high}]"
-    return "–" if value == "nan" else value.replace("inf", "∞")
+    digits = ".1f" if row.get("metric") == "people" else ".3f"
+    return interval(row["value"], row["low"], row["high"], digits)
 
 
 def shown_gap(row: dict[str, Any]) -> str:
@@ -528,8 +516,8 @@ def markdown(rows: pd.DataFrame, keys: list[str], across: str = "metric", text: 
     keys = [key for key in keys if rows[key].notna().any()]
     rows = rows.assign(star=rows["p"] < 0.05)
     plain = lambda v: v if isinstance(v, str) else "" if pd.isna(v) else f"{v:g}"  # noqa: E731
-    columns, order = list(dict.fromkeys(map(plain, rows[across]))), list(METRICS)
-    columns.sort(key=lambda column: order.index(column) if column in order else len(order))
+    columns = dict.fromkeys(map(plain, rows[across]))
+    columns = [name for name in METRICS if name in columns] or columns
     head = [*keys, *(METRICS.get(column, column) for column in columns)]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for place, own in rows.groupby(keys, sort=False, dropna=False):
@@ -653,14 +641,15 @@ def cost(shop: Workshop) -> None:
     config, table = shop.config, Table(shop)
     some, medians = (config.seed, shop.votes[0], config.train_items), {}
     turns = range(1, config.seeds + 2)
-    found = shop.made([[Cell(m, *some, repeat=turn) for m in shop.methods] for turn in turns])
+    found = shop.made([Cell(m, *some, repeat=turn) for turn in turns for m in shop.methods])
     for k, m in enumerate(shop.methods):
-        own = [row[k]["train_seconds"] / row[k]["settings"]["epochs"] for row in found[1:] or found]
+        warm = found[k :: len(shop.methods)][1:]
+        own = [cell["train_seconds"] / cell["settings"]["epochs"] for cell in warm]
         for turn, seconds in enumerate(own):
             table.add(m, "seconds_per_epoch", seconds, turn)
         medians[m] = statistics.median(own)
         table.add(m, "seconds_per_epoch", medians[m], low=min(own), high=max(own))
-        table.add(m, "items_per_second", found[0][k]["items"] / medians[m])
+        table.add(m, "items_per_second", warm[0]["items"] / medians[m])
         table.add(m, "times_the_first", medians[m] / medians[shop.methods[0]])
     rows = table.whole("seconds_per_epoch", "items_per_second", "times_the_first")
     table.write(["Median, and from least to most.", "", *markdown(rows, ["method"])])
