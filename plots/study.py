@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,15 @@ NAMES = {"kl": "KL(votes || judge), nats", "kl_truth": "KL(truth || judge), nats
 
 def read_table(path: str | Path) -> pd.DataFrame:
     """The rows of a study's CSV file: COLUMNS, numbers as floats. Raises InputError naming the file."""
-    shown, kinds = short(path, 200), {name: str if name in WORDS else float for name in COLUMNS}
+    kinds = {name: str if name in WORDS else float for name in COLUMNS}
     try:
         rows = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""], encoding="utf-8")
+        if missing := {"study", "method", "seed", "metric", "value"} - set(rows):
+            raise InputError(f"no column {', '.join(sorted(missing))}")
+        if not set(rows["study"][:1]) & set(DRAW):
+            raise InputError("no rows of a study")
     except (OSError, ValueError) as error:
-        raise InputError(f"{shown}: not a study's table: {short(error, 200)}") from None
-    if missing := {"study", "method", "seed", "metric", "value"} - set(rows):
-        raise InputError(f"{shown}: not a study's table: no column {', '.join(sorted(missing))}")
-    if rows.empty or rows["study"][0] not in DRAW:
-        why = "no rows" if rows.empty else "its study is unknown"
-        raise InputError(f"{shown}: not a study's table: {why}")
+        raise InputError(f"{short(path, 200)}: not a study's table: {short(error, 200)}") from None
     return rows.reindex(columns=COLUMNS)
 
 
@@ -70,10 +70,8 @@ def looks(names: Iterable[Any]) -> dict[Any, dict]:
 def draw_points(ax: plt.Axes, at: Any, rows: pd.DataFrame, across: bool = False, **look: Any) -> None:
     """Values with their intervals, at heights `at` if across, else above `at`."""
     ends = [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
-    place = (
-        {"x": rows["value"], "y": at, "xerr": ends} if across else {"x": at, "y": rows["value"], "yerr": ends}
-    )
-    ax.errorbar(**place, capsize=2, linewidth=1.2, elinewidth=0.8, **look)
+    x, y, side = (rows["value"], at, "xerr") if across else (at, rows["value"], "yerr")
+    ax.errorbar(x, y, **{side: ends}, capsize=2, linewidth=1.2, elinewidth=0.8, **look)
 
 
 def draw_lines(ax: plt.Axes, rows: pd.DataFrame, x: str, by: str, look: dict, name: str = "{}") -> None:
@@ -83,11 +81,6 @@ def draw_lines(ax: plt.Axes, rows: pd.DataFrame, x: str, by: str, look: dict, na
         own = rows[rows[by] == kind].sort_values(x)
         apart = 0.3 * step * ((i + 0.5) / len(look) - 0.5)
         draw_points(ax, own[x] + apart, own, label=name.format(kind), **style)
-
-
-def panels(number: int, width: float, height: float) -> tuple[plt.Figure, list[plt.Axes]]:
-    figure, axes = plt.subplots(1, number, figsize=(1.6 + width * number, height), squeeze=False)
-    return figure, list(axes[0])
 
 
 def by_votes(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -132,9 +125,9 @@ def draw_methods(rows: pd.DataFrame) -> plt.Figure:
 
 def draw_grid(rows: pd.DataFrame, x: str, by: str, label: str, name: str = "{}") -> plt.Figure:
     """KL against the column x, a line for each value of the column `by`, a panel for each kind of KL."""
-    metrics = [m for m in NAMES if (rows["metric"] == m).any()]
-    figure, axes = panels(len(metrics), 4.6, 3.6)
-    for ax, metric in zip(axes, metrics, strict=True):
+    metrics = [m for m in NAMES if m in set(rows["metric"][rows[x].notna()])]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(1.6 + 4.6 * len(metrics), 3.6), squeeze=False)
+    for ax, metric in zip(axes[0], metrics, strict=True):
         here = overall(rows, metric)
         points = here[here[x].notna()]
         draw_lines(ax, points, x, by, looks(dict.fromkeys(points[by])), name)
@@ -164,15 +157,16 @@ def draw_length(rows: pd.DataFrame) -> plt.Figure:
     rows = overall(rows[rows["method"] != "marginal"], metric, floor=False)
     lengths, look = sorted(rows["epochs"].dropna().unique()), looks(dict.fromkeys(rows["method"]))
     hollow = {name: style | {"linestyle": "none", "mfc": "none"} for name, style in look.items()}
-    figure, axes = panels(len(by_votes(rows)), 2.9, 3.3)
-    for ax, (title, here) in zip(axes, by_votes(rows).items(), strict=True):
+    votes = by_votes(rows)
+    figure, axes = plt.subplots(1, len(votes), figsize=(1.6 + 2.9 * len(votes), 3.3), squeeze=False)
+    for ax, (title, here) in zip(axes[0], votes.items(), strict=True):
         here = here.assign(at=here["epochs"].map(lengths.index, na_action="ignore").fillna(len(lengths)))
         draw_lines(ax, here[here["epochs"].isna()], "at", "method", hollow)
         draw_lines(ax, here[here["epochs"].notna()], "at", "method", look)
         ax.axvline(len(lengths) - 0.5, color=NEUTRAL, linewidth=0.6)
         ax.set_xticks(range(len(lengths) + 1), [*(f"{e:g}" for e in lengths), "chosen"])
         ax.set(xlabel="epochs", title=title, ylim=(0, None))
-    axes[0].set_ylabel(NAMES[metric])
+    axes[0, 0].set_ylabel(NAMES[metric])
     add_legend(figure, "lower center", len(look))
     return figure
 
@@ -180,7 +174,7 @@ def draw_length(rows: pd.DataFrame) -> plt.Figure:
 def draw_cost(rows: pd.DataFrame) -> plt.Figure:
     """Seconds an epoch: median, and from least to most."""
     rows = overall(rows, "seconds_per_epoch")
-    figure, (ax,) = panels(1, 3.9, 0.8 + 0.4 * len(rows))
+    figure, ax = plt.subplots(figsize=(5.5, 0.8 + 0.4 * len(rows)))
     draw_points(ax, rows["method"], rows, across=True, color=COLOURS[0], marker="o", linestyle="none")
     ax.invert_yaxis()
     ax.set(xlabel="seconds an epoch", xlim=(0, None))
@@ -188,10 +182,8 @@ def draw_cost(rows: pd.DataFrame) -> plt.Figure:
 
 
 DRAW = dict.fromkeys(("main", "ablation", "ood", "methods"), draw_methods) | {
-    "sweep": lambda rows: draw_grid(rows, "alpha", "eps", "alpha, weight of KL", "eps = {:g}"),
-    "robustness": lambda rows: draw_grid(
-        rows[rows["delta"].notna()], "delta", "method", "delta, l2 distance the target is moved"
-    ),
+    "sweep": partial(draw_grid, x="alpha", by="eps", label="alpha, weight of KL", name="eps = {:g}"),
+    "robustness": partial(draw_grid, x="delta", by="method", label="delta, l2 distance the target is moved"),
     "budget": draw_budget,
     "length": draw_length,
     "cost": draw_cost,
@@ -219,7 +211,7 @@ def write_latex(table: str | Path, out: str | Path | None = None) -> Path:
     blocks = [list(own) for is_row, own in itertools.groupby(lines, lambda x: x.startswith("|")) if is_row]
     tables = []
     for head, _, *body in blocks:
-        names, *cells = ([cell.strip() for cell in line.strip()[1:-1].split("|")] for line in (head, *body))
+        names, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *body))
         tables.append(pd.DataFrame(cells, columns=names).to_latex(index=False, escape=True))
     path = Path(out or source.parent) / f"{source.stem}.tex"
     path.parent.mkdir(parents=True, exist_ok=True)
