@@ -29,7 +29,6 @@ import itertools
 import multiprocessing
 import os
 import platform
-import random
 import statistics
 import sys
 import tempfile
@@ -49,6 +48,8 @@ import prepare
 import tiny
 import torch
 
+from plots.data import some_groups
+
 DATA = Path(os.environ.get("DISTJUDGE_DATA") or ROOT / "no data sets")
 TASKS = tuple(task for task in ("snli", "summeval", "mtbench") if (DATA / task).is_dir()) or ("sample",)
 PARTS = {"train": "Training step", "judge": "Judging", "rate": "Matrix rate"}
@@ -67,9 +68,9 @@ OURS, HALVED, UNPACKED, STOCK = "ours", "ours in bfloat16", "ours without packs"
 class BenchConfig:
     out: str = "runs/bench"
     """The folder for bench.json and bench.md."""
-    parts: tuple[Literal["train", "judge", "rate"], ...] = tuple(PARTS)
+    parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)
     """What to measure."""
-    backbone: Literal["toy", "small", "middle", "qwen7b", "llama8b"] = "small"
+    backbone: Literal[tuple(BACKBONES)] = "small"
     """The architecture, with random weights."""
     model: str = ""
     """A model's folder or hub id, in place of backbone: its own weights and tokenizer."""
@@ -109,15 +110,20 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def take_turns(ways: dict[str, Callable[[], float]], repeats: int, warm_up: int = 1) -> dict[str, Any]:
-    """Each way measures itself in turn; the spreads, and each median over that of the first way."""
-    times: dict[str, list[float]] = {way: [] for way in ways}
+def take_turns(ways: dict[Any, Callable[[], Any]], repeats: int, warm_up: int = 0) -> dict[Any, list]:
+    """What each way measures of itself, the ways in turn; after as many turns to warm up."""
+    found: dict[Any, list] = {way: [] for way in ways}
     for _ in range(warm_up + repeats):
         for way, measure in ways.items():
             gc.collect()
-            times[way].append(measure())
-    found = {way: spread(values[warm_up:]) for way, values in times.items()}
-    first, *others = ways
+            found[way].append(measure())
+    return {way: values[warm_up:] for way, values in found.items()}
+
+
+def spreads(times: dict[str, list[float]]) -> dict[str, Any]:
+    """The spread of each way's times, and each median over that of the first way."""
+    found = {way: spread(values) for way, values in times.items()}
+    first, *others = times
     return found | {f"{way} / {first}": found[way]["median"] / found[first]["median"] for way in others}
 
 
@@ -141,12 +147,7 @@ def some_items(task: str, number: int, seed: int) -> list[Item]:
         rows, card = prepare.convert(config)
         rows = list({row["prompt"]: row for row in rows}.values())
         items = distjudge.load_items(rows, labels=card["labels"])
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(item.group or item.id, []).append(dataclasses.replace(item, swap=None))
-    order = list(groups.values())
-    random.Random(seed).shuffle(order)
-    return list(itertools.chain(*order))[:number]
+    return [dataclasses.replace(item, swap=None) for item in some_groups(items, number, seed)]
 
 
 def random_model(backbone: str, tokenizer: Any, seed: int, **changes: Any) -> Any:
@@ -269,7 +270,7 @@ def bench_train(task: str, config: BenchConfig) -> dict[str, Any]:
     if distjudge.multiplies_bf16(judge.device):
         halved = make_judge(config, items, bf16=True)
         ways[HALVED] = lambda: our_step(halved, items, config, packs=True)
-    times = take_turns(ways, config.repeats, warm_up=0)
+    times = spreads(take_turns(ways, config.repeats))
     encoded = judge.encode([item.prompt for item in items])
     tokens, _ = common.first_epoch(judge, encoded, distjudge.Config(batch_size=config.batch_size))
     passes = len(tokens) * config.batch_size / len(items)
@@ -320,7 +321,7 @@ def bench_judge(task: str, config: BenchConfig) -> dict[str, Any]:
     if distjudge.multiplies_bf16(judge.device):
         halved = make_judge(config, items, bf16=True)
         ways[HALVED] = lambda: seconds(lambda: halved.score(prompts))
-    times = take_turns(ways, config.repeats)
+    times = spreads(take_turns(ways, config.repeats, warm_up=1))
     return {"task": task, "items": len(items), "seconds": times, "largest_difference_nats": apart}
 
 
@@ -353,21 +354,22 @@ def matrix_share(judge: Judge, encoded: list[list[int]], repeats: int) -> dict[s
     like = {"dtype": next(judge.model.parameters()).dtype, "device": judge.device}
     x = torch.randn(tokens, config.hidden_size, **like)
     w = torch.randn(config.intermediate_size, config.hidden_size, **like)
-    out, times, rates = torch.empty(tokens, config.intermediate_size, **like), [], []
+    out = torch.empty(tokens, config.intermediate_size, **like)
 
     def products() -> None:
         for _ in range(10):
             torch.mm(x, w.T, out=out)
+
+    def rate() -> float:
+        return 20 * tokens * w.numel() / statistics.median([seconds(products) for _ in range(12)][2:])
 
     def step() -> None:
         distjudge.label_logprobs(judge.model, batch, judge.tokens)[0].sum().backward()
         judge.model.zero_grad()
 
     judge.model.train()
-    for _ in range(repeats + 2):
-        rates.append(20 * tokens * w.numel() / statistics.median([seconds(products) for _ in range(12)][2:]))
-        times.append(seconds(step))
-    times, rates = times[2:], rates[2:]
+    found = take_turns({"rate": rate, "seconds": lambda: seconds(step)}, repeats, warm_up=2)
+    rates, times = found.values()
     reached = spread([flops / taken / rate for taken, rate in zip(times, rates, strict=True)])
     found = {"tokens": tokens, "flops": flops, "seconds": spread(times), "reached": reached}
     return found | {"matrix_flops_a_second": spread(rates)}

@@ -10,6 +10,7 @@ Tokens are what all forward passes computed: two processes share less of what pr
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -106,14 +107,6 @@ def judge_once(config: ScalingConfig, processes: int) -> dict[str, float]:
     return {"rate": (int(found[1]) - size) / float(found[2])}
 
 
-def row_of(what: str, n: int, found: list[dict[str, float]], base: list[dict[str, float]]) -> dict[str, Any]:
-    """A row of the table: rates, and their ratios to those of the first count, run by run."""
-    rates, first = ([run["rate"] for run in runs] for runs in (found, base))
-    ratios = [rate / one for rate, one in zip(rates, first, strict=True)]
-    row = {"what": what, "processes": n, "items a second": bench.spread(rates)}
-    return row | {"times the first": bench.spread(ratios), "tokens computed": found[0].get("tokens", "")}
-
-
 def main(config: ScalingConfig) -> None:
     if "RANK" in os.environ:  # started by torchrun
         return work(config)
@@ -135,14 +128,21 @@ def main(config: ScalingConfig) -> None:
         kinds["judging, Ray Data"] = judge_once
     else:
         print('judging is not measured: pip install "ray[data]"')
-    runs = {name: {n: [] for n in config.processes} for name in kinds}
-    for turn in range(config.repeats):
-        for name, once in kinds.items():
-            for n, found in runs[name].items():
-                found.append(once(config, n))
-                print(f"{turn + 1}: {name}, {n} processes: {found[-1]['rate']:.1f} items/s", flush=True)
-    first = config.processes[0]
-    rows = [row_of(what, n, found[n], found[first]) for what, found in runs.items() for n in found]
+
+    def measure(what: str, n: int) -> dict[str, float]:
+        found = kinds[what](config, n)
+        print(f"{what}, {n} processes: {found['rate']:.1f} items/s", flush=True)
+        return found
+
+    ways = {(what, n): functools.partial(measure, what, n) for what in kinds for n in config.processes}
+    runs, rows = {what: {} for what in kinds}, []
+    for (what, n), found in bench.take_turns(ways, config.repeats).items():
+        runs[what][n] = found
+        first = runs[what][config.processes[0]]
+        ratios = [run["rate"] / one["rate"] for run, one in zip(found, first, strict=True)]
+        row = {"what": what, "processes": n, "items a second": bench.spread([run["rate"] for run in found])}
+        rows.append(row | {"times the first": bench.spread(ratios)})
+        rows[-1]["tokens computed"] = found[0].get("tokens", "")
     about = {"settings": dataclasses.asdict(config), "versions": distjudge.versions(), "runs": runs}
     distjudge.write_json(out / "scaling.json", about | {"cores": os.cpu_count()})
     distjudge.write_lines(out / "scaling.md", lines := bench.table(rows))
