@@ -36,17 +36,11 @@ TEMPLATE = (
     "{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|judge|>') + m.content + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}<|judge|>{% endif %}"
 )
-METHODS = {
-    "single_point": {"alpha": 0.0, "eps": 0.0},
-    "no_adversary": {"eps": 0.0},
-    "full": {},
-    "teacher": distjudge.PRESETS["teacher"],  # its learning rate is constant, whatever flags say
-}
-SAID = {
-    "single_point": "the majority label alone",
-    "no_adversary": "the votes' shares, without the adversary",
-    "full": "the paper's method",
-    "teacher": "with a teacher",
+METHODS = {  # what the progress says of each, and its settings
+    "single_point": ("the majority label alone", {"alpha": 0.0, "eps": 0.0}),
+    "no_adversary": ("the votes' shares, without the adversary", {"eps": 0.0}),
+    "full": ("the paper's method", {}),
+    "teacher": ("with a teacher", distjudge.PRESETS["teacher"]),  # its learning rate is always constant
 }
 ORDER = ["marginal", "untrained", *METHODS, "noise_floor"]
 COLUMNS = {"people": "worth, people", "kl_votes": "KL to votes", "kl_truth": "KL to truth"}
@@ -178,7 +172,7 @@ def compare(config: TinyConfig, items: list[Item], test: list[Item], rows: list[
     out = Path(config.out)
     for seed in range(config.seed, config.seed + config.seeds):
         base = config.model or build_base(out / f"base-{seed}", items, config, seed)
-        for method, settings in {"untrained": {}, **METHODS}.items():
+        for k, (method, (said, settings)) in enumerate({"untrained": ("", {}), **METHODS}.items()):
             own = {"model": base, "seed": seed, "out": str(out / f"{method}-{seed}")}
             run = dataclasses.replace(config, **settings, **own)
             judge = load_base(base, labels_of(items), run)
@@ -191,8 +185,7 @@ def compare(config: TinyConfig, items: list[Item], test: list[Item], rows: list[
             if method == "untrained":
                 rows += reference_rows(items, test, seed)
             else:
-                number = f"{list(METHODS).index(method) + 1} of {len(METHODS)}"
-                print(f"\n{number}: {SAID[method]} ({method}, seed {seed})", flush=True)
+                print(f"\n{k} of {len(METHODS)}: {said} ({method}, seed {seed})", flush=True)
                 distjudge.train(judge, items, run, eval_items=test)
                 distjudge.save_judge(judge, run.out)
             rows.append(row(method, seed, distjudge.write_results(judge, test, items, run, run.out)))
