@@ -124,7 +124,7 @@ def load_run(folder: str | Path) -> Run:
     def content(name: str) -> dict:
         found, problem = distjudge.parse_json((home / name).read_bytes())
         if problem:
-            raise InputError(f"{named}/{name}: {problem}")
+            raise InputError(f"{name}: {problem}")
         return found
 
     def values(row: dict, field: str) -> dict[str, float]:
@@ -135,7 +135,7 @@ def load_run(folder: str | Path) -> Run:
         log = lines("log.jsonl") if (home / "log.jsonl").exists() else []
         settings = content("config.json") if (home / "config.json").exists() else {}
         if not rows:
-            raise InputError(f"{named}/predictions.jsonl: no predictions")
+            raise InputError("no predictions")
         items = []
         for row in rows:
             text = distjudge.prompt_text(row["prompt"]) if row.get("prompt") else ""
@@ -341,7 +341,7 @@ def draw_all(
     return [path for name in names for path in save(FIGURES[name](run), out / name, run.title, formats)]
 
 
-def compare(runs: dict[str, Path], out: Path, formats: Iterable[str] = ()) -> Path:
+def compare(runs: dict[str, str | Path], out: str | Path, formats: Iterable[str] = ()) -> Path:
     """Draws run folders, {name: folder}, in one figure; returns its path, compare.png in the folder `out`."""
     loaded = {name: load_run(folder) for name, folder in runs.items()}
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -355,7 +355,7 @@ class FiguresConfig:
     """The run folder; several are compared in one figure."""
     out: str = ""
     """Where the figures go. Default: plots/ in the run folder; of several, beside the first."""
-    show: tuple[Literal["bars", "calibration", "kl", "simplex", "curves"], ...] = tuple(USUAL)
+    show: tuple[Literal[tuple(FIGURES)], ...] = tuple(USUAL)
     """Which figures of one run."""
     format: tuple[Literal["svg", "pdf", "eps"], ...] = ()
     """Other formats beside .png."""
@@ -367,10 +367,10 @@ def main(config: FiguresConfig) -> None:
     if len(config.runs) == 1:
         drawn = draw_all(config.runs[0], config.out, config.show, config.format)
     else:
-        named = {Path(run).resolve().name: Path(run) for run in config.runs}
+        named = {Path(run).resolve().name: run for run in config.runs}
         if len(named) < len(config.runs):
-            named = {run: Path(run) for run in config.runs}
-        out = Path(config.out or Path(config.runs[0]).resolve().parent / "plots")
+            named = {run: run for run in config.runs}
+        out = config.out or Path(config.runs[0]).resolve().parent / "plots"
         drawn = [compare(named, out, config.format)]
     for path in drawn:
         print(short(path, 1000))

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distjudge
-from distjudge import InputError, Item, short
+from distjudge import InputError, short
 
 import jinja2
 import torch
@@ -77,27 +77,11 @@ class ReportConfig:
     """Longer texts are cut in the page, and marked as cut; 0 cuts nothing."""
 
 
-def load_judged(folder: Path, name: str, texts: dict[str, Item], ordered: bool) -> Run:
-    """Reads a run folder. Prompts, and groups where it has none, come from `texts`, {id: item}."""
-    run, path = figures.load_run(folder), short(folder / "predictions.jsonl", 200)
-    run.name = name
-    if len({item.id for item in run.items}) != len(run.items):
-        raise InputError(f"{path}: an id stands there twice")
-    for k, item in enumerate(run.items):
-        if text := texts.get(item.id):
-            run.items[k] = dataclasses.replace(item, prompt=text.prompt, group=item.group or text.group)
-    try:
-        run.scores = distjudge.item_scores(run.q, run.items, ordered or None)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    masses = [row.get("label_mass") for row in run.rows]
-    if None not in masses:
-        run.scores["label_mass"] = torch.tensor(masses, dtype=torch.float64)
-    return run
-
-
 def load(config: ReportConfig) -> list[Run]:
-    """Reads the runs. Raises InputError for runs that cannot be compared."""
+    """Reads the runs, with the prompts, and groups where there are none, of --items, and adds the scores.
+
+    Raises InputError for runs that cannot be compared.
+    """
     if not 1 <= len(config.runs) <= len(COLOURS):
         raise InputError(f"runs: 1 to {len(COLOURS)} run folders, not {len(config.runs)}")
     names = config.names or tuple(Path(run).resolve().name for run in config.runs)
@@ -105,19 +89,30 @@ def load(config: ReportConfig) -> list[Run]:
         raise InputError(f"names: {len(names)} for {len(config.runs)} runs")
     names = names if len(set(names)) == len(names) else config.runs
     texts = {item.id: item for item in distjudge.load_items(*config.items)} if config.items else {}
-    judged = [
-        load_judged(Path(run), n, texts, config.ordered) for run, n in zip(config.runs, names, strict=True)
-    ]
-    votes: dict[str, dict[str, float]] = {}
-    for folder, one in zip(config.runs, judged, strict=True):
-        ours, first = one.labels, judged[0].labels
-        if ours != first:
+    runs, votes = [], {}
+    for folder, name in zip(config.runs, names, strict=True):
+        one, path = figures.load_run(folder), short(Path(folder) / "predictions.jsonl", 200)
+        one.name = name
+        runs.append(one)
+        if len({item.id for item in one.items}) != len(one.items):
+            raise InputError(f"{path}: an id stands there twice")
+        if one.labels != (first := runs[0].labels):
             theirs = f"{short(config.runs[0])}, {distjudge.listed(first)}"
-            raise InputError(f"{short(folder)}: labels {distjudge.listed(ours)} are not those of {theirs}")
-        if wrong := [item for item in one.items if votes.setdefault(item.id, item.counts) != item.counts]:
-            why = "its votes are not those it has in another run"
-            raise InputError(f"{short(folder)}: item '{short(wrong[0].id)}': {why}")
-    return judged
+            raise InputError(f"{path}: labels {distjudge.listed(one.labels)} are not those of {theirs}")
+        for k, item in enumerate(one.items):
+            if votes.setdefault(item.id, item.counts) != item.counts:
+                why = "its votes are not those it has in another run"
+                raise InputError(f"{path}: item '{short(item.id)}': {why}")
+            if text := texts.get(item.id):
+                one.items[k] = dataclasses.replace(item, prompt=text.prompt, group=item.group or text.group)
+        try:
+            one.scores = distjudge.item_scores(one.q, one.items, config.ordered or None)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        masses = [row.get("label_mass") for row in one.rows]
+        if None not in masses:
+            one.scores["label_mass"] = torch.tensor(masses, dtype=torch.float64)
+    return runs
 
 
 def mean_of(one: Run, metric: str, draws: int, first: Run | None = None) -> str:
