@@ -66,13 +66,15 @@ def cells_in(folder):
         yield json.loads(path.read_text()) | {"predicted": predicted}
 
 
-def test_pairs_are_judged_in_both_orders(tmp_path):
+def test_pairs_are_judged_in_both_orders_by_a_model_of_ones_own(tiny_model, tmp_path, capsys):
     swap = {"1": "5", "2": "4", "3": "3", "4": "2", "5": "1"}
     other = {row["id"]: {"prompt": row["prompt"] + " Other.", "labels": swap} for row in FEW}
     rows = [row | {"swap": other[row["id"]]} for row in FEW[:30] + FEW[60:70]]
-    study.main(config_of(write_items(tmp_path, rows), methods=("untrained",), seeds=1))
-    (base,), (cell,) = (tmp_path / "out" / "base").iterdir(), cells_in(tmp_path)
-    judge, items = distjudge.load_judge(str(base), list(swap), lora_rank=0), distjudge.load_items(rows)
+    settings = {"model": str(tiny_model), "methods": ("untrained",), "seeds": 1}
+    study.main(config_of(write_items(tmp_path, rows), **settings))
+    assert "label mass: " in capsys.readouterr().out
+    (cell,), items = cells_in(tmp_path), distjudge.load_items(rows)
+    judge = distjudge.load_judge(str(tiny_model), list(swap), lora_rank=0)
     both, one = distjudge.judge_items(judge, items[30:])[0], judge.predict([i.prompt for i in items[30:]])
     assert torch.allclose(cell["predicted"], both.double(), atol=1e-5)
     assert (cell["predicted"] - one).abs().max() > 1e-3
@@ -119,6 +121,8 @@ def test_other_studies_share_cells(folder):
     assert trained == 0 and [(r["alpha"], r["eps"]) for r in points] == [(0.0, 0.25), (0.8, 0.25)]
     kl = {m: find(kept, method=m, seed="all", metric="kl", entropy=None)[0]["value"] for m in TWO}
     assert [r["value"] for r in points] == pytest.approx([kl[m] for m in TWO], abs=1e-5)
+    line, *others = draw.DRAW["sweep"](rows).axes[0].containers
+    assert line.lines[0].get_ydata().tolist() == [r["value"] for r in points] and not others
     rows, trained = run(folder, "robustness", deltas=(0.0, 0.2), perturbations=5, methods=TWO)
     at = {d: find(rows, method="single-point", seed="all", delta=d)[0]["value"] for d in (0.0, 0.2)}
     assert trained == 0 and at[0.0] == pytest.approx(kl["single-point"], abs=1e-5) and at[0.2] != at[0.0]
@@ -248,12 +252,6 @@ def test_cells_are_known_by_what_decides_their_result(folder, tmp_path):
     assert len({same, *(place(cell, **{name: value}) for name, value in shape.items())}) == 4
 
 
-def test_a_model_of_ones_own_is_taken_whatever_its_labels_hold(tiny_model, folder, tmp_path, capsys):
-    settings = {"model": str(tiny_model), "methods": ("untrained",), "seeds": 1, "out": str(tmp_path / "out")}
-    study.main(config_of(folder, **settings))
-    assert "label mass: " in capsys.readouterr().out and len(list(cells_in(tmp_path))) == 1
-
-
 def test_votes_are_drawn_from_the_truth_or_without_replacement():
     items = distjudge.load_items(ROWS[:200])
     drawn = study.draw_votes(items, 400, seed=0)
@@ -360,18 +358,6 @@ def test_simplex_and_training_curves():
         figures.draw_curves(dataclasses.replace(run, log=[]))
 
 
-def test_figures_show_the_numbers_of_the_table(folder):
-    rows, _ = run(folder, "sweep", alphas=(0.0, 0.8), epsilons=(0.0, 0.25), seeds=1)
-    panel = draw.DRAW["sweep"](rows).axes[0]
-    points = pd.DataFrame([line.get_xydata()[:, 1] for line in panel.containers for line in line.lines[:1]])
-    wanted = [find(rows, eps=e, seed="all", metric="kl") for e in (0.0, 0.25)]
-    assert points.values.tolist() == [pytest.approx([r["value"] for r in own]) for own in wanted]
-    assert draw.title_of(rows) == "sweep on few, 1 seed: intervals leave out chance in training"
-    for seeds, words in ((4, "4 seeds: intervals are rough"), (5, "5 seeds")):
-        more = [rows.assign(seed=str(n)) for n in range(seeds)]
-        assert draw.title_of(pd.concat([rows, *more], ignore_index=True)).split(", ")[1] == words
-
-
 def test_whiskers_stand_beside_each_other_and_a_table_for_a_paper(tmp_path):
     row = {"study": "main", "data": "few", "seed": "all", "metric": "kl"}
     row |= {"value": 0.5, "low": 0.4, "high": 0.6}
@@ -382,6 +368,9 @@ def test_whiskers_stand_beside_each_other_and_a_table_for_a_paper(tmp_path):
     at = [x for bars in lower.containers for x in bars.lines[0].get_xdata()]
     assert sorted(at) == pytest.approx([e + x / 80 for e in (0, 1) for x in (-9, -3, 3, 9)])
     assert "agree" in lower.get_title()
+    for seeds, words in ((1, ": intervals leave out chance in training"), (4, "s: intervals are rough"), (5, "s")):
+        table = pd.DataFrame(row | {"seed": ["all", *map(str, range(seeds))]})
+        assert draw.title_of(table) == f"main on few, {seeds} seed{words}"
     table = "| method | KL to votes |\n| --- | --- |\n| a_b | 0.500* [0.400, ∞] |\n| c |  |\n| d | – |"
     (tmp_path / "main.md").write_text(f"50 % of it\n\n{table}\n\nStars: none.\n", encoding="utf-8")
     draw.main(draw.PlotConfig((str(tmp_path / "main.csv"),), str(tmp_path / "out"), latex=True))
