@@ -236,19 +236,6 @@ def with_adapters(model: Any) -> Any:
     return peft.get_peft_model(model, lora)
 
 
-def make_stock(config: BenchConfig, items: list[Item]) -> Callable[[int], float]:
-    """The same for the stock trainer, given rows a pass: same model, adapters, items a step and optimizer."""
-    model, tokenizer = model_and_tokenizer(config)
-    model = with_adapters(model)
-
-    def step(rows: int) -> float:
-        settings = {"gradient_accumulation_steps": config.batch_size // rows, "optim": "adamw_torch"}
-        times = train_stock(model, tokenizer, items, rows, num_train_epochs=2, max_length=None, **settings)
-        return statistics.mean(times[len(times) // 2 :])
-
-    return step
-
-
 def adversary_seconds(judge: Judge, rows: int) -> float:
     """The median over calls of the adversary for a pass of so many items."""
     p = torch.rand(rows, len(judge.labels), device=judge.device).softmax(1)
@@ -259,7 +246,15 @@ def adversary_seconds(judge: Judge, rows: int) -> float:
 def bench_train(task: str, config: BenchConfig) -> dict[str, Any]:
     """shared_tokens: the share of tokens that packs save; adversary_share: of our step, a call a pass."""
     items = some_items(task, config.batch_size * config.steps, config.seed)
-    judge, stock = make_judge(config, items), make_stock(config, items)
+    judge, (model, tokenizer) = make_judge(config, items), model_and_tokenizer(config)
+    model = with_adapters(model)
+
+    def stock(rows: int) -> float:
+        """As our_step(), with so many rows a pass: same model, adapters, items a step and optimizer."""
+        settings = {"gradient_accumulation_steps": config.batch_size // rows, "optim": "adamw_torch"}
+        times = train_stock(model, tokenizer, items, rows, num_train_epochs=2, max_length=None, **settings)
+        return statistics.mean(times[len(times) // 2 :])
+
     tried = {rows: stock(rows) for rows in config.stock_rows}  # and warms up
     best = min(tried, key=tried.__getitem__)
     ways = {
