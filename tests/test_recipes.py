@@ -153,19 +153,6 @@ def test_a_python_without_the_environment_is_told_so(script):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_figures_from_a_run_folder(tmp_path):
-    said = {"predicted": {"a": 0.3, "b": 0.4, "tie": 0.3}, "label_mass": 1.0}
-    rows = [{"id": f"item {i}", "counts": {"a": i % 4, "b": 3, "tie": 1}} | said for i in range(9)]
-    write_rows(tmp_path / "predictions.jsonl", rows)
-    (tmp_path / "metrics.json").write_text(json.dumps({"kl_noise_floor": None, "kl_marginal": 0.2}))
-    done = command("plots/figures.py", tmp_path, "--show", "kl", "bars", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    drawn = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert drawn == ["bars.png", "kl.png"]
-    done = command("plots/figures.py", tmp_path / "plots", cwd=tmp_path)
-    assert done.returncode == 2 and "not a run folder" in done.stderr
-
-
 def test_bars_choose_the_items_they_say():
     q = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.01, 0.99]], dtype=torch.float64)
     votes = {"even": {"x": 2, "y": 2}, "sure": {"x": 4, "y": 0}, "wrong": {"x": 3, "y": 1}}
@@ -178,7 +165,7 @@ def test_bars_choose_the_items_they_say():
 
 
 def test_one_figure_compares_several_runs(tmp_path):
-    """Means of KL by hand, the items on which judges differ most, bars of each; other items are refused."""
+    """Means of KL by hand, the items on which judges differ most, bars of each; the command; refusals."""
     votes = {"sure": [4, 0], "even": [2, 2], "other": [3, 1], "some": [1, 3]}
     said = {"a": [0.5, 0.5, 0.5, 0.9], "b": [0.5, 0.5, 0.6, 0.1]}  # of label x
     for name, own in said.items():
@@ -197,9 +184,13 @@ def test_one_figure_compares_several_runs(tmp_path):
     assert means.collections[1].get_offsets()[:, 0].tolist() == pytest.approx(wanted)
     assert [ax.get_title().split(":")[0] for ax in items] == ["sure", "even", "some", "other"]
     assert [bar.get_height() for bar in items[2].patches] == pytest.approx([0.25, 0.75, 0.9, 0.1, 0.1, 0.9])
-    done = command("plots/figures.py", "a", "b", "--format", "pdf", cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "plots" / "compare.pdf").exists(), done.stderr
-    assert figures.compare({"a": tmp_path / "a"}, tmp_path) == tmp_path / "compare.png"
+    (tmp_path / "b" / "config.json").unlink()
+    drawn = {"a b --format pdf": "plots/compare.p??", "b --show kl bars": "b/plots/*"}
+    for arguments, files in drawn.items():
+        done = command("plots/figures.py", *arguments.split(), cwd=tmp_path)
+        assert done.returncode == 0 and len(list(tmp_path.glob(files))) == 2, done.stderr
+    done = command("plots/figures.py", "plots", cwd=tmp_path)
+    assert done.returncode == 2 and "not a run folder" in done.stderr
     for other in (rows[:3], [rows[0] | {"counts": {"x": 5, "y": 0}}, *rows[1:]]):
         write_rows(tmp_path / "b" / "predictions.jsonl", other)
         with pytest.raises(InputError, match="b: its items, labels or votes are not those of a"):
