@@ -35,7 +35,6 @@ import shutil
 import statistics
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,12 +247,13 @@ class Workshop:
         found["predicted"] = torch.tensor([row["predicted"] for row in rows], dtype=torch.float64)
         return found
 
-    def collect(self, wanted: dict[Any, dict[str, Any]]) -> dict[Any, list[torch.Tensor]]:
-        """Predictions (N, C) of each cell, a tensor for each seed."""
+    def collect(self, wanted: dict[Any, dict[str, Any]]) -> dict[Any, torch.Tensor]:
+        """Predictions (S, N, C) of each cell, by S seeds."""
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
         some = {"items": self.config.train_items}
-        found = self.made([Cell(**some | {"seed": n} | cell) for n in seeds for cell in wanted.values()])
-        return {key: [cell["predicted"] for cell in found[k :: len(wanted)]] for k, key in enumerate(wanted)}
+        made = self.made([Cell(**some | {"seed": n} | cell) for n in seeds for cell in wanted.values()])
+        found = torch.stack([cell["predicted"] for cell in made])
+        return {key: found[k :: len(wanted)] for k, key in enumerate(wanted)}
 
     def made(self, cells: list[Cell]) -> list[dict[str, Any]]:
         """What load() reads of the cells; makes what is missing first.
@@ -388,12 +388,8 @@ def fit_readout(judge: Judge, items: list[Item], test: list[Item], run: Config, 
         penalty = min(PENALTIES, key=lambda one: kl_loss(held(one), p[first:]).mean().item())
         rows = fit(len(x), penalty)
     done = time.perf_counter()
-
-    def score(prompts: list[str], progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        logq, hidden = read_hidden(judge, judge.encode(prompts))
-        return said(logq, inputs(hidden), rows), torch.ones(len(prompts))
-
-    q = distjudge.judge_items(types.SimpleNamespace(score=score), test)[0]
+    logq, hidden = read_hidden(judge, judge.encode([prompt for item in test for prompt in item.prompts]))
+    q = distjudge.average_items(test, said(logq, inputs(hidden), rows))[0]
     seconds = {"train_seconds": done - began, "feature_seconds": read - began, "fit_seconds": done - read}
     return q, seconds | {"temperature": temperature, "bias": bias.tolist(), "penalty": penalty}
 
@@ -414,13 +410,13 @@ class Table:
         row |= {"value": value, "seed": str(seed)} | more
         self.rows.append(row | {"votes": row.get("votes") or None})
 
-    def compare(self, found: dict[str, list[torch.Tensor]], **at: Any) -> None:
-        """Rows for methods with predictions (N, C) for each seed: every metric, and the gap to the first."""
-        for method, qs in found.items():
-            worth = distjudge.survey_equivalence(torch.stack(qs), self.test, self.draws)
+    def compare(self, found: dict[str, torch.Tensor], **at: Any) -> None:
+        """Rows for methods with predictions (S, N, C) by S seeds: every metric, and the gap to the first."""
+        for method, q in found.items():
+            worth = distjudge.survey_equivalence(q, self.test, self.draws)
             if worth["mean"] is not None:
                 self.add(method, "people", worth["mean"], low=worth["low"], high=worth["high"], **at)
-        scores = {m: [distjudge.item_scores(q, self.test) for q in qs] for m, qs in found.items()}
+        scores = {m: [distjudge.item_scores(one, self.test) for one in q] for m, q in found.items()}
         for metric in next(iter(scores.values()))[0]:
             own = {m: torch.stack([run[metric] for run in runs]) for m, runs in scores.items()}
             self.summarize(metric, own, self.groups, **at)
@@ -442,7 +438,7 @@ class Table:
                 more |= {"difference_low": gap["low"], "difference_high": gap["high"]}
             self.add(method, metric, found["mean"], **more)
 
-    def references(self, votes: int, **at: Any) -> dict[str, list[torch.Tensor]]:
+    def references(self, votes: int, **at: Any) -> dict[str, torch.Tensor]:
         """Adds the noise floor's rows; returns the rival without a model, the mean of the training votes."""
         if (truth := distjudge.truths_of(self.test)) is not None:
             for metric, score in distjudge.item_scores(truth, self.test).items():
@@ -452,13 +448,13 @@ class Table:
             self.add("noise floor (estimated)", "kl", floor, votes=votes, **at)
         cell = Cell("marginal", self.config.seed, votes, at.get("items", self.config.train_items))
         mean = distjudge.shares_of(self.shop.items(cell)).mean(0)
-        return {"marginal": [mean.expand(len(self.test), -1)]}
+        return {"marginal": mean.expand(1, len(self.test), -1)}
 
-    def bins(self, found: dict[str, list[torch.Tensor]], **at: Any) -> None:
+    def bins(self, found: dict[str, torch.Tensor], **at: Any) -> None:
         """KL by human entropy in quarters of log C, of the truth where known, else of the votes."""
-        truth, counts = distjudge.truths_of(self.test), counts_of(self.test)
-        metric, p = ("kl", counts) if truth is None else ("kl_truth", truth)
-        p = p / p.sum(1, keepdim=True)
+        metric, p = "kl_truth", distjudge.truths_of(self.test)
+        if p is None:
+            metric, p = "kl", distjudge.shares_of(self.test)
         share = distjudge.entropy(p) / math.log(p.shape[1])
         quarter = torch.bucketize(share - 1e-9, torch.tensor([0.25, 0.5, 0.75], dtype=share.dtype))
         for n in range(4):
@@ -466,7 +462,7 @@ class Table:
             groups, at["entropy"] = [self.groups[i] for i in here], f"{n / 4:g}-{(n + 1) / 4:g}"
             if len(here) >= 10:
                 self.sizes[at["entropy"]] = len(here)
-                kl = {m: torch.stack([kl_divergence(p, q)[here] for q in qs]) for m, qs in found.items()}
+                kl = {m: kl_divergence(p, q)[:, here] for m, q in found.items()}
                 self.summarize(metric, kl, groups, **at)
 
     def frame(self) -> pd.DataFrame:
@@ -569,8 +565,8 @@ def sweep(shop: Workshop) -> None:
     grid = {(a, e): {"alpha": a, "eps": e if a else 0.0} for e in config.epsilons for a in config.alphas}
     found = shop.collect({at: cell | {"method": method, "votes": n} for at, cell in grid.items()})
     table.compare(table.references(n))
-    for (alpha, eps), qs in found.items():
-        table.compare({method: qs}, alpha=alpha, eps=eps)
+    for (alpha, eps), q in found.items():
+        table.compare({method: q}, alpha=alpha, eps=eps)
     table.write(markdown(table.whole("kl", "kl_truth", "accuracy"), ["eps", "alpha", "method"]))
 
 
@@ -590,12 +586,11 @@ def robustness(shop: Workshop) -> None:
     found = shop.collect({m: {"method": m, "votes": n} for m in shop.methods}) | table.references(n)
     truth, p = distjudge.truths_of(shop.test), distjudge.shares_of(shop.test)
     if truth is not None:
-        found["noise floor (the truth)"] = [truth]
+        found["noise floor (the truth)"] = truth[None]
     for delta in config.deltas:
         draw = torch.Generator().manual_seed(config.seed)
         moved = [perturb(p, delta, draw) for _ in range(config.perturbations if delta else 1)]
-        kl = lambda q, moved=moved: torch.stack([kl_divergence(t, q) for t in moved]).mean(0)  # noqa: E731
-        scores = {m: torch.stack([kl(q) for q in qs]) for m, qs in found.items()}
+        scores = {m: sum(kl_divergence(t, q) for t in moved) / len(moved) for m, q in found.items()}
         table.summarize("kl", scores, table.groups, delta=delta)
     about = f"KL to test targets moved by delta, {config.perturbations} random moves an item."
     rows = table.whole("kl").dropna(subset="delta")
@@ -613,14 +608,13 @@ def length(shop: Workshop) -> None:
     for n in shop.votes:
         for epochs in lengths:
             table.compare({m: found[n, epochs, m] for m in shop.methods}, epochs=epochs, votes=n)
-        chosen: dict[str, list[torch.Tensor]] = {m: [] for m in shop.methods}
+        chosen = {}
         for m in shop.methods:
-            best = []
-            for qs in zip(*(found[n, epochs, m] for epochs in lengths), strict=True):  # of one seed
-                kl = torch.stack([kl_divergence(p, q) for q in qs])
-                mine, other = (int(kl[:, part].mean(1).argmin()) for part in (~here, here))
-                chosen[m].append(torch.where(here[:, None], qs[mine], qs[other]))
-                best += [lengths[mine], lengths[other]]
+            q, seeds = torch.stack([found[n, epochs, m] for epochs in lengths]), [*range(config.seeds)]
+            kl = kl_divergence(p, q)  # by epochs, seed and item
+            mine, other = (kl[:, :, part].mean(2).argmin(0).tolist() for part in (~here, here))
+            chosen[m] = torch.where(here[:, None], q[mine, seeds], q[other, seeds])
+            best = [lengths[k] for k in mine + other]
             times = ", ".join(f"{e:g} ({best.count(e)} x)" for e in lengths if e in best)
             picked.append(f"- {n or 'all'} votes, {m}: {times}")
         table.compare(chosen | table.references(n), votes=n)

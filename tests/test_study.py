@@ -298,8 +298,8 @@ def test_tables_by_hand():
     config = study.StudyConfig()
     shop = types.SimpleNamespace(test=items, train=items, config=config, items=lambda cell: items)
     table = study.Table(shop)
-    table.compare({"right": [right, right], "wrong": [wrong]}, votes=4)
-    table.bins({"wrong": [wrong]}, votes=0)
+    table.compare({"right": torch.stack([right, right]), "wrong": wrong[None]}, votes=4)
+    table.bins({"wrong": wrong[None]}, votes=0)
     gap = {"sure": math.log(4), "even": -math.log(0.75) / 2}  # KL of the wrong judge
     (mean,) = find(table.frame(), method="wrong", seed="all", metric="kl", entropy=None)
     (best,) = find(table.frame(), method="right", seed="all", metric="kl", entropy=None)
