@@ -62,16 +62,15 @@ def overall(rows: pd.DataFrame, metric: str, floor: bool = True) -> pd.DataFrame
 
 def looks(names: Iterable[Any]) -> dict[Any, dict]:
     """One colour, marker and dash for each name, the same in every panel."""
-    kinds = zip(COLOURS, MARKERS, LINES, strict=True)
-    styles = [{"color": c, "marker": m, "linestyle": dash, "markersize": 4.5} for c, m, dash in kinds]
-    return {name: styles[i % len(styles)] for i, name in enumerate(names)}
+    styles = plt.cycler(color=COLOURS, marker=[*MARKERS], linestyle=LINES)
+    return dict(zip(dict.fromkeys(names), styles(), strict=False))
 
 
 def draw_points(ax: plt.Axes, at: Any, rows: pd.DataFrame, across: bool = False, **look: Any) -> None:
     """Values with their intervals, at heights `at` if across, else above `at`."""
     ends = [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
     x, y, side = (rows["value"], at, "xerr") if across else (at, rows["value"], "yerr")
-    ax.errorbar(x, y, **{side: ends}, capsize=2, linewidth=1.2, elinewidth=0.8, **look)
+    ax.errorbar(x, y, **{side: ends}, capsize=2, linewidth=1.2, elinewidth=0.8, markersize=4.5, **look)
 
 
 def draw_lines(ax: plt.Axes, rows: pd.DataFrame, x: str, by: str, look: dict, name: str = "{}") -> None:
@@ -105,7 +104,7 @@ def draw_methods(rows: pd.DataFrame) -> plt.Figure:
     binned, kinds = by_votes(rows[rows["entropy"].notna()]), sorted(rows["entropy"].dropna().unique())
     for (above, below), (title, here) in zip(axes.T, votes.items(), strict=True):
         for name, own in here.groupby("method"):
-            style = look.get(name, {"color": HUMAN, "marker": "o", "markersize": 4.5})
+            style = look.get(name, {"color": HUMAN, "marker": "o"})
             draw_points(above, [names.index(name)], own, across=True, **style | {"linestyle": "none"})
         for value in here.loc[here["method"] == first, "value"]:
             above.axvline(value, color=NEUTRAL, linewidth=0.8, linestyle=":")
@@ -130,7 +129,7 @@ def draw_grid(rows: pd.DataFrame, x: str, by: str, label: str, name: str = "{}")
     for ax, metric in zip(axes[0], metrics, strict=True):
         here = overall(rows, metric)
         points = here[here[x].notna()]
-        draw_lines(ax, points, x, by, looks(dict.fromkeys(points[by])), name)
+        draw_lines(ax, points, x, by, looks(points[by]), name)
         flat = here[here[x].isna() & (by != "method")]  # else they are lines among the others
         for _, row in flat.iterrows():
             floor = row["method"] != "marginal"
@@ -155,7 +154,7 @@ def draw_length(rows: pd.DataFrame) -> plt.Figure:
     """KL by epochs, a panel for each number of votes; hollow, at the right: the epochs chosen."""
     metric = measure(rows)
     rows = overall(rows[rows["method"] != "marginal"], metric, floor=False)
-    lengths, look = sorted(rows["epochs"].dropna().unique()), looks(dict.fromkeys(rows["method"]))
+    lengths, look = sorted(rows["epochs"].dropna().unique()), looks(rows["method"])
     hollow = {name: style | {"linestyle": "none", "mfc": "none"} for name, style in look.items()}
     votes = by_votes(rows)
     figure, axes = plt.subplots(1, len(votes), figsize=(1.6 + 2.9 * len(votes), 3.3), squeeze=False)
