@@ -27,10 +27,6 @@ def command(script, *arguments, cwd):
     return subprocess.run(parts, capture_output=True, text=True, cwd=cwd, timeout=280)
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_the_embedded_sample_is_what_its_generator_writes():
     lines = Path(tiny.SAMPLE).read_text().splitlines()
     assert lines == [json.dumps(row) for row in make_panel.make_panel(train=1200, test=300, votes=5, seed=1)]
@@ -83,11 +79,9 @@ def test_tiny_trains_four_ways_and_draws_its_figures(tmp_path):
 
 
 def test_tiny_on_words_as_labels_without_truth(tmp_path):
-    rows = []
-    for i in range(40):
-        counts = {"entailment": 3 * (i % 2), "entails not": 2, "neutral": 1}
-        rows.append({"id": i, "prompt": f"Claim {i}: {'yes' if i % 2 else 'no'} it is", "counts": counts})
-    write_rows(tmp_path / "v.jsonl", rows)
+    counts = [{"entailment": 3 * (i % 2), "entails not": 2, "neutral": 1} for i in range(40)]
+    rows = [{"prompt": f"{i}: {['no', 'yes'][i % 2]} it is", "counts": n} for i, n in enumerate(counts)]
+    distjudge.write_lines(tmp_path / "v.jsonl", map(json.dumps, rows))
     settings = "--train v.jsonl --out o --epochs 1 --hidden 16"
     done = command("recipes/tiny.py", *settings.split(), cwd=tmp_path)
     assert done.returncode == 0 and "8 to test on" in done.stdout, done.stderr
@@ -173,7 +167,7 @@ def test_one_figure_compares_several_runs(tmp_path):
         for row, q in zip(rows, own, strict=True):
             row["predicted"] = {"x": q, "y": 1 - q}
         (tmp_path / name).mkdir()
-        write_rows(tmp_path / name / "predictions.jsonl", rows)
+        distjudge.write_lines(tmp_path / name / "predictions.jsonl", map(json.dumps, rows))
         (tmp_path / name / "metrics.json").write_text(json.dumps({"kl_noise_floor": 0.1}))
         (tmp_path / name / "config.json").write_text('{"train": ["t.jsonl"], "test": ["m/u.jsonl"]}')
     runs = {name: figures.load_run(tmp_path / name) for name in said}
@@ -192,7 +186,7 @@ def test_one_figure_compares_several_runs(tmp_path):
     done = command("plots/figures.py", "plots", cwd=tmp_path)
     assert done.returncode == 2 and "not a run folder" in done.stderr
     for other in (rows[:3], [rows[0] | {"counts": {"x": 5, "y": 0}}, *rows[1:]]):
-        write_rows(tmp_path / "b" / "predictions.jsonl", other)
+        distjudge.write_lines(tmp_path / "b" / "predictions.jsonl", map(json.dumps, other))
         with pytest.raises(InputError, match="b: its items, labels or votes are not those of a"):
             figures.compare({name: tmp_path / name for name in said}, tmp_path)
 
@@ -220,7 +214,7 @@ def test_bench_of_a_model_and_items_of_ones_own(tiny_model, tmp_path):
     rows = [
         {"id": n, "prompt": f"Soup {n}", "counts": {"a": n, "b": 5 - n}, "group": n // 2} for n in range(6)
     ]
-    write_rows(tmp_path / "own.jsonl", rows)
+    distjudge.write_lines(tmp_path / "own.jsonl", map(json.dumps, rows))
     items = bench.some_items(str(tmp_path / "own.jsonl"), 4, 0)
     assert len({item.group for item in items}) == 2 and items[0].prompt.startswith("Soup ")
     own, _ = bench.model_and_tokenizer(bench.BenchConfig(model=str(tiny_model)))

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html.parser
 import json
+import math
 import random
 import re
 import shutil
@@ -66,16 +67,12 @@ def read_page(page):
     return [html.unescape(re.sub("<[^>]*>", "", cell)) for cell in cells], scripts
 
 
-class Elements(html.parser.HTMLParser):
+def elements_of(page):
     """The attributes of all elements of a page."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.found = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append(dict(attributes))
+    parser, found = html.parser.HTMLParser(), []
+    parser.handle_starttag = lambda tag, attributes: found.append(dict(attributes))
+    parser.feed(page)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +89,10 @@ def no_figures(monkeypatch):
 
 def shown(scores, rows, other=None, sign="", metric=""):
     found = distjudge.bootstrap(scores[None], other, [row["group"] for row in rows], 50)
-    least, most = (-1.0 if "correlation" in metric else 0.0), 9.0
-    if "correlation" in metric or metric in ("accuracy", "total_variation"):
-        most = 1.0
-    if sign:  # a difference
-        least, most = -9.0, 9.0
-    low, high = max(found["low"], least), min(found["high"], most)
+    low, high, both = found["low"], found["high"], "correlation" in metric
+    if not sign:  # no difference, which has no bounds
+        most = 1.0 if both or metric in ("accuracy", "total_variation") else math.inf
+        low, high = max(low, -1.0 if both else 0.0), min(high, most)
     return f"{found['mean']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
@@ -132,7 +127,7 @@ def test_numbers_are_those_of_the_runs(compared):
 
 def test_what_people_wrote_is_text_and_nothing_comes_from_elsewhere(compared):
     page, rows = compared[0], compared[1][0]
-    elements, (cells, scripts) = Elements(page).found, read_page(page)
+    elements, (cells, scripts) = elements_of(page), read_page(page)
     assert len(scripts) == 2 and "pwned" not in scripts[1] and "<" not in scripts[0]
     data = json.loads(scripts[0])
     assert [item["id"] for item in data["items"]] == [row["id"] for row in rows] and data["labels"] == LABELS
