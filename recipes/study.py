@@ -104,7 +104,7 @@ class StudyConfig(tiny.TinyConfig):
     """Weight of -log m, where m is the probability of a label at all; 0 as in the paper."""
     seeds: int = 5
     """How many seeds, from `seed` on: first weights, order and, with --votes, the votes themselves."""
-    methods: tuple[str, ...] = ()
+    methods: tuple[Literal[tuple(METHODS)], ...] = ()
     """Rows of the table; the others are compared with the first. A row brings its own alpha and eps."""
     votes: tuple[int, ...] = ()
     """Train on so many votes an item: drawn from its truth if known, else from its votes without replacement
@@ -128,8 +128,6 @@ class StudyConfig(tiny.TinyConfig):
 
     def check(self) -> None:
         super().check()
-        if unknown := [m for m in self.methods if m not in METHODS]:
-            raise InputError(f"methods: {', '.join(unknown)}: not among {', '.join(METHODS)}")
         for name, low in (("draws", 100), ("perturbations", 1), ("train_items", 0), ("votes", 1)):
             least = min(getattr(self, name), default=low) if name == "votes" else getattr(self, name)
             if least < low:
@@ -244,8 +242,7 @@ class Workshop:
         rows = [row for _, row, _ in distjudge.read_rows(folder / "predictions.jsonl")]
         if [row.get("id") for row in rows] != [item.id for item in self.test]:
             raise InputError(f"{folder}: its predictions are not those of the test items; remove the folder")
-        found["predicted"] = torch.tensor([row["predicted"] for row in rows], dtype=torch.float64)
-        return found
+        return found | {"predicted": torch.tensor([row["predicted"] for row in rows], dtype=torch.float64)}
 
     def collect(self, wanted: dict[Any, dict[str, Any]]) -> dict[Any, torch.Tensor]:
         """Predictions (S, N, C) of each cell, by S seeds."""
@@ -287,13 +284,11 @@ class Workshop:
         test = distjudge.keep_short(judge, self.test, "error", "test")
         if run.model:
             print("label mass: " + common.check_mass(judge, items, run.answer))
-        held: list[Item] = []
-        if "tempered" in beside:
-            items, held = distjudge.split_items(items, 0.1, run.seed)
+        items, held = distjudge.split_items(items, 0.1, run.seed) if "tempered" in beside else (items, [])
         if "smoothed" in beside:
             items = smoothed(items, beside["smoothed"])
-        votes = f"{len(items)} items, {cell.votes or 'all'} votes"
-        print(f"{number} {cell.method}, seed {cell.seed}, {votes}", flush=True)
+        about = f"{cell.method}, seed {cell.seed}, {len(items)} items, {cell.votes or 'all'} votes"
+        print(f"{number} {about}", flush=True)
         if "untrained" not in beside:
             distjudge.train(judge, items, run, on_step=lambda n: ends.update({n: time.perf_counter()}))
         fitted: dict[str, Any] = {"temperature": None}
