@@ -302,11 +302,19 @@ def test_flags(refused, tmp_path, tiny_model, given, words):
     refused(words, "train", "--model", str(tiny_model), *shlex.split(eval(f'"""{given}"""')))
 
 
-@pytest.mark.parametrize("flags", ["--max_length 3", "--spellings maybe=x"])
-def test_a_recipe_that_makes_its_own_model_leaves_nothing_behind(refused, tmp_path, flags):
+OWN_MODEL = """
+prompts too long      | --max_length 3                | x.jsonl: ... tokens;
+a spelling of nothing | --spellings maybe=x           | spellings: unknown label {maybe}
+no seeds              | --seeds 0                     | seeds: must be 1 or more, not 0
+an odd width          | --hidden 17                   | hidden: must be a multiple of 16, not 17
+a teacher for all     | --teacher 5                   | teacher: each row here has its own
+"""
+
+
+@cases(OWN_MODEL)
+def test_a_recipe_that_makes_its_own_model_leaves_nothing_behind(refused, tmp_path, given, words):
     write(tmp_path / "x.jsonl", GOOD)
-    words = "x.jsonl: ... tokens; " if "3" in flags else "spellings: unknown label {maybe}"
-    refused(words, "tiny", *flags.split())
+    refused(words, "tiny", *given.split())
 
 
 WRONG = ["--alpha much", "--steps 1.5", "--no_such 1", "--schedule nonesuch", "--alpha"]

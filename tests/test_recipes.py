@@ -89,35 +89,6 @@ def test_tiny_on_words_as_labels_without_truth(tmp_path):
     assert all(row["kl_truth"] is None for row in table.values()) and table["noise_floor"]["kl_votes"] > 0
 
 
-WRONG = {
-    "--alpha 1.5": "error: alpha: must be between 0 and 1, not 1.5",
-    "--seeds 0": "error: seeds: must be 1 or more, not 0",
-    "--teacher 5": "error: teacher: each row here has its own",
-    "--train none.jsonl": "error: none.jsonl: no such file",
-    "--labels 1 2": "unknown label",
-    "--hidden 17": "error: hidden: must be a multiple of 16, not 17",
-    "--spellings six=6": "unknown label {six}",
-    "--model ./nowhere": "error: ./nowhere: model: no such folder",
-    "--out /dev/null/x": "error: ",
-    "--max_length 12": "1200 of 1200 training items are longer than max_length 12",
-    "--no-such-flag": "no-such-flag",
-}
-
-
-@pytest.mark.parametrize(("arguments", "words"), WRONG.items())
-def test_bad_input_ends_in_one_message_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
-    """In this process, which saves the seconds of each import; the first also as a user would call it."""
-    if words.startswith("error: alpha"):
-        done = command("recipes/tiny.py", *arguments.split(), cwd=tmp_path)
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["tiny.py", *arguments.split()])
-    with pytest.raises(SystemExit, match="2"):
-        distjudge.cli(tiny.main, tiny.TinyConfig)
-    shown = capsys.readouterr()
-    assert words in shown.err + shown.out and not (tmp_path / "runs" / "tiny").exists()
-
-
 SCRIPT = """
 import dataclasses, sys
 sys.path.insert(0, %r)

@@ -324,12 +324,10 @@ def test_tables_by_hand():
 
 def test_what_does_not_fit_is_refused(folder):
     for name, value, words in (
-        ("seeds", 0, "seeds: must be 1"),
         ("votes", (0,), "votes: must be 1"),
         ("lengths", (4.0, 4.0), "lengths: must be different"),
         ("draws", 9, "draws: must be 100"),
         ("teacher", 5.0, "teacher: each row has its own"),
-        ("hidden", 17, "hidden: must be a multiple of 16"),
     ):
         with pytest.raises(InputError, match=words):
             study.main(config_of(folder, **{name: value}))
