@@ -86,13 +86,10 @@ def call(*command: Any) -> str:
 
 
 def train_once(config: ScalingConfig, processes: int) -> dict[str, float]:
-    out = Path(config.out)
-    for old in out.glob("rank-*.json"):
-        old.unlink()
     given = dataclasses.asdict(config).items()
     own = [f"--{name}={value}" for name, value in given if name not in ("processes", "repeats")]
     call("-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone", __file__, *own)
-    ranks = [json.loads(path.read_text()) for path in out.glob("rank-*.json")]
+    ranks = [json.loads(Path(config.out, f"rank-{n}.json").read_text()) for n in range(processes)]
     slowest = max(rank["seconds"] for rank in ranks)
     return {"rate": ranks[0]["items"] / slowest, "tokens": sum(rank["tokens"] for rank in ranks)}
 
