@@ -53,10 +53,6 @@ FLOORS = {  # by their names in metrics.json
     "kl_marginal": "KL of the training marginal",
 }
 WORTH = "as near to everybody's opinion as a panel of so many; higher is better"
-FIRST = (  # of a run's settings, in this order
-    "recipe model base_url answered_by train test files items labels alpha eps teacher epochs "
-    "learning_rate batch_size lora_rank four_bit seed"
-).split()
 
 
 @dataclasses.dataclass
@@ -154,16 +150,13 @@ def metrics_rows(judged: list[Run], draws: int, first: Run | None = None) -> lis
 
 
 def settings_rows(judged: list[Run]) -> list[tuple[str, str, list[str]]]:
-    """As metrics_rows: those that matter most first, with a hint at those in which the runs differ."""
-
-    def text(one: Run, name: str) -> str:
-        value = one.settings.get(name, "–")
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-    known = dict.fromkeys(name for one in judged for name in one.settings if name != "out")
-    known = dict.fromkeys([name for name in FIRST if name in known]) | known
-    rows = [(name, [text(one, name) for one in judged]) for name in known]
-    return [(name, "differs" if len(set(cells)) > 1 else "", cells) for name, cells in rows]
+    """As metrics_rows: those in which the runs differ come first, with a hint that says so."""
+    rows = []
+    for name in dict.fromkeys(name for one in judged for name in one.settings if name != "out"):
+        values = [one.settings.get(name, "–") for one in judged]
+        cells = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+        rows.append((name, "differs" if len(set(cells)) > 1 else "", cells))
+    return sorted(rows, key=lambda row: not row[1])
 
 
 def pictures_of(one: Run) -> dict[str, str]:
@@ -184,18 +177,19 @@ def page_data(judged: list[Run], max_chars: int) -> dict[str, Any]:
     """What the list of items is made from: predictions and scores of an item in the order of the runs."""
     items: dict[str, dict[str, Any]] = {}
     for k, one in enumerate(judged):
-        kl, q = one.scores["kl"].tolist(), one.q.tolist()
-        for i, (item, row) in enumerate(zip(one.items, one.rows, strict=True)):
+        scored = zip(one.items, one.rows, one.q.tolist(), one.scores["kl"].tolist(), strict=True)
+        for item, row, q, kl in scored:
             new = {field: [None] * len(judged) for field in ("q", "mass", "flipped", "kl")}
             new |= {"id": item.id, "counts": list(item.counts.values())}
             entry = items.setdefault(item.id, new | dict.fromkeys(("text", "group", "truth")))
             entry["text"], entry["group"] = entry["text"] or item.prompt, entry["group"] or item.group
             entry["truth"] = list(item.truth.values()) if item.truth else entry["truth"]
-            entry["q"][k], entry["kl"][k] = [round(x, 5) for x in q[i]], round(kl[i], 5)
+            entry["q"][k], entry["kl"][k] = [round(x, 5) for x in q], round(kl, 5)
             entry["mass"][k], entry["flipped"][k] = row.get("label_mass"), row.get("flipped")
     for entry in items.values():
-        entry["cut"] = max(0, len(entry["text"]) - max_chars) if max_chars else 0
-        entry["text"] = entry["text"][: len(entry["text"]) - entry["cut"]]
+        text = entry["text"]
+        entry["text"] = text[: max_chars or None]
+        entry["cut"] = len(text) - len(entry["text"])
     labels, runs = judged[0].labels, [one.name for one in judged]
     return {"labels": labels, "runs": runs, "items": list(items.values())}
 
