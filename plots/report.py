@@ -95,12 +95,6 @@ def load(config: ReportConfig) -> list[Run]:
         if one.labels != (first := runs[0].labels):
             theirs = f"{short(config.runs[0])}, {distjudge.listed(first)}"
             raise InputError(f"{path}: labels {distjudge.listed(one.labels)} are not those of {theirs}")
-        for k, item in enumerate(one.items):
-            if votes.setdefault(item.id, item.counts) != item.counts:
-                why = "its votes are not those it has in another run"
-                raise InputError(f"{path}: item '{short(item.id)}': {why}")
-            if text := texts.get(item.id):
-                one.items[k] = dataclasses.replace(item, prompt=text.prompt, group=item.group or text.group)
         try:
             one.scores = distjudge.item_scores(one.q, one.items, config.ordered or None)
         except InputError as error:
@@ -108,6 +102,12 @@ def load(config: ReportConfig) -> list[Run]:
         masses = [row.get("label_mass") for row in one.rows]
         if None not in masses:
             one.scores["label_mass"] = torch.tensor(masses, dtype=torch.float64)
+        for k, item in enumerate(one.items):
+            if votes.setdefault(item.id, item.counts) != item.counts:
+                why = "its votes are not those it has in another run"
+                raise InputError(f"{path}: item '{short(item.id)}': {why}")
+            if text := texts.get(item.id):
+                one.items[k] = dataclasses.replace(item, prompt=text.prompt, group=item.group or text.group)
     return runs
 
 
