@@ -236,12 +236,6 @@ class Workshop:
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(cell.seed))
         return [items[i] for i in sorted(order[: cell.items or None].tolist())]
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """A cell that is there: its cell.json and "predicted" (N, C)."""
-        found = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        rows = [row["predicted"] for _, row, _ in distjudge.read_rows(folder / "predictions.jsonl")]
-        return found | {"predicted": torch.tensor(rows, dtype=torch.float64)}
-
     def collect(self, wanted: dict[Any, dict[str, Any]]) -> dict[Any, torch.Tensor]:
         """Predictions (S, N, C) of each cell, by S seeds."""
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
@@ -251,7 +245,7 @@ class Workshop:
         return {key: found[k :: len(wanted)] for k, key in enumerate(wanted)}
 
     def made(self, cells: list[Cell]) -> list[dict[str, Any]]:
-        """What load() reads of the cells; makes what is missing first.
+        """The cell.json of each, with "predicted" (N, C); makes what is missing first.
 
         Says how many there are and, by the time they took so far, how long the rest may take.
         """
@@ -266,7 +260,11 @@ class Workshop:
             minutes = (time.perf_counter() - began) / max(n, 1) * (len(todo) - n) / 60
             left = f", about {math.ceil(minutes)} min left" if n else ""
             self.make(cell, folder, f"[{time.strftime('%H:%M:%S')}] {n + 1} of {len(todo)}{left}:")
-        return [self.load(folder) for folder in folders]
+        found = [json.loads((folder / "cell.json").read_text(encoding="utf-8")) for folder in folders]
+        for cell, folder in zip(found, folders, strict=True):
+            rows = [row["predicted"] for _, row, _ in distjudge.read_rows(folder / "predictions.jsonl")]
+            cell["predicted"] = torch.tensor(rows, dtype=torch.float64)
+        return found
 
     def make(self, cell: Cell, folder: Path, number: str) -> None:
         run, beside = self.settings(cell)
