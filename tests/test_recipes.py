@@ -126,7 +126,7 @@ def test_bars_choose_the_items_they_say():
     titles = [axes.get_title().split(":")[0] for axes in figure.axes]
     assert titles == ["$sure$\nsure", "$even$\neven", "$wrong$\nwrong"]
     assert not figure.axes[0].title.get_parse_math()  # "$" is no formula
-    assert [bar.get_height() for bar in figure.axes[1].patches] == [0.5, 0.5, 0.5, 0.5]
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [1.0, 0.0, 0.9, 0.1]
 
 
 def test_one_figure_compares_several_runs(tmp_path):
