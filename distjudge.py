@@ -1240,43 +1240,33 @@ def add_label_readout(model: Any) -> None:
     model.forward = types.MethodType(forward, model)  # bound, as those who wrap it and unwrap it expect
 
 
-def collate(prompts: Sequence[list[int]], tokens: LabelTokens, pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded rows and what to read: a row a prompt or, for whole labels, a row a prompt and spelling.
+def collate(
+    prompts: TokenLists, tokens: LabelTokens, pad_id: int, packed: bool, two_levels: bool = False
+) -> dict[str, torch.Tensor]:
+    """One forward pass over prompts, as one pack or as right-padded rows, a row a prompt and branch.
 
-    Returns input_ids, attention_mask (R, L); answer_at (M, 2), the positions to read; token_ids (T,), the
-    tokens to read there; and reads (B * S, 2): for every prompt the rows of answer_at and the columns of
-    token_ids whose log-probabilities make up its labels', in the order of `tokens.sequences`.
+    Returns input_ids with position_ids and ends (1, L), or with attention_mask (R, L); answer_at (M, 2), the
+    positions to read; token_ids (T,), the tokens to read there; and reads (B * S, 2): for every prompt the
+    rows of answer_at and the columns of token_ids whose log-probabilities make up its labels', in the order
+    of `tokens.sequences`.
     """
-    endings = [sequence[:-1] for _, sequence in tokens.sequences] if tokens.whole else [()]
-    rows = [[*ids, *ending] for ids in prompts for ending in endings]
-    longest, per = max(map(len, rows)), len(endings)
-    batch = {
-        "input_ids": [row + [pad_id] * (longest - len(row)) for row in rows],
-        "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
-    }
-    return _with_reads(batch, prompts, tokens, lambda i, n, at: (i * per + n % per, at))
-
-
-def collate_pack(
-    prompts: Sequence[list[int]], tokens: LabelTokens, two_levels: bool = False
-) -> dict[str, torch.Tensor]:
-    """The same for one pack of the prompts as given: position_ids and ends (1, L) in the mask's place."""
-    pack = build_pack(prompts, range(len(prompts)), tokens.branches, two_levels)
-    branch = [tokens.branches.index(sequence[:-1]) for _, sequence in tokens.sequences]
-    path = lambda i, n: pack.paths[i * len(tokens.branches) + branch[n]]  # noqa: E731
-    batch = {"input_ids": [pack.ids], "position_ids": [pack.positions], "ends": [pack.ends]}
-    return _with_reads(batch, prompts, tokens, lambda i, n, at: (0, path(i, n)[at]))
-
-
-def _with_reads(
-    batch: dict[str, list], prompts: Sequence[list[int]], tokens: LabelTokens, place: Callable[..., tuple]
-) -> dict[str, torch.Tensor]:
-    """place(i, n, k): row and column of token k of prompt i and its n-th spelling."""
-    at, reads, column = {}, [], {token: k for k, token in enumerate(tokens.token_ids)}
+    branches = tokens.branches
+    if packed:
+        pack = build_pack(prompts, range(len(prompts)), branches, two_levels)
+        batch = {"input_ids": [pack.ids], "position_ids": [pack.positions], "ends": [pack.ends]}
+        paths = [[(0, column) for column in path] for path in pack.paths]
+    else:
+        rows = [[*ids, *branch] for ids in prompts for branch in branches]
+        width = max(map(len, rows))
+        batch = {"input_ids": [row + [pad_id] * (width - len(row)) for row in rows]}
+        batch["attention_mask"] = [[int(k < len(row)) for k in range(width)] for row in rows]
+        paths = [[(i, column) for column in range(len(row))] for i, row in enumerate(rows)]
+    reads, at, number = [], {}, {token: k for k, token in enumerate(tokens.token_ids)}
     for i, ids in enumerate(prompts):
-        for n, (_, sequence) in enumerate(tokens.sequences):
-            for k, token in enumerate(sequence, len(ids) - 1):
-                reads.append((at.setdefault(place(i, n, k), len(at)), column[token]))
+        for _, sequence in tokens.sequences:
+            path = paths[i * len(branches) + branches.index(sequence[:-1])]
+            for place, token in zip(path[len(ids) - 1 :], sequence, strict=True):
+                reads.append((at.setdefault(place, len(at)), number[token]))
     batch |= {"answer_at": list(at), "token_ids": tokens.token_ids, "reads": reads}
     return {name: torch.tensor(value) for name, value in batch.items()}
 
@@ -1376,7 +1366,7 @@ class Judge:
             packs = pack_prompts(encoded, self.pack_tokens, self.tokens.branches, self.model.two_levels)
             return [pack.members for pack in packs]
         groups: list[list[int]] = []
-        rows = len(self.tokens.sequences) if self.tokens.whole else 1
+        rows = len(self.tokens.branches)
         for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i])):
             if groups and (len(groups[-1]) + 1) * rows * len(encoded[groups[-1][0]]) <= self.pack_tokens:
                 groups[-1].append(i)
@@ -1388,8 +1378,7 @@ class Judge:
         """The tensors of one forward pass, for label_logprobs(); on the judge's device or another."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         pad_id = next(i for i in ids if i is not None)
-        packed = self.packs and collate_pack(encoded, self.tokens, self.model.two_levels)
-        batch = packed or collate(encoded, self.tokens, pad_id)
+        batch = collate(encoded, self.tokens, pad_id, self.packs, self.model.two_levels)
         return {name: tensor.to(device or self.device) for name, tensor in batch.items()}
 
     def shrink(self, members: Sequence[int], tokens: int) -> None:
