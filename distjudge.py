@@ -555,20 +555,10 @@ def split_items(items: Sequence[Item], test_share: float = 0.2, seed: int = 0) -
     Whole groups are taken in random order, each that brings the test side nearer to `test_share` of the
     items; if none does, the smallest. Raises InputError if everything is one group.
     """
-    parent: dict[tuple[str, str], tuple[str, str]] = {}  # of a key: another key of the same group, or itself
+    from networkx import Graph, connected_components  # torch brings it
 
-    def root(key: tuple[str, str]) -> tuple[str, str]:
-        while (above := parent.setdefault(key, key)) != key:
-            parent[key], key = parent[above], above
-        return key
-
-    for item in items:
-        for key in _keys(item):
-            parent[root(key)] = root(("id", item.id))
-    members: dict[tuple[str, str], list[int]] = {}
-    for i, item in enumerate(items):
-        members.setdefault(root(("id", item.id)), []).append(i)
-    groups = list(members.values())
+    graph = Graph((i, key) for i, item in enumerate(items) for key in _keys(item))
+    groups = [[i for i in group if isinstance(i, int)] for group in connected_components(graph)]
     if len(groups) < 2:
         raise InputError(f"{len(items)} items in {len(groups)} group cannot be split")
     random.Random(seed).shuffle(groups)
