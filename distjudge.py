@@ -84,8 +84,7 @@ class Messages(str):
     def __ne__(self, other: Any) -> bool:
         return not self == other
 
-    def __hash__(self) -> int:
-        return hash((Messages, str(self)))
+    __hash__ = str.__hash__
 
 
 def messages_of(prompt: str) -> list[dict[str, str]]:
@@ -207,16 +206,15 @@ def load_items(
     order, example = _label_order(parsed, labels)
     items = []
     for fields in parsed:
-        head, swap, given = fields["head"], fields["swap"], {}
+        head, swap = fields["head"], fields["swap"]
         for field in (fields["kind"], "truth"):
-            given[field] = fields.get(field) or {}
+            given = fields.get(field) or {}
             must_match = field in ("counts", "distribution") and (labels is None or complete)
-            if must_match and set(given[field]) != set(order):
-                differ = f"labels {listed(given[field])} differ from {listed(order)} of {example}"
+            if must_match and set(given) != set(order):
+                differ = f"labels {listed(given)} differ from {listed(order)} of {example}"
                 wrong.append(f"{head}: {field}: {differ} (write 0 where none voted so, or name the labels)")
-            elif unknown := sorted(set(given[field]) - set(order)):
-                text = f"unknown label {listed(unknown)}; the labels are {listed(order)}"
-                wrong.append(f"{head}: {field}: {text}")
+            elif unknown := sorted(set(given) - set(order)):
+                wrong.append(f"{head}: {field}: unknown label {listed(unknown)}, not of {listed(order)}")
         try:
             swap = swap and place_swap(*swap, order)
         except ValueError as error:
@@ -300,8 +298,7 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
         source = source.to_dict("records")
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, (dict, bytes)) or not isinstance(source, Iterable):
-            kind = type(source).__name__
-            raise InputError(f"load_items: expected paths, dicts, a Dataset or a DataFrame, got {kind}")
+            raise InputError(f"load_items: expected paths, rows or a table, got {type(source).__name__}")
         for i, (row, wrong) in enumerate(map(_as_row, class_named(source))):
             where = f"items[{i}]" if is_missing(row.get("where")) else short(row["where"], 1000)
             yield where, row, wrong
@@ -313,9 +310,7 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
             yield from json_rows(file, shown)
     except FileNotFoundError:
         raise InputError(f"{shown}: no such file") from None
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, InputError):
-            raise
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{shown}: cannot be read: {error}") from None
 
 
@@ -346,8 +341,7 @@ def json_rows(file: Any, shown: str) -> Iterator[tuple[str, dict, str]]:
     is_row = shown.endswith((".jsonl", ".jsonl.gz")) and raw[:1] == b"{" and not problem
     if raw[:1] in (b"[", b"{") and (problem or _objects_in(value)) and not is_row and shown != "stdin":
         if len(rest := file.read(LONGEST + 1)) > LONGEST:
-            size = f"more than {LONGEST >> 20} MiB"
-            raise InputError(f"{shown}: is one JSON document of {size}; use JSON lines")
+            raise InputError(f"{shown}: is a JSON document over {LONGEST >> 20} MiB; use JSON lines")
         if objects := _objects_in(load_json(raw + b"\n" + rest)[0]):
             yield from ((f"{shown}[{i}]", *_as_row(value)) for i, value in enumerate(objects))
             return
@@ -397,9 +391,8 @@ def parse_json(line: str | bytes) -> tuple[dict, str]:
 
 def class_named(rows: Iterable) -> Iterator:
     """The rows; of a `datasets.Dataset` with names in place of the numbers of classes, None for -1."""
-    kinds = {
-        name: getattr(kind, "feature", kind) for name, kind in (getattr(rows, "features", 0) or {}).items()
-    }
+    features = getattr(rows, "features", None) or {}
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
     classes = {name: kind for name, kind in kinds.items() if hasattr(kind, "int2str")}
 
     def named(value: Any, kind: Any) -> Any:
@@ -483,27 +476,18 @@ def _annotations(value: Any) -> dict[str, int]:
     return dict(collections.Counter(map(as_label, value)))
 
 
-def _side(value: Any) -> str:
-    if value not in ("train", "test"):
-        raise ValueError(f"must be train or test, not {short(repr(value))}")
-    return value
-
-
 def _other_order(value: Any) -> tuple[str, dict[str, str]]:
-    if not isinstance(value, dict) or not isinstance(value.get("labels"), dict):
+    whole = isinstance(value, dict) and not is_missing(value.get("prompt"))
+    if not whole or not isinstance(value.get("labels"), dict):
         form = '{"prompt": ..., "labels": {label: label in the other order}}'
         raise ValueError(f"must be {form}, not {short(repr(value))}")
-    part = "prompt"
-    try:
-        prompt, part = prompt_text(value.get(part)), "labels"
-        return prompt, {as_label(a): as_label(b) for a, b in value[part].items() if not is_missing(b)}
-    except ValueError as error:
-        raise ValueError(f"{part}: {error}") from None
+    there = {as_label(a): as_label(b) for a, b in value["labels"].items() if not is_missing(b)}
+    return prompt_text(value["prompt"]), there
 
 
 _SHARES = functools.partial(_votes, shares=True)
 _VOTES = {"counts": _votes, "annotations": _annotations, "distribution": _SHARES}
-_PARSERS = {"prompt": prompt_text, "id": as_label, "group": as_label, "split": _side, "swap": _other_order}
+_PARSERS = {"prompt": prompt_text, "id": as_label, "group": as_label, "split": as_label, "swap": _other_order}
 _PARSERS |= {"truth": _SHARES, **_VOTES}
 
 
@@ -513,19 +497,20 @@ def parse_row(row: dict[str, Any], votes: bool = True) -> tuple[dict[str, Any], 
     Fields: id, prompt, kind (the field the votes stood in, or ""), counts, group, split, truth, and swap as
     (prompt, {label: label}). What has a problem, or is not there, is None; counts are then {}.
     """
-    there = {field for field in _PARSERS if not is_missing(row.get(field))}
+    there = [field for field in _PARSERS if not is_missing(row.get(field))]
     fields, bad = dict.fromkeys(_PARSERS), []
-    for field, parse in _PARSERS.items():
+    for field in dict.fromkeys(["prompt", *there]):
         try:
-            fields[field] = parse(row.get(field)) if field in {*there, "prompt"} else None
+            fields[field] = _PARSERS[field](row.get(field))
         except ValueError as error:
             bad.append((field, str(error)))
+    if fields["split"] not in (None, "train", "test"):
+        bad.append(("split", f"must be train or test, not {short(repr(fields['split']))}"))
     if "id" not in there and fields["prompt"]:
         fields["id"] = hashlib.sha256(fields["prompt"].encode()).hexdigest()[:16]
     given = [field for field in _VOTES if field in there]
     if len(given) > 1 or (votes and not given):
-        found = " and ".join(given) or "none"
-        bad.append(("counts", f"one of {', '.join(_VOTES)} is needed, found {found}"))
+        bad.append(("counts", f"give one of {', '.join(_VOTES)}; found {' and '.join(given) or 'none'}"))
     counts = fields["counts"] or fields["annotations"] or {}
     if given == ["distribution"]:
         people, shares = row.get("votes"), fields["distribution"]

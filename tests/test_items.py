@@ -167,7 +167,7 @@ FIELDS = [  # a field of a row in the place of the right one, what the refusal n
 ]
 SWAPS = [
     ("a: cold b: hot", "must be"),
-    (SWAP | {"prompt": None}, "missing"),
+    (SWAP | {"prompt": None}, "must be"),
     (SWAP | {"prompt": " "}, "empty"),
     (SWAP | {"labels": {"a": "c"}}, "unknown label {c}"),
     (SWAP | {"labels": {"a": "b"}}, "do not trade places"),
