@@ -1648,8 +1648,6 @@ def _fingerprint(path: str) -> str:
     if wrong := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
         what = "only safetensors files beside it are read"
         raise ValueError(f"model.safetensors.index.json names '{short(wrong[0])}'; {what}")
-    if lost := [name for name in names if Path(path).is_dir() and not (Path(path) / name).is_file()]:
-        raise ValueError(f"there is no file named {lost[0]}")
     for name in names:
         with safe_open(cached_file(path, name), "pt") as file:
             for key in file.keys():
@@ -1666,25 +1664,21 @@ def choose_backend(wanted: str = "auto", device: str | None = None, trained: boo
     """
     if wanted not in ("auto", "unsloth", "transformers"):
         raise InputError(f"backend: must be auto, unsloth or transformers, not {wanted}")
-    why_not = ""
     if wanted == "transformers":
         return wanted, "asked for"
-    if trained:
-        why_not = "all weights are trained, not adapters"
-    elif not torch.cuda.is_available():
-        why_not = "no CUDA device"
-    elif not str(device or "cuda").startswith("cuda"):
-        why_not = f"the model goes to {device}"
-    try:
-        if not why_not:
+    on_cuda = torch.cuda.is_available() and str(device or "cuda").startswith("cuda")
+    why_not = "all weights are trained, not adapters" if trained else "" if on_cuda else "no CUDA device"
+    if not why_not:
+        try:
             os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
             import unsloth  # noqa: F401
-    except Exception as error:  # it raises what its many dependencies raise
-        why_not = f"Unsloth cannot be imported: {type(error).__name__}: {first_line(error)}"
-    if why_not and wanted == "unsloth":
+
+            return "unsloth", "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
+        except Exception as error:  # it raises what its many dependencies raise
+            why_not = f"Unsloth cannot be imported: {type(error).__name__}: {first_line(error)}"
+    if wanted == "unsloth":
         raise InputError(f"backend: Unsloth cannot be used: {why_not}")
-    why = "asked for" if wanted == "unsloth" else "CUDA, and Unsloth is installed"
-    return ("transformers", why_not) if why_not else ("unsloth", why)
+    return "transformers", why_not
 
 
 def _with_adapters(model: Any, rank: int, seed: int, gradient_checkpointing: bool, saved: Path | None) -> Any:
@@ -1740,14 +1734,10 @@ def load_tokenizer(path: str) -> Any:
 
     AutoTokenizer, for folders without that file, gives every Qwen2 model Qwen2's own splitting rule.
     """
-    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    there, what = Path(path).is_dir(), "config.json cannot be used"
+    there = "its tokenizer cannot be loaded", "no such folder, and it cannot be loaded from a model hub"
     try:
-        if (Path(path) / "config.json").is_file():  # a fault in it is not the tokenizer's
-            AutoConfig.from_pretrained(path, trust_remote_code=False)
-        what = "its tokenizer" if there else "no such folder, and it"
-        what += f" cannot be loaded{'' if there else ' from a model hub'}"
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         except (OSError, ValueError):
@@ -1755,7 +1745,7 @@ def load_tokenizer(path: str) -> Any:
         if not set(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
             raise ValueError("it has no vocabulary (tokenizer.json is missing)")  # one was made up, empty
     except Exception as error:  # a damaged or contradictory folder can fail in any way
-        raise InputError(f"{path}: model: {what}: {first_line(error)}") from error
+        raise InputError(f"{path}: model: {there[not Path(path).is_dir()]}: {first_line(error)}") from error
     return tokenizer
 
 

@@ -382,23 +382,23 @@ PEFT = '{"peft_type": "LORA", "r": 2, "base_model_name_or_path": "other/base"}'
 LAYER = "model.layers.1.mlp.up_proj.weight"
 MODELS = r"""
 no config.json     | (m / CONFIG).unlink() | model: cannot be loaded: there is no config.json
-a broken config.json | write(m / CONFIG, "{")                    | model: config.json cannot be used
-one in Latin-1     | write(m / CONFIG, b'{"model_type": "caf\xe9"}') | model: config.json cannot be used
+a broken config.json | write(m / CONFIG, "{")                    | model: ... config.json
+one in Latin-1     | write(m / CONFIG, b'{"model_type": "caf\xe9"}') | model: ... config.json
 no model type      | fields(m / CONFIG, model_type=..., architectures=...) | model: ... model_type
 an unknown type    | fields(m / CONFIG, model_type="nonesuch") | model: ... nonesuch
 an encoder-decoder | fields(m / CONFIG, model_type="t5") | model: cannot be loaded: Unrecognized configuration
-a layer too many   | fields(m / CONFIG, num_hidden_layers=3)   | model: config.json cannot be used
+a layer too many   | fields(m / CONFIG, num_hidden_layers=3)   | model: ... `num_hidden_layers` (3)
 another width | fields(m / CONFIG, hidden_size=48) | model: ... are missing or of another shape, the first
 no attention heads | fields(m / CONFIG, num_attention_heads=0) | model: ... cannot be
 code of its own    | fields(m / CONFIG, model_type="own", auto_map=OWN_CODE) | model: ... contains custom code
 cut weights        | cut(m / WEIGHTS) | model: ... incomplete metadata, file not fully covered
 empty weights      | write(m / WEIGHTS, "")                    | model: ... header too small
 a pointer to weights | write(m / WEIGHTS, POINTER)               | model: ... header too large
-no weights         | (m / WEIGHTS).unlink()                    | model: ... no file named model.safetensors
+no weights         | (m / WEIGHTS).unlink()                    | model: ... a file named model.safetensors
 pickled weights | (m / WEIGHTS).unlink(), write(m / "pytorch_model.bin", b"\x80\x04}.") | model: cannot be
 weights of nan     | weights(m / WEIGHTS, lambda t: t[LAYER].fill_(float("nan"))) | model: its scores are not
 a lost layer       | weights(m / WEIGHTS, lambda t: t.pop(LAYER)) | model: ... 1 of its weights are missing
-a lost shard       | sharded(m)[1].unlink()                    | model: ... no file named model-00002-of-
+a lost shard       | sharded(m)[1].unlink()                    | model: ... a file named model-00002-of-
 a cut shard        | cut(sharded(m)[1])                        | model: ... file not fully covered
 a broken index     | write(sharded(m)[-1], "{")                | model: cannot be loaded
 an index to elsewhere | write(sharded(m)[-1], INDEX % "../x.safetensors") | model: ... names '../x.safetensors
