@@ -16,7 +16,6 @@ can be copied alone; it needs torch, and inside functions transformers, peft, ac
 
 from __future__ import annotations
 
-import ast
 import collections
 import contextlib
 import dataclasses
@@ -2166,14 +2165,12 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
-        least = dict.fromkeys("eps steps teacher answer learning_rate lora_rank eval_every".split(), 0)
-        least |= dict.fromkeys("save_every pack_tokens weight_decay".split(), 0)
-        least |= {"batch_size": 1, "max_length": 1}
-        ranges = {name: (low, math.inf, f"{low} or more") for name, low in least.items()}
-        ranges |= {"epochs": (1e-9, math.inf, "more than 0"), "alpha": (0, 1, "between 0 and 1")}
+        ranges = {"alpha": (0, 1, "between 0 and 1"), "epochs": (1e-9, math.inf, "more than 0")}
+        ranges |= dict.fromkeys(("batch_size", "max_length"), (1, math.inf, "1 or more"))
         ranges["seed"] = 0, 2**32 - 1, "between 0 and 4294967295"
-        for name, (low, high, words) in ranges.items():
-            if not low <= (value := getattr(self, name)) <= high or value == math.inf:
+        for name in Config.__dataclass_fields__:
+            value, (low, high, words) = getattr(self, name), ranges.get(name, (0, math.inf, "0 or more"))
+            if isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
                 raise InputError(f"{name}: must be {words}, not {value}")
         if not self.out.strip():
             raise InputError("out: name a folder")
@@ -2298,6 +2295,7 @@ def train(
     parts |= {"teacher": teacher} if teacher else {}
     made_from = _made_from(judge, items, eval_items, config)
     progress = Progress(judge, config, accelerator, parts, made_from, last)
+    order = functools.lru_cache(1)(functools.partial(epoch_order, encoded, config))
     adversary, hybrid = inspect.unwrap(worst_case), inspect.unwrap(hybrid_loss)  # without their checks
 
     def backward(rows: list[int], said: torch.Tensor | None, weight: float) -> torch.Tensor:
@@ -2327,9 +2325,7 @@ def train(
     with locked(config.out) if progress.writes else contextlib.nullcontext(), progress.running():
         while progress.done < last:
             epoch, k = divmod(progress.done, per_epoch)
-            if k == 0 or progress.done == progress.first:
-                order = epoch_order(encoded, config, epoch)
-            step_items = order[k * config.batch_size : (k + 1) * config.batch_size]
+            step_items = order(epoch)[k * config.batch_size : (k + 1) * config.batch_size]
             mine = step_items[rank * len(step_items) // processes : (rank + 1) * len(step_items) // processes]
             said, loss = None, None
             if teacher and teacher.number:
@@ -2412,7 +2408,7 @@ class Progress:
         self.parts, self.made_from = parts, made
         self.folder, self.log_file = Path(config.out) / "checkpoints", Path(config.out) / "log.jsonl"
         self.weights = {name: w for name, w in judge.model.named_parameters() if w.requires_grad}
-        self.writes, self.first, self.rows = accelerator.is_main_process, 0, []
+        self.writes, self.done, self.rows = accelerator.is_main_process, 0, []
         self.signals, self.handlers = [], {}
         self.last_pass: tuple[Sequence[int], int] = [], 0  # members and tokens, for when memory runs out
 
@@ -2423,14 +2419,13 @@ class Progress:
 
         judge, config, pack_tokens = self.judge, self.config, self.judge.pack_tokens
         state = newest_checkpoint(self.folder, self.made_from) if config.resume else None
+        judge.pack_tokens = config.pack_tokens or pack_tokens
         if state:
             self._take_up(state)
         if self.writes:
             write_lines(self.log_file, map(json.dumps, self.rows))
             for path in [] if config.resume else self.folder.glob("step-*"):
                 path.unlink()
-        self.done = self.first
-        judge.pack_tokens = state["pack_tokens"] if state else config.pack_tokens or pack_tokens
         # Unsloth's layers recompute in a way of their own
         if recompute := config.gradient_checkpointing and judge.backend != "unsloth":
             judge.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -2523,7 +2518,7 @@ class Progress:
         torch.set_rng_state(cpu)
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(cuda)
-        self.first, self.rows = state["step"], state["rows"]
+        self.done, self.rows, self.judge.pack_tokens = state["step"], state["rows"], state["pack_tokens"]
 
 
 # A checkpoint is one file of tensors, numbers and text, named by its step and its SHA-256. It is read with
@@ -2546,10 +2541,6 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
             file.seek(0)
             name = f"step-{step:09d}-{_hash_file(file)}.pt"
         os.replace(part, folder / name)
-        with contextlib.suppress(OSError):  # the name too must reach the disk; Windows opens no folders
-            handle = os.open(folder, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         why = f"{first_line(error)}; earlier ones are whole"
@@ -2563,10 +2554,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if _hash_file(file) != path.stem[15:]:
                 raise ValueError("is damaged: its checksum is another")
             file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "made_from" not in state:
-            raise ValueError("it is not of this kit")
-        return state
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load refuses can have any name
         raise InputError(f"{path}: is no whole checkpoint: {first_line(error)}") from None
 
@@ -3027,9 +3015,8 @@ def write_results(
     for item, predicted, m in zip(items, q.tolist(), mass.tolist(), strict=True):
         predicted = dict(zip(judge.labels, predicted, strict=True))
         row = {"id": item.id, "counts": item.counts, "predicted": predicted, "label_mass": m}
-        known = {"prompt": prompt_field(item.prompt), "group": item.group, "truth": item.truth}
-        row |= {name: value for name, value in known.items() if value is not None}
-        rows.append(json.dumps(row, ensure_ascii=False))
+        row |= {"prompt": prompt_field(item.prompt), "group": item.group, "truth": item.truth}
+        rows.append(json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False))
     write_lines(folder / "predictions.jsonl", rows)
     metrics = evaluate(q, items, train_items=train_items, label_mass=mass) | orders
     write_json(folder / "metrics.json", metrics)
@@ -3112,14 +3099,11 @@ def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception
 
 def _grouped(config: type[Config]) -> type:
     """The same settings for --help, a dataclass a group: first what a script adds, then Config's in order."""
+    from docstring_parser import parse_from_object  # tyro brings it
     from tyro.conf import OmitArgPrefixes, arg
 
-    texts: dict[str, str] = {}
-    for cls in config.__mro__[-2::-1]:  # all but object
-        with contextlib.suppress(OSError):  # no source: made by make_dataclass()
-            for field, text in itertools.pairwise(ast.parse(inspect.getsource(cls)).body[0].body):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    texts[field.target.id] = " ".join(text.value.value.split())
+    fields = [field for cls in config.__mro__[-2::-1] for field in parse_from_object(cls).params]
+    texts = {field.arg_name: " ".join(field.description.split()) for field in fields}
     first = {"train": "data", "model": "model", "alpha": "method", "epochs": "training", "out": "output"}
     hints, group, groups = typing.get_type_hints(config, include_extras=True), "", {"command": []}
     for field in dataclasses.fields(config):  # Config's own come first
