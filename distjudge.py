@@ -683,8 +683,7 @@ class PromptEncoder:
         parts = re.split(rf"{_MARK}(\d+){_MARK}", plain)
         parts, order = parts[::2], [int(i) for i in parts[1::2]]
         if sorted(order) != list(range(len(roles))):
-            shown = f"shows {len(order)} messages in place of {len(roles)} ({', '.join(map(short, roles))})"
-            raise InputError(f"{head} {shown}")
+            raise InputError(f"{head} shows {len(order)} messages in place of {len(roles)}, {listed(roles)}")
         same = lambda i, text: show(*marks[:i], text, *marks[i + 1 :]) == plain  # noqa: E731
         between = [(i, "l" * same(i, f" {marks[i]}") + "r" * same(i, f"{marks[i]} ")) for i in order]
         for probe in (_PROBE, f"\n {_PROBE}", f"{_PROBE} \n", f"<b> & '{_PROBE}'"):
@@ -747,8 +746,7 @@ class PromptEncoder:
             whole = [*self._begin, *self._ids("".join(text for text, _ in probe))]
             if self._encode([probe]) != [whole] or not probe[-1][0].endswith(self._end):
                 del self._forms[roles]
-                what = f"a message of {', '.join(map(short, roles))} cannot be encoded as text only"
-                raise InputError(f"{self.name}: tokenizer: {what}")
+                raise InputError(f"{self.name}: tokenizer: {listed(roles)} cannot be encoded as text only")
         text = lambda x: x if isinstance(x, str) else _STRIPS[x[1]](turns[x[0]]["content"])  # noqa: E731
         return [("".join(map(text, run)), ids) for run, ids in self._forms[roles]]
 
@@ -757,8 +755,7 @@ class PromptEncoder:
         found = [code.ids for code in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
         for text, ids in zip(texts, found, strict=True):
             if not self.control_ids.isdisjoint(ids):
-                what = "would be encoded with a control token of the tokenizer"
-                raise InputError(f"prompt '{short(text)}': {what}")
+                raise InputError(f"prompt '{short(text)}': would be encoded with a control token")
         rest = iter(found)
         each = [[next(rest) if ids is None else ids for _, ids in runs] for runs in prompts]
         return [[*self._begin, *itertools.chain(*some)] for some in each]
@@ -849,8 +846,7 @@ def label_tokens(
     if len({first for _, first in firsts}) == len(firsts):
         return LabelTokens(labels, firsts, whole=False)
     if encoder.end_id is None:
-        need = "there is no end-of-turn or end-of-sequence token to close whole labels"
-        raise InputError(f"labels: some begin with the same token, and {need}")
+        raise InputError("labels: some begin with the same token, and no end-of-turn token closes them")
     if not encoder.end_is_known:
         text = "%s: the chat template does not show how a turn ends; whole labels are closed by %r"
         log.warning(text, encoder.name, tokenizer.decode([encoder.end_id]))
@@ -1167,8 +1163,7 @@ def add_label_readout(model: Any) -> None:
 
     plain_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
     if not head.weight.is_floating_point():
-        quantized = "its output layer is quantized; label rows cannot be read from it"
-        raise InputError(f"{type(model).__name__}: {quantized}")
+        raise InputError(f"{type(model).__name__}: its output layer is quantized: no label can be read")
     config = model.config.get_text_config()
     model.two_levels = type(decoder).forward.__module__.startswith("unsloth.")
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -1467,12 +1462,10 @@ def check_model(judge: Judge) -> None:
     own = model(**batch).logits[row, place].float()
     own = torch.cat([own[:, columns], own.logsumexp(1, keepdim=True)], dim=1)
     if not torch.isfinite(own).all():
-        why = f"its weights are damaged, or do not fit into {str(dtype).removeprefix('torch.')}"
-        raise InputError(f"{model.name_or_path or name}: model: its scores are not finite numbers: {why}")
+        raise InputError(f"{model.name_or_path or name}: model: its scores are not finite, in {dtype}")
     off = (torch.cat([logits, norm[:, None]], dim=1) - own).abs()
     if not (off <= tolerance * (own.abs() + own.abs().max())).all():
-        why = f"off by {off.max():.2g} in a logit"
-        raise InputError(f"{name}: its label scores cannot be read exactly ({why}): it changes its logits")
+        raise InputError(f"{name}: its label scores cannot be read exactly: off by {off.max():.2g}")
 
     def hidden(prompts: Sequence[list[int]], packed: bool) -> torch.Tensor:
         judge.packs = packed
@@ -1645,8 +1638,7 @@ def _fingerprint(path: str) -> str:
         listing = Path(cached_file(path, "model.safetensors.index.json")).read_text(encoding="utf-8")
         names = sorted(set(json.loads(listing)["weight_map"].values()))
     if wrong := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(name))]:
-        what = "only safetensors files beside it are read"
-        raise ValueError(f"model.safetensors.index.json names '{short(wrong[0])}'; {what}")
+        raise ValueError(f"model.safetensors.index.json names '{short(wrong[0])}'; only safetensors are read")
     for name in names:
         with safe_open(cached_file(path, name), "pt") as file:
             for key in file.keys():
@@ -1797,8 +1789,7 @@ def load_model(
             model, report = AutoModelForCausalLM.from_pretrained(path, **options)
             lost = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
             if lost:  # transformers would go on with random numbers in their place
-                what = "of its weights are missing or of another shape"
-                raise ValueError(f"{len(lost)} {what}, the first {min(lost)}")
+                raise ValueError(f"{len(lost)} of its weights are missing or of another shape: {min(lost)}")
         if four_bit and not getattr(model, "is_loaded_in_4bit", False):  # Unsloth would go on in 16 bits
             raise ValueError("it was not loaded in 4 bits; bitsandbytes does not work here")
         if getattr(model, "_hf_peft_config_loaded", False):  # of a hub's repository
@@ -1885,8 +1876,7 @@ def read_saved(folder: Path, labels: Sequence[str] | None = None) -> dict[str, A
     if wrong:
         raise InputError("\n".join(wrong))
     if labels and [str(label) for label in labels] != saved["labels"]:
-        given = f"{listed(saved['labels'])}, not {listed(map(str, labels))}"
-        raise InputError(f"{folder}: labels: this judge was trained for {given}")
+        raise InputError(f"{folder}: labels: trained for {listed(saved['labels'])}, not {listed(labels)}")
     return saved
 
 
@@ -1896,8 +1886,7 @@ def read_saved(folder: Path, labels: Sequence[str] | None = None) -> dict[str, A
 def check_distributions(logq: torch.Tensor, p: torch.Tensor) -> None:
     """ValueError unless the rows of logq (..., C) are log-probabilities and of p probabilities, to 1e-2."""
     if logq.shape != p.shape or not logq.dim():
-        shapes = f"{tuple(logq.shape)} and {tuple(p.shape)}"
-        raise ValueError(f"logq and p must be alike, (B, C): they are {shapes}")
+        raise ValueError(f"logq and p must be (B, C) both, not {tuple(logq.shape)} and {tuple(p.shape)}")
     wanted = {"logq": "log-probabilities (of scores: .log_softmax(-1))", "p": "probabilities (votes / sum)"}
     for name, rows in (("logq", logq.detach().double().exp()), ("p", p.detach().double())):
         wrong = ~((rows.sum(-1) - 1).abs() <= 1e-2) | (rows < 0).any(-1)
@@ -1984,8 +1973,7 @@ def hybrid_loss(
         return cross_entropy
     distance = inspect.unwrap(LOSSES[loss])(logq, p if worst is None else worst)
     if distance.shape != p.shape[:-1]:
-        wanted = f"one number an item, {tuple(p.shape[:-1])}"
-        raise InputError(f"loss: '{loss}' gives a tensor {tuple(distance.shape)}; wanted is {wanted}")
+        raise InputError(f"loss: '{loss}' gives a tensor {tuple(distance.shape)}, not one number an item")
     return alpha * distance + (1 - alpha) * cross_entropy
 
 
@@ -2274,8 +2262,7 @@ def train(
     check_out(config.out, *RUN_FILES)
     for some in filter(None, (items, eval_items)):
         if (labels := labels_of(some)) != judge.labels:
-            wrong = f"labels {listed(labels)} are not the judge's {listed(judge.labels)}"
-            raise InputError(f"{some[0].where}: {wrong}")
+            raise InputError(f"{some[0].where}: {listed(labels)} are not the judge's {listed(judge.labels)}")
     encoded, votes, ids = training_rows(judge, items)
     per_epoch = math.ceil(len(encoded) / config.batch_size)
     last = math.ceil(per_epoch * config.epochs - 1e-9)
@@ -2861,7 +2848,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # torch brings it
 
-    path, holder = Path(path), ""
+    path, holder = Path(path), "?"
     place = path / ".lock" if path.is_dir() else path.with_name(path.name + ".lock")
     lock = FileLock(place, timeout=0)
     try:
@@ -2869,8 +2856,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     except Timeout:
         with contextlib.suppress(OSError):
             holder = place.read_text()
-        remedy = "wait until it ends, or name another place"
-        raise InputError(f"{path}: process {holder or '?'} is writing to it: {remedy}") from None
+        raise InputError(f"{path}: process {holder} is writing to it: wait, or name another place") from None
     try:
         place.write_text(str(os.getpid()))
         yield
@@ -2977,16 +2963,16 @@ def average_items(items: Sequence[Item], logq: torch.Tensor) -> tuple[torch.Tens
     A pair gets the mean over both orders. order_flips: the share of pairs whose top label changes with the
     order; order_variation: their mean total variation. {} without pairs.
     """
-    q, flips, apart, parts = [], [], [], logq.exp().split([len(item.prompts) for item in items])
+    q, pairs, parts = [], [], logq.exp().split([len(item.prompts) for item in items])
     for item, (first, *other) in zip(items, parts, strict=True):
         q.append(first)
         if item.swap:
             q[-1], flipped = average_orders(first, *other, item.swap.labels)
-            flips.append(flipped)
-            apart.append((first - q[-1]).abs().sum().item())  # half of what lies between the orders
-    pairs = len(flips)
-    orders = {"order_flips": sum(flips) / pairs, "order_variation": sum(apart) / pairs} if pairs else {}
-    return torch.stack(q), orders
+            pairs.append(
+                (flipped, (first - q[-1]).abs().sum().item())
+            )  # half of what lies between the orders
+    means = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
+    return torch.stack(q), dict(zip(("order_flips", "order_variation"), means, strict=False))
 
 
 def judge_items(

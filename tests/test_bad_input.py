@@ -388,7 +388,7 @@ no model type      | fields(m / CONFIG, model_type=..., architectures=...) | mod
 an unknown type    | fields(m / CONFIG, model_type="nonesuch") | model: ... nonesuch
 an encoder-decoder | fields(m / CONFIG, model_type="t5") | model: cannot be loaded: Unrecognized configuration
 a layer too many   | fields(m / CONFIG, num_hidden_layers=3)   | model: ... `num_hidden_layers` (3)
-another width | fields(m / CONFIG, hidden_size=48) | model: ... are missing or of another shape, the first
+another width | fields(m / CONFIG, hidden_size=48) | model: ... are missing or of another shape: model
 no attention heads | fields(m / CONFIG, num_attention_heads=0) | model: ... cannot be
 code of its own    | fields(m / CONFIG, model_type="own", auto_map=OWN_CODE) | model: ... contains custom code
 cut weights        | cut(m / WEIGHTS) | model: ... incomplete metadata, file not fully covered
