@@ -625,8 +625,9 @@ class PromptEncoder:
         if spans:
             self._end = self.frame["after"][spans[0][0] :]
         elif tokenizer.chat_template:
-            text = "%s: the chat template ends a turn in plain words, which a text that is judged can imitate"
-            log.warning(text, self.name)
+            log.warning(
+                "%s: the chat template ends a turn in plain words, which texts can imitate", self.name
+            )
         final = self._ids(self.frame["end"].lstrip())[:1]
         self.end_is_known = not self.control_ids.isdisjoint(final)
         self.end_id = final[0] if self.end_is_known else tokenizer.eos_token_id
@@ -707,8 +708,7 @@ class PromptEncoder:
                 lost = f"ends a prompt without {short(repr(gap))}, which it puts before an answer"
                 raise InputError(f"{head} {lost}: it ignores add_generation_prompt")
         if plain[common:].strip():
-            text = "%s ends a prompt with %r, which it puts before no given answer; labels are read behind it"
-            log.warning(text, head, short(plain[common:]))
+            log.warning("%s ends a prompt with %r: labels are read behind it", head, short(plain[common:]))
         return {"before": before, "after": after, "end": end, "trim": sides == "lr"}
 
     def _control_spans(self, text: str) -> list[tuple[int, int]]:
@@ -2418,9 +2418,8 @@ class Progress:
             judge.model.gradient_checkpointing_enable({"use_reentrant": False})
         if threading.current_thread() is threading.main_thread():
             self.handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(
-            total=self.last, initial=self.done, unit="step", desc="training", disable=not self.writes
-        )
+        shown = {"total": self.last, "unit": "step", "desc": "training", "disable": not self.writes}
+        self.bar = tqdm(initial=self.done, **shown)
         try:
             yield
         finally:
@@ -2805,9 +2804,8 @@ def evaluate(
     if train_items and labels_of(train_items) != (labels := labels_of(items)):
         raise InputError(f"train_items: labels {listed(labels_of(train_items))} are not {listed(labels)}")
     scores, p = item_scores(predicted, items, ordered), shares_of(items)
-    means = {
-        name: (correlation(s.mean(0)) if s.dim() == 2 else s.mean()).item() for name, s in scores.items()
-    }
+    mean = lambda s: (correlation(s.mean(0)) if s.dim() == 2 else s.mean()).item()  # noqa: E731
+    means = {name: mean(s) for name, s in scores.items()}
     floor = noise_floor(items) if draws else None
     marginal = shares_of(train_items or items).mean(0).expand_as(p)
     people = [None if n == math.inf else n for n in survey_equivalence(predicted, items, draws).values()]
@@ -2968,9 +2966,7 @@ def average_items(items: Sequence[Item], logq: torch.Tensor) -> tuple[torch.Tens
         q.append(first)
         if item.swap:
             q[-1], flipped = average_orders(first, *other, item.swap.labels)
-            pairs.append(
-                (flipped, (first - q[-1]).abs().sum().item())
-            )  # half of what lies between the orders
+            pairs.append((flipped, (first - q[-1]).abs().sum().item()))  # half of the orders' distance
     means = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
     return torch.stack(q), dict(zip(("order_flips", "order_variation"), means, strict=False))
 
