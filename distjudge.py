@@ -625,9 +625,7 @@ class PromptEncoder:
         if spans:
             self._end = self.frame["after"][spans[0][0] :]
         elif tokenizer.chat_template:
-            log.warning(
-                "%s: the chat template ends a turn in plain words, which texts can imitate", self.name
-            )
+            log.warning("%s: its template ends a turn in plain words, which texts can imitate", self.name)
         final = self._ids(self.frame["end"].lstrip())[:1]
         self.end_is_known = not self.control_ids.isdisjoint(final)
         self.end_id = final[0] if self.end_is_known else tokenizer.eos_token_id

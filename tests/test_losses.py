@@ -59,7 +59,7 @@ def test_a_loss_that_gives_no_number_an_item_is_refused(monkeypatch):
     p, logq = T([[0.6, 0.3, 0.1]] * 3), T([[0.3, 0.3, 0.4]] * 3).log()
     for reduce in (torch.sum, torch.mean, lambda x: x):  # a sum would be added to every item's cross-entropy
         monkeypatch.setitem(distjudge.LOSSES, "own", lambda q, p, reduce=reduce: reduce((q.exp() - p) ** 2))
-        message = r"'own' gives a tensor \(.*one number an item, \(3,\)"
+        message = r"'own' gives a tensor \(.*, not one number an item"
         with pytest.raises(distjudge.InputError, match=message):
             hybrid_loss(logq, p, 0.8, loss="own")
 
@@ -113,7 +113,7 @@ WRONG = {
     "swapped": (P, LOGQ, r"logq: wanted are .* the order is \(logq, p\)"),
     "negative shares": (LOGQ, T([[1.2, -0.2, 0.0]] * 2), "p: wanted are probabilities"),
     "not numbers": (LOGQ, T([[math.nan, 0.5, 0.5]] * 2), "p: wanted are probabilities"),
-    "other shapes": (LOGQ, P[:1], r"alike, \(B, C\): they are \(2, 3\) and \(1, 3\)"),
+    "other shapes": (LOGQ, P[:1], r"\(B, C\) both, not \(2, 3\) and \(1, 3\)"),
 }
 
 
