@@ -610,8 +610,6 @@ class PromptEncoder:
     stands before "</think>" in an assistant's message, and the judge reads it all.
     """
 
-    memo: dict[str, list[int]] | None = None  # while it is a dict, what was encoded is kept there
-
     def __init__(self, tokenizer: Any, frame: dict[str, Any] | None = None):
         self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
         if not getattr(tokenizer, "is_fast", False):
@@ -768,12 +766,11 @@ class PromptEncoder:
 
     def many(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each rendered prompt, on all cores (with TOKENIZERS_PARALLELISM=false on one)."""
-        memo = {} if self.memo is None else self.memo
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in memo]
-        for start in range(0, len(new), 2048):
-            chunk = new[start : start + 2048]
-            memo.update(zip(chunk, self._encode(list(map(self._runs, chunk))), strict=True))
-        return [list(memo[prompt]) for prompt in prompts]
+        found, unique = {}, list(dict.fromkeys(prompts))
+        for start in range(0, len(unique), 2048):
+            chunk = unique[start : start + 2048]
+            found |= zip(chunk, self._encode(list(map(self._runs, chunk))), strict=True)
+        return [list(found[prompt]) for prompt in prompts]
 
     def render(self, prompt: str) -> str:
         """The prompt as text. Only token ids tell its control tokens from those that people wrote."""
@@ -1359,8 +1356,7 @@ class Judge:
         self.pack_tokens = max(1, min(self.pack_tokens, tokens) // 2)
         text = "out of memory with %d prompts in a pass: from here on at most %d tokens; no item is lost"
         log.warning(text, len(members), self.pack_tokens)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # without CUDA it does nothing
 
     @torch.no_grad()
     def judge_encoded(
@@ -2866,8 +2862,7 @@ def check_out(folder: str | os.PathLike, *ours: str) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out: {folder} is a file, not a folder")
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    held = [name for name in held if not name.startswith(".")]
+    held = sorted(path.name for path in folder.glob("[!.]*"))
     if held and not set(ours) & set(held):
         remedy = "name a new or empty folder, or that of an earlier run"
         raise InputError(f"out: {folder} holds other files, such as {short(held[0], 40)}: {remedy}")
@@ -3030,13 +3025,11 @@ def run(
     check_out(config.out, *RUN_FILES)
     items, test = load_data(config)
     judge = judge_of(config, labels_of(items))
-    judge.encoder.memo = {}  # every prompt is tokenized once
     items = keep_short(judge, items, config.overlong, "training")
     test = keep_short(judge, test, config.overlong, "test")
     if before_training:
         before_training(judge, items, test)
     train(judge, items, config, eval_items=test)
-    judge.encoder.memo = None
     if os.environ.get("RANK", "0") != "0":
         return {}
     with locked(config.out):

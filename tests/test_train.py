@@ -432,17 +432,6 @@ def test_pairs_are_trained_in_both_orders_and_judged_in_both(tiny_model, tmp_pat
     assert distjudge.judge_items(judge, load(apart[:3]))[2] == {}
 
 
-def test_a_run_tokenizes_every_prompt_once(tiny_model, items_file, tmp_path, monkeypatch):
-    (items, path), asked = items_file(12), []
-    plain = distjudge.messages_of
-    monkeypatch.setattr(distjudge, "messages_of", lambda prompt: asked.append(prompt) or plain(prompt))
-    distjudge.run(Config(train=(str(path),), model=str(tiny_model), out=str(tmp_path / "run"), epochs=1.0))
-    times = {item.prompt: asked.count(item.prompt) for item in items}
-    tested = {json.loads(line)["prompt"] for line in (tmp_path / "run" / "predictions.jsonl").open()}
-    assert {prompt for prompt, n in times.items() if n > 1} <= tested  # once more, to be judged at the end
-    assert max(times.values()) == 2
-
-
 def test_a_trainer_in_16_bits_before_ours_is_no_obstacle(tiny_model, tmp_path, files):
     """accelerate keeps one state a process: what a notebook trained before must not stop train()."""
     code = """
