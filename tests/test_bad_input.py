@@ -368,7 +368,6 @@ def smaller(folder):
 
 
 CONFIG, WEIGHTS, TEMPLATE, JUDGE = "config.json", "model.safetensors", "chat_template.jinja", "judge.json"
-ADAPTER = "adapter/adapter_model.safetensors"
 TURN = "{{ ('<|user|>' if m.role == 'user' else '<|judge|>') + m.content + '<|end|>' }}"
 TURNS = "{% for m in messages %}" + TURN + "{% endfor %}"
 USER_ALONE = "{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('no such role') }}{% endif %}"
@@ -425,8 +424,6 @@ a list            | write(m / JUDGE, "[]")             | run/judge.json: not a j
 an empty object   | write(m / JUDGE, "{}")             | run/judge.json: not a judge written ... (no digest
 another encoding  | write(m / JUDGE, b"\xff\xfe")      | run/judge.json: not a judge ... (broken JSON
 nested too deep   | write(m / JUDGE, "[" * 100_000)    | run/judge.json: not a judge ... (broken JSON
-no tokenizer      | (m / "tokenizer/tokenizer.json").unlink() | run/tokenizer/tokenizer.json: is missing
-half an adapter   | cut(m / ADAPTER)                   | run/adapter/adapter_model.safetensors: has changed
 """
 
 

@@ -60,7 +60,7 @@ def test_rounded_shares_become_whole_votes_and_weighted_panels_stay_fractional()
     ("votes", "labels"),
     [
         ([{"10": 1, "9": 0, "-1": 2, "2": 0}], ["-1", "2", "9", "10"]),  # numbers by value
-        ([{"tie": 1, "b": 0, "a": 2}], ["tie", "b", "a"]),  # others as given
+        ([{"tie": 1, "b": 0, "a": 2}, {"a": 5, "b": 2, "tie": 0}], ["tie", "b", "a"]),  # as first given
         ([[3, 1], ["2"]], ["1", "2", "3"]),
         ([["tie", "b"], ["a"]], ["a", "b", "tie"]),  # annotations alone: by the alphabet
     ],
@@ -70,10 +70,7 @@ def test_the_order_of_labels(votes, labels):
     assert labels_of(load_items([{"prompt": f"{i}", kind: one} for i, one in enumerate(votes)])) == labels
 
 
-def test_label_order_is_that_of_the_first_item_or_of_the_labels_named():
-    votes = {"b": 1, "a": 0}, {"a": 5, "b": 2}
-    items = load_items([{"prompt": f"{i}", "counts": counts} for i, counts in enumerate(votes)])
-    assert list(items[1].counts.items()) == [("b", 2), ("a", 5)]
+def test_label_order_is_that_of_the_labels_named():
     rows = [{"prompt": "x", "counts": {"a": 2}}, {"prompt": "y", "counts": {"tie": 2, "b": 1}}]
     named = [list(item.counts.items()) for item in load_items(rows, labels=["b", "tie", "a"])]
     assert named == [[("b", 0), ("tie", 0), ("a", 2)], [("b", 1), ("tie", 2), ("a", 0)]]

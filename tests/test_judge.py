@@ -179,10 +179,6 @@ def test_labels_on_real_tokenizers(real_tokenizer):
     [
         (["a"], None, "two different labels"),
         (["a", "a"], None, "two different labels"),
-        (["a", "b"], {"c": ["x"]}, "unknown label {c}"),
-        (["a", "b"], {"a": [""]}, "is empty"),
-        (["a", "b"], {"a": ["x"], "b": ["x"]}, "same tokens"),
-        (["yes", "<|end|>"], None, "is a control token"),
         (["yes", "no"], {"yes": "yes,yeah"}, "label 'yes': a list of texts is needed, not one text"),
     ],
 )
@@ -383,12 +379,11 @@ def change_json(path, **fields):
 
 
 def change_weights(path, change):
-    """Replaces each tensor of a safetensors file by change(name, tensor); None takes it out."""
+    """Replaces each tensor of a safetensors file by change(name, tensor)."""
     from safetensors.torch import load_file, save_file
 
     changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
-    kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
-    save_file(kept, path, metadata={"format": "pt"})
+    save_file(changed, path, metadata={"format": "pt"})
 
 
 def rename_a_word(run):
@@ -403,17 +398,11 @@ FRAME = {"before": "<|user|>Say yes. ", "after": "<|end|><|judge|>", "end": "<|e
 WEIGHTS, TEMPLATE = "adapter/adapter_model.safetensors", "tokenizer/chat_template.jinja"
 CHANGED = r"""
 rename_a_word(run)                                                       | tokenizer/tokenizer.json: has
-change_json(run / "tokenizer/tokenizer_config.json", eos_token="")       | tokenizer_config.json: has changed
 (run / TEMPLATE).write_text("{{ messages[0].content }}")                 | chat_template.jinja: has changed
 (run / TEMPLATE).unlink()                                                | chat_template.jinja: is missing
 (run / "tokenizer/added_tokens.json").write_text("{}")                   | added_tokens.json: was not there
 change_json(run / "judge.json", frame=FRAME)                             | judge.json: has changed
-change_json(run / "judge.json", sequences=[[0, [5]], [1, [6]]])          | judge.json: has changed
-change_json(run / "judge.json", labels=["no", "yes"])                    | judge.json: has changed
-change_json(run / "judge.json", base_sample="00")                   | judge.json: has changed
-change_json(run / "adapter/adapter_config.json", lora_alpha=64)          | adapter_config.json: has changed
 change_weights(run / WEIGHTS, lambda name, w: w + 0.01)                  | model.safetensors: has changed
-change_weights(run / WEIGHTS, lambda name, w: w if "0.mlp" in name else None) | model.safetensors: has changed
 (run / WEIGHTS).rename(run / "adapter/adapter_model.bin")                | model.safetensors: is missing
 """
 

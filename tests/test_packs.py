@@ -375,17 +375,6 @@ def test_out_of_memory_makes_passes_smaller_no_item_is_lost(tiny_model, votes, t
     assert torch.allclose(weights, others, atol=1e-6) and losses == pytest.approx(other_losses, abs=1e-5)
 
 
-def test_out_of_memory_while_judging(tiny_model):
-    judge = load_judge(tiny_model, ["yes", "no"])
-    expected = judge.score(STRUCTURES["nested"])[0]
-    whole = judge.batch(judge.encode(STRUCTURES["nested"]))["input_ids"].numel()
-    scarce = Scarce(judge.model.base_model.model, whole - 1)
-    assert torch.allclose(judge.score(STRUCTURES["nested"])[0], expected, atol=1e-6) and scarce.refused
-    Scarce(judge.model.base_model.model, 5)
-    with pytest.raises(torch.OutOfMemoryError, match="one prompt alone"):
-        judge.score(STRUCTURES["nested"])
-
-
 def test_passes_that_wait_when_one_runs_out_of_memory_shrink_once(tiny_model):
     many = load_judge(tiny_model, ["yes", "no"])
     texts = [f"{n} soup " * 4 for n in range(40)]
@@ -395,6 +384,9 @@ def test_passes_that_wait_when_one_runs_out_of_memory_shrink_once(tiny_model):
     scarce = Scarce(many.model.base_model.model, max(sizes) - 1)
     assert torch.allclose(many.score(texts)[0], expected, atol=1e-6)
     assert scarce.refused == 1 and many.pack_tokens >= (max(sizes) - 1) // 2
+    Scarce(many.model.base_model.model, 5)
+    with pytest.raises(torch.OutOfMemoryError, match="one prompt alone"):
+        many.score(texts)
 
 
 def test_judging_streams_in_order_and_reads_no_further_than_it_must(tiny_model):
