@@ -345,8 +345,7 @@ def json_rows(file: Any, shown: str) -> Iterator[tuple[str, dict, str]]:
             yield from ((f"{shown}[{i}]", *_as_row(value)) for i, value in enumerate(objects))
             return
         if raw[-1:] == b"," and not load_json(raw[:-1])[1]:
-            remedy = "take the commas away, or put [ before the first row and ] behind the last"
-            raise InputError(f"{shown}: its lines end in commas, so they are not JSON lines: {remedy}")
+            raise InputError(f"{shown}: its lines end in commas: take them away, or put [ ] around the rows")
         lines = full(read_lines(io.BytesIO(rest), shown, number + 1))
     for at, line in itertools.chain([first] if raw else [], lines):
         yield f"{shown}:{at}", *parse_json(line)
@@ -1341,8 +1340,7 @@ class Judge:
         if len(members) < 2:
             raise torch.OutOfMemoryError(f"one prompt alone, of {tokens} tokens, does not fit into memory")
         self.pack_tokens = max(1, min(self.pack_tokens, tokens) // 2)
-        text = "out of memory with %d prompts in a pass: from here on at most %d tokens; no item is lost"
-        log.warning(text, len(members), self.pack_tokens)
+        log.warning("out of memory: from here on at most %d tokens a pass; no item is lost", self.pack_tokens)
         torch.cuda.empty_cache()  # without CUDA it does nothing
 
     @torch.no_grad()
@@ -1534,14 +1532,12 @@ def load_judge(
     if adapter and saved.get("base_sample") not in (None, model.fingerprint):
         raise InputError(f"{path}: base: the weights of {base} are not those the judge was trained on")
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    made = {"lora_rank": lora_rank, "max_length": max_length, "seed": seed, "encoder": encoder, "base": base}
-    made |= {"gradient_checkpointing": gradient_checkpointing, "adapter": adapter, "spellings": spellings}
-    made["bf16"] = bool(bf16)
-    judge = make_judge(model, tokenizer, labels, **made)
+    about = {"base": base, "max_length": max_length, "spellings": spellings, "bf16": bool(bf16)}
+    made = {"lora_rank": lora_rank, "seed": seed, "gradient_checkpointing": gradient_checkpointing}
+    judge = make_judge(model, tokenizer, labels, encoder=encoder, adapter=adapter, **made, **about)
     judge.calibration = saved.get("calibration")
     if fitted := judge.calibration:
-        text = "%s: calibrated on %g votes on %d items: temperature %.3f, and a bias a label"
-        log.warning(text, path, fitted["votes"], fitted["items"], fitted["temperature"])
+        log.warning("%s: calibrated on %g votes on %d items", path, fitted["votes"], fitted["items"])
     return judge
 
 
@@ -2851,8 +2847,7 @@ def check_out(folder: str | os.PathLike, *ours: str) -> None:
         raise InputError(f"out: {folder} is a file, not a folder")
     held = sorted(path.name for path in folder.glob("[!.]*"))
     if held and not set(ours) & set(held):
-        remedy = "name a new or empty folder, or that of an earlier run"
-        raise InputError(f"out: {folder} holds other files, such as {short(held[0], 40)}: {remedy}")
+        raise InputError(f"out: {folder} holds other files, such as {short(held[0], 40)}: name a new folder")
     if links := [name for name in ours if (folder / name).is_symlink()]:
         raise InputError(f"out: {folder / links[0]} is a symbolic link, which is not followed; remove it")
 

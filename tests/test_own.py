@@ -366,7 +366,7 @@ def test_json_documents(own, tmp_path):
     (tmp_path / "items.json").write_text(json.dumps(items, indent=2))
     assert [item.where for item in distjudge.load_items("items.json")] == ["items.json[0]", "items.json[1]"]
     (tmp_path / "commas.jsonl").write_text("".join(json.dumps(item) + ",\n" for item in items))
-    with pytest.raises(InputError, match=r"^commas.jsonl: its lines end in commas.*last$"):
+    with pytest.raises(InputError, match=r"^commas.jsonl: its lines end in commas.*rows$"):
         distjudge.load_items("commas.jsonl")
 
 
