@@ -1072,14 +1072,11 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-        needed = ctx.needs_input_grad[1:]
-        pairs = zip(ctx.saved_tensors, needed, strict=True)
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
         tensors = [t if t is None else t.detach().requires_grad_(need) for t, need in pairs]
         with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
-            out = ctx.function(*tensors)
-        wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(out, wanted, gradient))
-        return None, *(next(found) if need else None for need in needed)
+            ctx.function(*tensors).backward(gradient)
+        return None, *(None if t is None else t.grad for t in tensors)
 
 
 class HalfProducts(torch.autograd.Function):
