@@ -41,10 +41,8 @@ def test_counts_annotations_and_distribution_are_the_same_votes(tmp_path):
     ]
     items = load_items(write(tmp_path / "v.jsonl", rows))
     assert [list(item.counts.items()) for item in items] == [[("yes", 3), ("no", 2)]] * 3
-    assert [item.votes for item in items] == [5, 5, 5] and distjudge.shares_of(items)[0].tolist() == [
-        0.6,
-        0.4,
-    ]
+    assert [item.votes for item in items] == [5] * 3
+    assert distjudge.shares_of(items)[0].tolist() == [0.6, 0.4]
     assert items[1].where == f"{tmp_path / 'v.jsonl'}:2"
 
 
