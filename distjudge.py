@@ -1201,19 +1201,18 @@ def collate(
     if packed:
         pack = build_pack(prompts, range(len(prompts)), branches, two_levels)
         batch = {"input_ids": [pack.ids], "position_ids": [pack.positions], "ends": [pack.ends]}
-        paths = [[(0, column) for column in path] for path in pack.paths]
     else:
         rows = [[*ids, *branch] for ids in prompts for branch in branches]
         width = max(map(len, rows))
         batch = {"input_ids": [row + [pad_id] * (width - len(row)) for row in rows]}
-        batch["attention_mask"] = [[int(k < len(row)) for k in range(width)] for row in rows]
-        paths = [[(i, column) for column in range(len(row))] for i, row in enumerate(rows)]
-    reads, at, number = [], {}, {token: k for k, token in enumerate(tokens.token_ids)}
+        batch["attention_mask"] = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    reads, at, column = [], {}, {token: k for k, token in enumerate(tokens.token_ids)}
     for i, ids in enumerate(prompts):
         for _, sequence in tokens.sequences:
-            path = paths[i * len(branches) + branches.index(sequence[:-1])]
-            for place, token in zip(path[len(ids) - 1 :], sequence, strict=True):
-                reads.append((at.setdefault(place, len(at)), number[token]))
+            row = i * len(branches) + branches.index(sequence[:-1])
+            for k, token in enumerate(sequence, len(ids) - 1):
+                place = (0, pack.paths[row][k]) if packed else (row, k)
+                reads.append((at.setdefault(place, len(at)), column[token]))
     batch |= {"answer_at": list(at), "token_ids": tokens.token_ids, "reads": reads}
     return {name: torch.tensor(value) for name, value in batch.items()}
 
