@@ -1630,9 +1630,8 @@ def choose_backend(wanted: str = "auto", device: str | None = None, trained: boo
         raise InputError(f"backend: must be auto, unsloth or transformers, not {wanted}")
     if wanted == "transformers":
         return wanted, "asked for"
-    on_cuda = torch.cuda.is_available() and str(device or "cuda").startswith("cuda")
-    why_not = "all weights are trained, not adapters" if trained else "" if on_cuda else "no CUDA device"
-    if not why_not:
+    why_not = "all weights are trained, not adapters" if trained else "no CUDA device"
+    if not trained and torch.cuda.is_available() and str(device or "cuda").startswith("cuda"):
         try:
             os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
             import unsloth  # noqa: F401
@@ -1700,7 +1699,7 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    there = "its tokenizer cannot be loaded", "no such folder, and it cannot be loaded from a model hub"
+    here, hub = "its tokenizer cannot be loaded", "no such folder, and it cannot be loaded from a model hub"
     try:
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
@@ -1709,7 +1708,8 @@ def load_tokenizer(path: str) -> Any:
         if not set(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
             raise ValueError("it has no vocabulary (tokenizer.json is missing)")  # one was made up, empty
     except Exception as error:  # a damaged or contradictory folder can fail in any way
-        raise InputError(f"{path}: model: {there[not Path(path).is_dir()]}: {first_line(error)}") from error
+        what = here if Path(path).is_dir() else hub
+        raise InputError(f"{path}: model: {what}: {first_line(error)}") from error
     return tokenizer
 
 
