@@ -1311,13 +1311,11 @@ class Judge:
         if self.packs:
             packs = pack_prompts(encoded, self.pack_tokens, self.tokens.branches, self.model.two_levels)
             return [pack.members for pack in packs]
-        groups: list[list[int]] = []
-        rows = len(self.tokens.branches)
-        for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i])):
-            if groups and (len(groups[-1]) + 1) * rows * len(encoded[groups[-1][0]]) <= self.pack_tokens:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
+        groups, rows = [], len(self.tokens.branches)
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+        while order:
+            size = max(1, self.pack_tokens // (rows * len(encoded[order[0]])))
+            groups, order = [*groups, order[:size]], order[size:]
         return groups
 
     def batch(self, encoded: Sequence[list[int]], device: Any = None) -> dict[str, torch.Tensor]:
@@ -1364,7 +1362,8 @@ class Judge:
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Judges any number of prompts in constant memory: yields (log-probabilities, label mass) in order.
 
-        Prompts are read `window` at a time; those of one window share what they have in common.
+        Prompts are read `window` at a time; those of one window share what they have in common. The model
+        is in evaluation mode afterwards; train() sets its own at every step.
         """
         from tqdm.auto import tqdm
 
@@ -1374,12 +1373,8 @@ class Judge:
                 chunk = list(itertools.islice(prompts, window))
                 if not chunk:
                     return
-                was_training = self.model.training
                 self.model.eval()
-                try:
-                    logq, mass = self.judge_encoded(self.encode(chunk, start), bar.update)
-                finally:
-                    self.model.train(was_training)
+                logq, mass = self.judge_encoded(self.encode(chunk, start), bar.update)
                 if bad := int((logq.isnan().any(1) | ~mass.isfinite()).sum()):
                     raise FloatingPointError(f"the model gives NaN for {bad} of {len(chunk)} prompts")
                 logq = corrected(logq, self.calibration).float() if self.calibration else logq
@@ -2207,14 +2202,13 @@ class Teacher:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The mean in the weights' place while this is open, without dropout."""
-        held, was_training = [w.detach().clone() for w in self.weights], self.judge.model.training
+        held = [w.detach().clone() for w in self.weights]
         self.put(self.means)
         self.judge.model.eval()
         try:
             yield
         finally:
             self.put(held)
-            self.judge.model.train(was_training)
 
 
 def train(
