@@ -2451,10 +2451,10 @@ class Progress:
             raise self._diverged(f"the weights are not finite after step {self.done}, of", ids)
         if not self.writes or not self.config.save_every:
             return
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        states = [random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all()]
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state["weights"] = {name: w.detach() for name, w in self.weights.items()}
-        state |= {"made_from": self.made_from, "random": [random.getstate(), torch.get_rng_state(), cuda]}
+        state |= {"made_from": self.made_from, "random": states}
         state |= {"step": self.done, "rows": self.rows, "pack_tokens": self.judge.pack_tokens}
         save_checkpoint(self.folder, self.done, state)
         for old in checkpoints_in(self.folder)[2:]:
@@ -2469,8 +2469,7 @@ class Progress:
         python, cpu, cuda = state["random"]
         random.setstate(python)
         torch.set_rng_state(cpu)
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(cuda)
+        torch.cuda.set_rng_state_all(cuda)  # [] without CUDA
         self.done, self.rows, self.judge.pack_tokens = state["step"], state["rows"], state["pack_tokens"]
 
 
