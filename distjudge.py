@@ -638,15 +638,28 @@ class PromptEncoder:
         self._plain, self._forms = _tokenizer_of(plain), {}
         self._runs("")
 
-    def _apply(self, turns: list[dict[str, str]]) -> str:
-        """What the chat template makes of messages, up to where the judge answers the last of the user's."""
+    def _apply(self, turns: list[dict[str, str]], seconds: float = 5.0) -> str:
+        """What the chat template makes of messages, up to where the judge answers the last of the user's.
+
+        A template is a program: it can raise what its author chose, and loop; then its thread is left behind.
+        """
         fixed = datetime.date(2024, 7, 26).strftime  # a prompt does not change with the day
         options = {"tokenize": False, "strftime_now": fixed, "enable_thinking": False}
-        options["add_generation_prompt"] = turns[-1]["role"] != "assistant"
-        try:
-            return self.tokenizer.apply_chat_template(turns, **options)
-        except Exception as error:  # a template is a program, which can raise what its author chose
-            raise InputError(f"{self.name}: chat template: {short(error, 200)}") from None
+        options["add_generation_prompt"], shown = turns[-1]["role"] != "assistant", []
+
+        def work() -> None:
+            try:
+                shown.append(self.tokenizer.apply_chat_template(turns, **options))
+            except Exception as error:
+                shown.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if not shown or not isinstance(shown[0], str):
+            fault = short(shown[0], 200) if shown else f"takes more than {seconds:g} seconds"
+            raise InputError(f"{self.name}: chat template: {fault}")
+        return shown[0]
 
     def _around(self, roles: Sequence[str]) -> tuple[list[str], list[tuple[int, str]]]:
         """What the chat template puts around messages of these roles, and which stands between, how stripped.

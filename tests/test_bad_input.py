@@ -371,6 +371,7 @@ EVIL = "import pathlib\npathlib.Path('sprung').touch()\n"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
 INDEX = '{"metadata": {}, "weight_map": {"x": "%s"}}'
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+LOOP = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
 PEFT = '{"peft_type": "LORA", "r": 2, "base_model_name_or_path": "other/base"}'
 LAYER = "model.layers.1.mlp.up_proj.weight"
 MODELS = r"""
@@ -483,15 +484,17 @@ def test_templates_without_control_tokens_are_told_of(tiny_tokenizer, caplog):
 # --- what a user sees -------------------------------------------------------------------------------------
 SEEN = """
 UTF-16     | recipes/tiny.py --train x.jsonl --out o | x.jsonl: is UTF-16 or no text at all; save it as UTF-8
+a loop     | recipes/tiny.py --model loop --out o --lora_rank 2 | loop: chat template: takes more than 5
 a judge    | recipes/judge.py --run run --items i.jsonl --out j.jsonl | run/tokenizer/chat_template.jinja: has
 """
 
 
 @pytest.mark.slow
 @cases(SEEN)
-def test_as_a_user_sees_it(tmp_path, saved_run, given, words):
+def test_as_a_user_sees_it(tmp_path, tiny_model, saved_run, given, words):
     write(tmp_path / "x.jsonl", GOOD.encode("utf-16"))
     write(tmp_path / "i.jsonl", GOOD)
+    write(shutil.copytree(tiny_model, tmp_path / "loop") / TEMPLATE, LOOP)
     write(shutil.copytree(saved_run, tmp_path / "run") / "tokenizer" / TEMPLATE, TURNS)
     before = sorted(tmp_path.rglob("*"))
     script, *flags = given.split()
