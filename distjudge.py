@@ -309,7 +309,9 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
             yield from json_rows(file, shown)
     except FileNotFoundError:
         raise InputError(f"{shown}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(f"{shown}: cannot be read: {error}") from None
 
 
@@ -609,6 +611,8 @@ class PromptEncoder:
     stands before "</think>" in an assistant's message, and the judge reads it all.
     """
 
+    memo: dict[str, list[int]] | None = None  # while it is a dict, what was encoded is kept there
+
     def __init__(self, tokenizer: Any, frame: dict[str, Any] | None = None):
         self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
         if not getattr(tokenizer, "is_fast", False):
@@ -765,11 +769,12 @@ class PromptEncoder:
 
     def many(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each rendered prompt, on all cores (with TOKENIZERS_PARALLELISM=false on one)."""
-        found, unique = {}, list(dict.fromkeys(prompts))
-        for start in range(0, len(unique), 2048):
-            chunk = unique[start : start + 2048]
-            found |= zip(chunk, self._encode(list(map(self._runs, chunk))), strict=True)
-        return [list(found[prompt]) for prompt in prompts]
+        memo = {} if self.memo is None else self.memo
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in memo]
+        for start in range(0, len(new), 2048):
+            chunk = new[start : start + 2048]
+            memo |= zip(chunk, self._encode(list(map(self._runs, chunk))), strict=True)
+        return [list(memo[prompt]) for prompt in prompts]
 
     def render(self, prompt: str) -> str:
         """The prompt as text. Only token ids tell its control tokens from those that people wrote."""
@@ -1375,8 +1380,7 @@ class Judge:
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Judges any number of prompts in constant memory: yields (log-probabilities, label mass) in order.
 
-        Prompts are read `window` at a time; those of one window share what they have in common. The model
-        is in evaluation mode afterwards; train() sets its own at every step.
+        Prompts are read `window` at a time; those of one window share what they have in common.
         """
         from tqdm.auto import tqdm
 
@@ -1386,8 +1390,12 @@ class Judge:
                 chunk = list(itertools.islice(prompts, window))
                 if not chunk:
                     return
+                was_training = self.model.training
                 self.model.eval()
-                logq, mass = self.judge_encoded(self.encode(chunk, start), bar.update)
+                try:
+                    logq, mass = self.judge_encoded(self.encode(chunk, start), bar.update)
+                finally:
+                    self.model.train(was_training)
                 if bad := int((logq.isnan().any(1) | ~mass.isfinite()).sum()):
                     raise FloatingPointError(f"the model gives NaN for {bad} of {len(chunk)} prompts")
                 logq = corrected(logq, self.calibration).float() if self.calibration else logq
@@ -1638,7 +1646,8 @@ def choose_backend(wanted: str = "auto", device: str | None = None, trained: boo
         raise InputError(f"backend: must be auto, unsloth or transformers, not {wanted}")
     if wanted == "transformers":
         return wanted, "asked for"
-    why_not = "all weights are trained, not adapters" if trained else "no CUDA device"
+    nowhere = f"the model goes to {device}" if torch.cuda.is_available() else "no CUDA device"
+    why_not = "all weights are trained, not adapters" if trained else nowhere
     if not trained and torch.cuda.is_available() and str(device or "cuda").startswith("cuda"):
         try:
             os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -3009,11 +3018,13 @@ def run(
     check_out(config.out, *RUN_FILES)
     items, test = load_data(config)
     judge = judge_of(config, labels_of(items))
+    judge.encoder.memo = {}  # every prompt is tokenized once
     items = keep_short(judge, items, config.overlong, "training")
     test = keep_short(judge, test, config.overlong, "test")
     if before_training:
         before_training(judge, items, test)
     train(judge, items, config, eval_items=test)
+    judge.encoder.memo = None
     if os.environ.get("RANK", "0") != "0":
         return {}
     with locked(config.out):

@@ -284,6 +284,7 @@ no hub id | --model no/hub | no/hub: model: no such folder, and it cannot be loa
 no gzip               | --train plain.jsonl.gz        | plain.jsonl.gz: cannot be read: Not a gzipped file
 a cut gzip            | --train cut.jsonl.gz          | cut.jsonl.gz: cannot be read:
 a folder of items     | --train .                     | .: cannot be read:
+a NUL in a name       | --train 'a\0b'                | a b: cannot be read: embedded null
 a line break in one   | --train 'two\nlines.jsonl'    | two lines.jsonl:1: broken JSON
 no such file          | --train gone.jsonl            | gone.jsonl: no such file
 """

@@ -444,3 +444,14 @@ print("trained", len(distjudge.train(judge, items, distjudge.Config(out=sys.argv
     command = [sys.executable, "-c", code, files[0], str(tiny_model), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert "trained 2" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_run_tokenizes_every_prompt_once(tiny_model, items_file, tmp_path, monkeypatch):
+    (items, path), asked = items_file(12), []
+    plain = distjudge.messages_of
+    monkeypatch.setattr(distjudge, "messages_of", lambda prompt: asked.append(prompt) or plain(prompt))
+    distjudge.run(Config(train=(str(path),), model=str(tiny_model), out=str(tmp_path / "run"), epochs=1.0))
+    times = {item.prompt: asked.count(item.prompt) for item in items}
+    tested = {json.loads(line)["prompt"] for line in (tmp_path / "run" / "predictions.jsonl").open()}
+    assert {prompt for prompt, n in times.items() if n > 1} <= tested  # once more, to be judged at the end
+    assert max(times.values()) == 2
