@@ -381,7 +381,7 @@ a broken config.json | write(m / CONFIG, "{")                    | model: ... co
 an unknown type    | fields(m / CONFIG, model_type="nonesuch") | model: ... nonesuch
 an encoder-decoder | fields(m / CONFIG, model_type="t5") | model: cannot be loaded: Unrecognized configuration
 a layer too many   | fields(m / CONFIG, num_hidden_layers=3)   | model: ... `num_hidden_layers` (3)
-another width | fields(m / CONFIG, hidden_size=48) | model: ... are missing or of another shape: lm_head.weight
+another width | fields(m / CONFIG, hidden_size=48) | model: ... or of another shape: lm_head.weight
 code of its own    | fields(m / CONFIG, model_type="own", auto_map=OWN_CODE) | model: ... contains custom code
 cut weights        | cut(m / WEIGHTS) | model: ... incomplete metadata, file not fully covered
 a pointer to weights | write(m / WEIGHTS, POINTER)               | model: ... header too large
