@@ -13,7 +13,6 @@ import math
 import random
 import statistics
 import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -26,35 +25,33 @@ import pandas
 import torch
 import tyro
 
-from plots.figures import HUMAN, MODEL, NEUTRAL, TRUTH, name_labels, pieces, plt
+from plots.figures import HUMAN, MODEL, TRUTH, Run, draw_item, name_labels, pieces, plt
 
 PACK_TOKENS = 8192  # beginnings are shared within packs of this size
 
 
-@dataclasses.dataclass
 class Look:
-    """What is shown of a data set: votes counts and p (N, C), entropy (N,) in nats, lengths (N,) in `unit`.
+    """What is shown of items: votes counts and p (N, C), entropy (N,) in nats, lengths (N,) in `unit`.
 
     alpha: a number, or why there is none. shared: the share of `packed` items' lengths that is computed once.
+    shares: {"votes", "majorities"}: that of each label (C,). model: a folder with a tokenizer; without,
+    lengths are in characters.
     """
 
-    items: list[Item]
-    labels: list[str]
-    counts: torch.Tensor
-    p: torch.Tensor
-    entropy: torch.Tensor
-    alpha: float | str
-    floor: float | None
-    lengths: list[int]
-    unit: str
-    shared: float
-    packed: int
-
-    @property
-    def shares(self) -> dict[str, torch.Tensor]:
-        """The shares (C,) of each label among all votes, and as the items' majority."""
-        majorities = distjudge.majority(self.p).mean(0)
-        return {"votes": self.counts.sum(0) / self.counts.sum(), "majorities": majorities}
+    def __init__(self, items: list[Item], model: str = "", most: int = 2000):
+        self.items, self.counts, self.labels = items, distjudge.counts_of(items), distjudge.labels_of(items)
+        self.p = distjudge.shares_of(items)
+        self.shares = {"votes": self.counts.sum(0) / self.counts.sum()}
+        self.shares["majorities"] = distjudge.majority(self.p).mean(0)
+        self.entropy, self.unit = distjudge.entropy(self.p), "tokens" if model else "characters"
+        self.alpha = krippendorff_alpha(self.counts, distjudge.are_numeric(self.labels))
+        self.floor = distjudge.noise_floor(some_groups(items, 10_000))
+        encode = distjudge.PromptEncoder(distjudge.load_tokenizer(model)) if model else list
+        self.lengths = [len(encode(item.prompt)) for item in items]
+        sample = [encode(item.prompt) for item in some_groups(items, most)]
+        packs = distjudge.pack_prompts(sample, PACK_TOKENS)
+        self.shared = 1 - sum(len(pack.ids) for pack in packs) / sum(map(len, sample))
+        self.packed = len(sample)
 
     def extremes(self, each: int) -> list[list[int]]:
         """Items most and least agreed on, one a group; of equals, those with more votes, then the earlier."""
@@ -101,21 +98,6 @@ def some_groups(items: list[Item], most: int, seed: int = 0) -> list[Item]:
     random.Random(seed).shuffle(drawn)
     place = {group: k for k, group in enumerate(drawn)}
     return [items[i] for i in sorted(range(len(items)), key=lambda i: place[groups[i]])[:most]]
-
-
-def look(items: list[Item], model: str = "", most: int = 2000) -> Look:
-    """Computes what is shown. model: a folder with a tokenizer; without, lengths are in characters."""
-    counts, labels = distjudge.counts_of(items), distjudge.labels_of(items)
-    p = counts / counts.sum(1, keepdim=True)
-    encode = distjudge.PromptEncoder(distjudge.load_tokenizer(model)) if model else list
-    lengths = [len(encode(item.prompt)) for item in items]
-    sample = [encode(item.prompt) for item in some_groups(items, most)]
-    packs = distjudge.pack_prompts(sample, PACK_TOKENS)
-    shared = 1 - sum(len(pack.ids) for pack in packs) / sum(map(len, sample))
-    alpha = krippendorff_alpha(counts, distjudge.are_numeric(labels))
-    floor = distjudge.noise_floor(some_groups(items, 10_000))
-    entropy, unit = distjudge.entropy(p), "tokens" if model else "characters"
-    return Look(items, labels, counts, p, entropy, alpha, floor, lengths, unit, shared, len(sample))
 
 
 def describe(data: Look, each: int = 3) -> list[str]:
@@ -186,15 +168,13 @@ def draw(data: Look) -> plt.Figure:
     lengths.hist(data.lengths, bins=30, color=HUMAN)
     lengths.set(title=f"prompts: {data.shared:.0%} in common beginnings", xlabel=data.unit, ylabel="items")
     lengths.set_xlim(left=0)
-    texts, (most, least) = pieces([item.prompt for item in data.items], 120), data.extremes(2)
-    shown = [(i, "most", HUMAN) for i in most] + [(i, "least", MODEL) for i in least]
+    most, least = data.extremes(2)
+    shown = [(i, "most") for i in most] + [(i, "least") for i in least]
+    rows = [{"prompt": item.prompt} for item in data.items]
+    run = Run(data.labels, [item.id for item in data.items], data.counts, data.p, None, {}, rows=rows)
     axes = bottom.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for ax, (i, kind, colour) in zip(axes, shown, strict=True):
-        ax.bar(at, data.p[i], 0.7, color=colour)
-        name_labels(ax, data.labels)
-        ax.set_title(f"{kind} agreed on: {given[i]:g} votes\n{short(data.items[i].id, 34)}", fontsize=8)
-        ax.set_xlabel(textwrap.fill(texts[i], 42), fontsize=7, color=NEUTRAL)
-        ax.set_ylim(0, 1.02)
+    for ax, (i, kind) in zip(axes, shown, strict=True):
+        draw_item(ax, run, i, {}, f"{kind} agreed on: {given[i]:g} votes, {short(run.ids[i], 20)}")
     bottom.supylabel("share of votes", fontsize=9)
     return figure
 
@@ -215,7 +195,7 @@ def main(config: DataConfig) -> None:
     if not config.files:
         raise InputError("files: name a file of items")
     first = Path(config.files[0])
-    data = look(distjudge.load_items(*config.files, labels=config.labels or None), config.model)
+    data = Look(distjudge.load_items(*config.files, labels=config.labels or None), config.model)
     lines = [" ".join(short(file, 200) for file in config.files), *describe(data)]
     print("\n".join(lines))
     out, name = Path(config.out or first.parent), first.name.split(".jsonl")[0]

@@ -50,21 +50,18 @@ def test_nothing_of_a_file_commands_the_terminal(tmp_path, monkeypatch, capsys):
     (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     data.main(data.DataConfig((name,)))
-    found = data.look(distjudge.load_items(rows))
+    found = data.Look(distjudge.load_items(rows))
     for said in (capsys.readouterr().out, "\n".join(data.describe(found))):
         assert "evil" in said and not set(said) & set(bad) - set("]0;tevil")
 
 
 def test_pieces_of_prompts_are_what_they_do_not_share():
     """By hand: the words that all begin and end with are left out, never half a word."""
-    prompts = [
-        f"Rate it.\n\nText: {text}\n\nAnswer 1 or 2." for text in ("so  so\nplain", "some\x1b", "s" * 30)
-    ]
+    texts = ("so  so\nplain", "some\x1b", "s" * 30)
+    prompts = [f"Rate it.\n\nText: {text}\n\nAnswer 1 or 2." for text in texts]
     assert figures.pieces(prompts, 20) == ["so so plain", "some ", "s" * 17 + "..."]
-    assert figures.pieces(["Is it good? Yes.", "What is it? " + "no " * 9], 12) == [
-        "...ood? Yes.",
-        "... no no no",
-    ]
+    prompts = ["Is it good? Yes.", "What is it? " + "no " * 9]
+    assert figures.pieces(prompts, 12) == ["...ood? Yes.", "... no no no"]
     assert figures.pieces(["the same", "the same"], 12) == ["the same", "the same"]
     assert figures.pieces(["", ""], 12) == ["", ""]
 
@@ -92,7 +89,7 @@ def test_alpha_is_not_always_there(words):
 
 
 def test_one_vote_an_item_is_shown_too():
-    found = data.look(distjudge.load_items([ROWS[2], ROWS[2] | {"id": "two"}]))
+    found = data.Look(distjudge.load_items([ROWS[2], ROWS[2] | {"id": "two"}]))
     text = "\n".join(data.describe(found))
     assert "alpha none: no item has two votes" in text
     assert "noise floor        none: no item has two votes" in text
@@ -100,19 +97,18 @@ def test_one_vote_an_item_is_shown_too():
 
 
 def test_lengths_in_tokens(tiny_model):
-    found = data.look(distjudge.load_items(ROWS), model=str(tiny_model))
+    found = data.Look(distjudge.load_items(ROWS), model=str(tiny_model))
     encode = PromptEncoder(distjudge.load_tokenizer(str(tiny_model)))
     assert found.lengths == [len(encode(row["prompt"])) for row in ROWS]
     assert found.unit == "tokens" and 0 < found.shared < 1
     with pytest.raises(InputError, match="nowhere: model: no such folder"):
-        data.look(distjudge.load_items(ROWS), model="./nowhere")
+        data.Look(distjudge.load_items(ROWS), model="./nowhere")
 
 
 def test_large_files_are_sampled_by_group():
     votes = {"a": 1, "b": 1}
-    items = distjudge.load_items(
-        [{"prompt": f"{i}", "group": f"g{i // 5}", "counts": votes} for i in range(100)]
-    )
+    rows = [{"prompt": f"{i}", "group": f"g{i // 5}", "counts": votes} for i in range(100)]
+    items = distjudge.load_items(rows)
     drawn = data.some_groups(items, 20)
     assert len(drawn) == 20 and len({item.group for item in drawn}) == 4
     assert data.some_groups(items, 100) is items
@@ -121,4 +117,4 @@ def test_large_files_are_sampled_by_group():
 def test_extremes_show_one_item_a_group():
     votes = [("x", 3, 0), ("x", 5, 0), ("y", 4, 0), ("z", 1, 1), ("w", 3, 3), ("z", 2, 1)]
     rows = [{"prompt": f"p{i}", "group": g, "counts": {"a": a, "b": b}} for i, (g, a, b) in enumerate(votes)]
-    assert data.look(distjudge.load_items(rows)).extremes(2) == [[1, 2], [4, 3]]
+    assert data.Look(distjudge.load_items(rows)).extremes(2) == [[1, 2], [4, 3]]
