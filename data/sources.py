@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import sys
 import urllib.request
 import zipfile
@@ -81,23 +82,19 @@ def fetch(name: str, url: str, folder: Path, sha256: str = "", tries: int = 3) -
     Raises InputError, with the file's address and place, if it cannot be had or has another checksum.
     """
     path, part = folder / name, folder / f"{name}.part"
-    if path.exists():
-        if sha256 and (found := sha256_of(path)) != sha256:
-            remedy = "delete it to fetch it again, or name it with --raw"
-            raise InputError(f"{path}: has the checksum {found}, not {sha256}: {remedy}")
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    for _ in range(tries):
-        if not (reason := _download(url, part)):
-            break
-    else:
-        remedy = f"Fetch {url} by other means, put it at {path} and run again, or name your copy with --raw"
-        raise InputError(f"{name}: could not be downloaded ({short(reason, 120)}). {remedy}")
-    if sha256 and (found := sha256_of(part)) != sha256:
-        part.unlink()
-        problem = f"the download from {url} has the checksum {found}, not {sha256}; it was thrown away"
-        raise InputError(f"{name}: {problem}")
-    return part.replace(path)
+    file, remedy = path, "delete it to fetch it again, or name it with --raw"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file, remedy = part, "it was thrown away"
+        if all((reason := _download(url, part)) for _ in range(tries)):  # until there is none
+            problem = f"{name}: could not be downloaded ({short(reason, 120)})"
+            copy = f"put it at {path} and run again, or name your copy with --raw"
+            raise InputError(f"{problem}. Fetch {url} by other means, {copy}")
+    if sha256 and (found := sha256_of(file)) != sha256:
+        if file == part:
+            part.unlink()
+        raise InputError(f"{file}: has the checksum {found}, not {sha256}, that of {url}; {remedy}")
+    return file.replace(path)
 
 
 def _download(url: str, part: Path) -> str:
@@ -109,11 +106,9 @@ def _download(url: str, part: Path) -> str:
             have = have if answer.status == 206 else 0  # a server that knows no ranges sends everything again
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else None
-            bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
-            with bar, open(part, "ab" if have else "wb") as file:
-                while block := answer.read(1 << 18):
-                    file.write(block)
-                    bar.update(len(block))
+            shown = {"total": total, "initial": have, "desc": part.stem, "disable": None}
+            with open(part, "ab" if have else "wb") as file, tqdm.wrapattr(answer, "read", **shown) as body:
+                shutil.copyfileobj(body, file)
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", 0) == 416:  # there is nothing behind what we have: start again
             part.unlink()
