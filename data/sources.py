@@ -144,6 +144,7 @@ def read_rows(paths: Iterable[str]) -> Iterator[Row]:
     return (row for path in paths for row in itertools.islice(_read(path, How()), 1, None))
 
 
+NAMED_MARK = re.compile(r'"?sep=(.)"?\s*', re.I)  # a first line with which Excel names the delimiter
 UNSEEN = "[\u00ad\u200b\u200e\u200f\u2060\ufeff]"
 
 
@@ -155,22 +156,17 @@ def tidy(name: Any) -> str:
 def _read(path: str, how: How) -> Iterator[Any]:
     """Yields what the reader does: first the columns, or None if only the rows tell them, then the rows."""
     kind = Path(path.lower().removesuffix(".gz")).suffix
-    if kind not in READERS:
-        kind = "datasets"
-        if Path(path).is_file():
-            raise InputError(f"{path}: is not a table that can be read, as CSV, Excel, Parquet or JSON is")
-        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)  # OWNER/NAME
-        if not Path(path).is_dir() and not hub_id:
-            raise InputError(f"{path}: no such file")
-    name, reader = READERS[kind]
+    name, reader = READERS.get(kind, ("a Hugging Face data set", _read_datasets))
+    if not os.path.exists(path) and (kind in READERS or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)):
+        raise InputError(f"{path}: no such file")  # nor OWNER/NAME, which may be on a hub
+    if kind not in READERS and Path(path).is_file():
+        raise InputError(f"{path}: is not a table that can be read, as CSV, Excel, Parquet or JSON is")
     if how.sheet and name != "Excel":
         raise InputError(f"{path}: sheet: only an Excel file has sheets")
     try:
         yield from tqdm(reader(path, how), desc=Path(path).name, unit=" rows", disable=None, leave=False)
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except Exception as error:  # damaged files fail in many ways, each library with its own errors
         problem = short(str(error) or type(error).__name__, 150)
         raise InputError(f"{path}: cannot be read as {name}: {problem}") from None
@@ -244,9 +240,9 @@ def _read_csv(path: str, how: How) -> Iterator[Any]:
         lines = _text_lines(path, file)
         first = list(itertools.islice(lines, 200))
         mark = delimiter(first, how.wanted)
+        if first and NAMED_MARK.fullmatch(first[0]):
+            first[0] = "\n"
         grid = csv.reader(itertools.chain(first, lines), strict=True, delimiter=mark)
-        if first and first[0].strip().strip('"').lower() == f"sep={mark}".strip():
-            grid = itertools.chain([[]], itertools.islice(grid, 1, None))
         yield from _from_grid(path, grid, how, f" (fields end at {mark!r})")
 
 
@@ -263,7 +259,7 @@ def _text_lines(path: str, file: Any) -> Iterator[str]:
 
 def delimiter(lines: list[str], wanted: frozenset[str]) -> str:
     """The one of , ; tab | that gives the first lines the wanted columns, and rows of one length."""
-    if lines and (named := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):
+    if lines and (named := NAMED_MARK.fullmatch(lines[0])):
         return named[1]
 
     def merit(mark: str) -> tuple[int, float, int]:
@@ -374,4 +370,4 @@ def _files(path: str) -> Iterator[tuple[str, Any]]:
 READERS = dict.fromkeys((".csv", ".tsv", ".txt"), ("CSV", _read_csv))
 READERS |= dict.fromkeys((".xlsx", ".xls", ".ods"), ("Excel", _read_excel))
 READERS |= dict.fromkeys((".jsonl", ".json", ".zip"), ("JSON", _read_json))
-READERS |= {".parquet": ("Parquet", _read_parquet), "datasets": ("a Hugging Face data set", _read_datasets)}
+READERS[".parquet"] = ("Parquet", _read_parquet)
