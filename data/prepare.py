@@ -241,16 +241,16 @@ def chaosnli(config: PrepareConfig, out: Converted) -> None:
 def summeval(config: PrepareConfig, out: Converted) -> None:
     """The annotation files, with the article in "text" or in a file of CNN/DailyMail (id, article)."""
     panels = {"both": ("expert", "turker"), "experts": ("expert",), "crowd": ("turker",)}[config.votes]
-    articles, stories, rows = {}, defaultdict(list), []
+    articles, summaries, rows = {}, defaultdict(list), []
     for where, row in sources.read_rows(config.raw):
+        story = field(where, row, "id")
         if "article" in row:
-            articles[field(where, row, "id")] = row["article"]
+            articles[story.rsplit("-", 1)[-1]] = row["article"]
         else:
-            stories[field(where, row, "id")].append((where, row))
-    for story, summaries in stories.items():  # the summaries of an article stand together
-        for where, row in summaries:
-            article = row.get("text") or articles.get(story) or articles.get(story.rsplit("-", 1)[-1]) or ""
-            rows.append((where, row, article if isinstance(article, str) else ""))
+            summaries[story].append((where, row))
+    for story, some in summaries.items():  # those of an article stand together
+        texts = [row.get("text") or articles.get(story.rsplit("-", 1)[-1]) for _, row in some]
+        rows += [(*one, text if isinstance(text, str) else "") for one, text in zip(some, texts, strict=True)]
     out.read["summaries"] = len(rows)
     if rows and not any(article for _, _, article in rows):
         problem = "no article text: the published annotations come without. Name cnn_dailymail's test split"
