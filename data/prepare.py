@@ -280,31 +280,29 @@ def mtbench(config: PrepareConfig, out: Converted) -> None:
     """
     out.dropped["vote of a model"] = 0
     panels: dict[tuple[int, int, str, str], list[tuple[str, str, str]]] = defaultdict(list)
-    questions, answers, talks = {}, {}, {}
+    questions, answers = {}, {}
     for where, row in sources.read_rows(config.raw):
         if "winner" in row:
-            read_vote(where, row, out, panels, talks)
-            continue
-        number = field(where, row, "question_id", kind=int)
-        if "choices" not in row:
-            questions[number] = list_of(where, row, "turns")
-            continue
-        model, choices = field(where, row, "model_id"), list_of(where, row, "choices", kind=dict)
-        turns = list_of(where, choices[0] if choices else {}, "turns")
-        if answers.setdefault((model, number), turns) != turns:
-            problem = f"another answer of {model} to question {number} was read before"
-            raise InputError(f"{where}: {problem}; if one file holds reference answers, leave it out")
+            read_vote(where, row, out, panels, questions, answers)
+        elif "choices" not in row:
+            questions[field(where, row, "question_id", kind=int)] = list_of(where, row, "turns")
+        else:
+            key = field(where, row, "model_id"), field(where, row, "question_id", kind=int)
+            choices = list_of(where, row, "choices", kind=dict)
+            turns = list_of(where, choices[0] if choices else {}, "turns")
+            if answers.setdefault(key, turns) != turns:
+                problem = f"another answer of {key[0]} to question {key[1]} was read before"
+                raise InputError(f"{where}: {problem}; if one file holds reference answers, leave it out")
     again = empty = 0
     for (turn, question, *models), votes in sorted(panels.items()):
         judges = [judge for _, _, judge in votes if judge]
         again += len(judges) - len(set(judges))
-        keys = [(model, question) for model in models]
-        told = [talks.get(key) or (questions.get(question), answers.get(key)) for key in keys]
-        if missing := [model for model, texts in zip(models, told, strict=True) if not all(texts)]:
+        asked = questions.get(question)
+        if missing := [model for model in models if not asked or not answers.get((model, question))]:
             problem = f"question {question}: its text or the answer of {missing[0]} is missing: name the file"
             remedy = "with the conversations, or FastChat's question.jsonl and model_answer/*.jsonl, too"
             raise InputError(f"{votes[0][0]}: {problem} {remedy}")
-        asked, both = told[0][0][:turn], [texts[1][:turn] for texts in told]
+        asked, both = asked[:turn], [answers[model, question][:turn] for model in models]
         if not all(text.strip() for text in asked) or {turn} != {len(texts) for texts in (asked, *both)}:
             out.dropped["item without text"] += 1
             continue
@@ -322,7 +320,7 @@ def mtbench(config: PrepareConfig, out: Converted) -> None:
     ]
 
 
-def read_vote(where: str, row: dict, out: Converted, panels: dict, talks: dict) -> None:
+def read_vote(where: str, row: dict, out: Converted, panels: dict, questions: dict, answers: dict) -> None:
     """Adds (where, label, judge) to the panel of (turn, question, model a, model b), and what was said."""
     out.read["votes"] += 1
     question, turn = field(where, row, "question_id", kind=int), field(where, row, "turn", kind=int)
@@ -343,7 +341,8 @@ def read_vote(where: str, row: dict, out: Converted, panels: dict, talks: dict) 
         if row.get(f"conversation_{side}"):
             talk = list_of(where, row, f"conversation_{side}", kind=dict)
             said = [field(where, message, "content") for message in talk]
-            talks.setdefault((model, question), (said[0::2], said[1::2]))
+            questions.setdefault(question, said[0::2])
+            answers.setdefault((model, question), said[1::2])
 
 
 def conversation(prompt: str) -> str:
