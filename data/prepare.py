@@ -467,13 +467,13 @@ def split_rows(rows: list[dict], items: list, how: str, seed: int, dropped: dict
     if how == "published":
         if not all("published" in row for row in rows):
             raise InputError("split: published: this data set has no split of its own")
-        sides, taken = {"train": [], "valid": [], "test": []}, set()
-        for name in ("test", "valid", "train"):  # a prompt of two splits stays with the first of these
-            here = [row for row in rows if row["published"] == name]
-            sides[name] = [row for row in here if row["prompt"] not in taken]
-            taken |= {row["prompt"] for row in here}
-        tested = {row.get("group") for row in sides["test"]}  # such a group is on both sides, as published
-        for row in (row for name in ("train", "valid") for row in sides[name]):
+        names = ("train", "valid", "test")  # a prompt of two of them stays with the last
+        last = {row["prompt"]: name for name in names for row in rows if row["published"] == name}
+        sides = {
+            name: [row for row in rows if row["published"] == name == last[row["prompt"]]] for name in names
+        }
+        tested = {row.get("group") for row in sides["test"]}  # a group may be on both sides, as published
+        for row in sides["train"] + sides["valid"]:
             if row.get("group") in tested:  # it stays with the test items, for intervals by group
                 row.pop("group", None)
         dropped["item that is also in test or valid"] = len(rows) - sum(map(len, sides.values()))
