@@ -441,9 +441,6 @@ def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
         config.raw = config.raw or sources.fetch_all(config.task)
     out = Converted(labels, template, chosen_dimensions(config))
     converter(config, out)
-    if not out.rows:
-        number = next(iter(out.read.values()), 0)
-        raise InputError(f"{config.raw[0]}: no item is left of {number} rows: {told(out.dropped)}")
     card = {"task": config.task, "labels": out.labels, "ordered": distjudge.are_numeric(out.labels)}
     if labels in (NLI, PAIR):
         card["spellings"] = [f"{label}={label},{label.capitalize()}" for label in labels]
@@ -506,15 +503,14 @@ def main(config: PrepareConfig) -> None:
     rows = {row["id"]: row for row in found if sum(row["counts"].values()) >= least}
     if least > 1:
         dropped[f"item with fewer than {least} votes"] = len(found) - len(rows)
-    if not rows:
-        raise InputError(f"{config.raw[0]}: no item has {least} votes or more (--min_votes)")
-    items = distjudge.load_items(list(rows.values()), labels=card["labels"])
+    items = distjudge.load_items(list(rows.values()), labels=card["labels"]) if rows else []
     for path in config.without:
         items, shared = distjudge.keep_apart(items, distjudge.load_items(path), overlap="remove")
         where = Path(path).name
         dropped.update({f"item that shares its {name} with {where}": n for name, n in shared.items()})
     if not items:
-        raise InputError(f"{config.raw[0]}: no items are left: {told(dropped)}")
+        number = next(iter(card["read"].values()), 0)
+        raise InputError(f"{config.raw[0]}: no item is left of {number} rows: {told(dropped)}")
     kept = [rows[item.id] for item in items]
     splits = split_rows(kept, items, how, config.seed, dropped)
     out.mkdir(parents=True, exist_ok=True)

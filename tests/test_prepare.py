@@ -471,7 +471,7 @@ REPLIES = {"prompt": "p", "response_1": "r", "response_2": "s"}
     ("task", "rows", "more", "words"),
     [
         ("snli", [nli_row(1, ["maybe"])], "", "x.jsonl:1: annotator_labels: 'maybe' is not one of {"),
-        ("snli", [nli_row(1, ["neutral"])], "", "no item has 2 votes or more (--min_votes)"),
+        ("snli", [nli_row(1, ["neutral"])], "", "no item is left of 1 rows: 1 item with fewer than 2 votes"),
         ("snli", [{"sentence1": "x"}], "", "x.jsonl:1: sentence2: missing; the row has sentence1"),
         ("snli", [nli_row(1, "neutral")], "", "x.jsonl:1: annotator_labels: must be list, not 'neutral'"),
         ("snli", TWO, "", "1 items in 1 group cannot be split; --split none writes one file"),
