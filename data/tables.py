@@ -60,8 +60,6 @@ def read_template(path: str | Path, needed: list[str], optional: Iterable[str] |
 
 def cell(where: str, name: str, value: Any) -> str:
     """A cell as text, "" if it is empty. Raises InputError for bytes, lists, objects and broken text."""
-    if type(value) is str and value.isascii():  # most are
-        return value.strip()
     is_text = not isinstance(value, str) or distjudge.is_text(value)
     if not is_text or isinstance(value, (bytes, bytearray, list, tuple, dict, set)):
         kind = "text or a number, in a field of its own" if is_text else "text without lone surrogates"
@@ -155,22 +153,20 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
     config = dataclasses.replace(config, **changed)
     used = Counter(config.label + config.counts).most_common(1) or [("", 0)]
     a_text = "name the judged text (--text) or a template (--template); if a row is a person, add --by_column"
+    votes = "name the columns of votes, or else those of --counts"
     is_panel = len(config.label) > 1 and not config.by_column
     has_items = config.by_column and (config.counts or config.text or config.item)
     has_text = config.prompts or config.text or config.by_column
-    for is_wrong, problem in (
-        (used[0][1] > 1, f"label: column '{short(used[0][0])}' is named twice"),
-        (
-            bool(config.label) == bool(config.counts),
-            f"label: name the columns of votes, or else those of --counts. {there}",
-        ),
-        (has_items, "by_column: the columns of --label are the items and their texts"),
-        (config.rater and is_panel, "rater: with several columns of votes each column is a person"),
-        (not has_text, f"text: {a_text}. {there}"),
-        (len(config.swap) % 2, "swap: name two columns, and the labels that trade places, in pairs"),
-    ):
-        if is_wrong:
-            raise InputError(f"{path}: {problem}")
+    problems = {
+        f"label: column '{short(used[0][0])}' is named twice": used[0][1] > 1,
+        f"label: {votes}. {there}": bool(config.label) == bool(config.counts),
+        "by_column: the columns of --label are the items and their texts": has_items,
+        "rater: with several columns of votes each column is a person": config.rater and is_panel,
+        f"text: {a_text}. {there}": not has_text,
+        "swap: name two columns, and the labels that trade places, in pairs": len(config.swap) % 2,
+    }
+    if found := [problem for problem, is_wrong in problems.items() if is_wrong]:
+        raise InputError(f"{path}: {found[0]}")
     return config
 
 
@@ -303,7 +299,7 @@ def people_in(where: str, row: dict[str, Any], column: str) -> list[list[str] | 
         value = list(value.values())
     people = list(value) if isinstance(value, (list, tuple)) else [value]
     states = row.get(f"{column}.status")
-    if not isinstance(states, list):
+    if not isinstance(states, list) or len(states) != len(people):
         states = [one.get("status") if isinstance(one, dict) else None for one in people]
     pairs = zip(people, states, strict=True)
     return [None if REFUSED.fullmatch(str(s)) else choices_in(where, column, one) for one, s in pairs]
@@ -743,9 +739,9 @@ def bin_labels(config: Any, names: list[str], meaning: dict, first: Any, notes: 
             problem = f"is a share, as are all: --bins {equal_edges(0, 1)}"
         if problem:
             raise InputError(f"{first[text]}: '{short(text, 30)}' {problem}")
-    ends = zip(names, edges, edges[1:], strict=False)
     places = pandas.cut([*numbers.values()], [*edges[:-1], math.inf], right=False, labels=False)
     meaning |= {text: [names[place]] for text, place in zip(numbers, places, strict=True)}
+    ends = zip(names, edges, edges[1:], strict=False)
     ends = ", ".join(f"{name} is {low:g} to {high:g}" for name, low, high in ends)
     notes.append(f"bins, an edge being the upper bin's: {ends}")
     return names
