@@ -103,17 +103,12 @@ RATINGS = "id,V,A,D\n1,5,1,3\n1,4,1,3\n2,1,1,3\n3,2,2,2\n4,3,3,3\n9,3,3,3\n"
 EMOBANK = ("emobank", "--raw", "ratings.csv", "emobank.csv")
 
 
-@pytest.fixture
-def emobank(tmp_path, monkeypatch):
+def test_emobank_by_hand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "emobank.csv").write_text(SENTENCES)
     (tmp_path / "ratings.csv").write_text(RATINGS)
-    return tmp_path
-
-
-def test_emobank_by_hand(emobank):
     run(*EMOBANK, "--out", "o")
-    train, valid, test = (read(emobank / "o", name) for name in ("train", "valid", "test"))
+    train, valid, test = (read(tmp_path / "o", name) for name in ("train", "valid", "test"))
     assert [(row["id"], row["counts"]) for row in train] == [("1", {"1": 0, "2": 0, "3": 0, "4": 1, "5": 1})]
     assert [row["id"] for row in valid] == ["4"] and [row["id"] for row in test] == ["2"]
     assert train[0]["prompt"] == (
@@ -121,13 +116,12 @@ def test_emobank_by_hand(emobank):
         'pleasant); 3 is neutral. Answer with the number only.\n\nSentence: So, he said: "go".'
     )
     assert valid[0]["prompt"].endswith("Sentence: {braces}") and "published" not in train[0]
-    card = card_of(emobank / "o")
+    card = card_of(tmp_path / "o")
     assert card["items"] == {"train": 1, "valid": 1, "test": 1} and card["split"] == "published"
     assert card["votes_an_item"] == {"1": 2, "2": 1}
-    dropped = {"rated item without text": 1, "item that is also in test or valid": 1}
-    assert card["dropped"] == dropped
+    assert card["dropped"] == {"rated item without text": 1, "item that is also in test or valid": 1}
     run(*EMOBANK, "--out", "o", "--dimension", "arousal")
-    assert read(emobank / "o", "train")[0]["counts"] == {"1": 2, "2": 0, "3": 0, "4": 0, "5": 0}
+    assert read(tmp_path / "o", "train")[0]["counts"] == {"1": 2, "2": 0, "3": 0, "4": 0, "5": 0}
 
 
 @pytest.mark.parametrize(
@@ -147,10 +141,10 @@ def test_emobank_by_hand(emobank):
         ("", "", "--dimension valence arousal", "dimension: emobank takes one, not valence arousal"),
     ],
 )
-def test_emobank_refusals(emobank, monkeypatch, old, new, more, words):
+def test_emobank_refusals(tmp_path, monkeypatch, old, new, more, words):
     for name, text in (("emobank.csv", SENTENCES), ("ratings.csv", RATINGS)):
-        (emobank / name).write_text(text.replace(old, new) if old else text)
-    check_refused(emobank, monkeypatch, words, *EMOBANK, *more.split())
+        (tmp_path / name).write_text(text.replace(old, new) if old else text)
+    check_refused(tmp_path, monkeypatch, words, *EMOBANK, *more.split())
 
 
 def test_emobank_as_published(data_dir, tmp_path):
@@ -163,9 +157,8 @@ def test_emobank_as_published(data_dir, tmp_path):
     assert card["votes_an_item"] == {"5": 9681, "6": 286, "7": 9}
     assert distjudge.labels_of(items) == list("12345")
     groups = {side: {row.get("group") for row in read(tmp_path, side)} for side in ("train", "test")}
-    assert "wsj_0132" in groups["test"] and groups["test"] & groups["train"] <= {
-        None
-    }  # and in training's texts
+    both = groups["test"] & groups["train"]
+    assert "wsj_0132" in groups["test"] and both <= {None}  # though it is in training's texts
 
 
 # --- NLI --------------------------------------------------------------------------------------------------
@@ -183,11 +176,8 @@ def test_snli_keeps_the_votes_of_items_without_a_gold_label(convert):
     assert two["prompt"].endswith("Premise: {hypothesis}\nHypothesis: {premise}") and three["id"] == "1e-2"
     assert one["group"] == three["group"] != two["group"] and one["group"].startswith("premise ")
     assert card["read"] == {"rows": 6, "votes": 15, "rows without a gold label": 4}
-    assert card["dropped"] == {
-        "item without text": 1,
-        "item without votes": 1,
-        "item with fewer than 2 votes": 1,
-    }
+    dropped = {"item without text": 1, "item without votes": 1, "item with fewer than 2 votes": 1}
+    assert card["dropped"] == dropped
     assert card["items"] == {"items": 3} and card["ordered"] is False and card["groups"] == 2
     assert card["spellings"][0] == "entailment=entailment,Entailment"
     assert set(distjudge.parse_spellings(card["spellings"])) == set(card["labels"])
@@ -197,7 +187,7 @@ def test_snli_keeps_the_votes_of_items_without_a_gold_label(convert):
     assert [row["counts"]["neutral"] for row in found] == [1, 1, 4]
 
 
-def test_mnli_as_published(tmp_path):
+def test_mnli_as_published(tmp_path, convert):
     row = nli_row(9, ["entailment", "neutral", *["entailment"] * 3], "The bus left.", genre="slate")
     parts = {
         "train": [row | {"annotator_labels": ["neutral"], "pairID": "7n"}],
@@ -214,16 +204,12 @@ def test_mnli_as_published(tmp_path):
     rows = read(tmp_path / "o", "train", "test")
     assert sorted(row["id"] for row in rows) == ["8e", "9e"]
     assert rows[0]["counts"] == {"entailment": 4, "neutral": 1, "contradiction": 0}
-    assert card_of(tmp_path / "o")["dropped"] == {"item with fewer than 2 votes": 1}
-
-
-def test_a_file_in_mnlis_format_does_not_carry_its_licence(convert):
-    rows = [nli_row(1, ["neutral"] * 2), nli_row(2, ["entailment"] * 2, premise="Rain.")]
-    _, card = convert("mnli", rows, name="ours.jsonl")
+    card = card_of(tmp_path / "o")
+    assert card["dropped"] == {"item with fewer than 2 votes": 1} and card["licence"].startswith("OANC")
+    assert card["source"][0].endswith("multinli_1.0.zip")
+    _, card = convert("mnli", parts["dev_matched"], name="ours.jsonl")  # may be anybody's
     assert card["source"] == [] and card["licence"] == "not known: that of the files"
     assert "ours.jsonl: in MNLI's format" in card["notes"][-1]
-    _, card = convert("mnli", rows, name="multinli_1.0_dev_matched.jsonl")
-    assert card["source"][0].endswith("multinli_1.0.zip") and card["licence"].startswith("OANC")
 
 
 def test_chaosnli_by_hand_and_what_it_shares_with_snli(tmp_path, convert):
@@ -238,10 +224,9 @@ def test_chaosnli_by_hand_and_what_it_shares_with_snli(tmp_path, convert):
     rows += [nli_row(3, ["neutral"] * 5, premise="Rain."), nli_row(4, ["neutral"] * 5, premise="Snow.")]
     found, card = convert("snli", rows, "--without", test)
     assert [row["id"] for row in found] == ["3e", "4e"]
-    shared = [
-        card["dropped"][f"item that shares its {name} with chaos.jsonl"] for name in ("prompt", "group", "id")
-    ]
-    assert shared == [1, 1, 0]
+    shared = {"prompt": 1, "group": 1, "id": 0}
+    shared = {f"item that shares its {name} with chaos.jsonl": n for name, n in shared.items()}
+    assert card["dropped"].items() >= shared.items()
     convert("snli", rows)
     config = distjudge.Config(train=(str(tmp_path / "o" / "items.jsonl"),), test=(str(test),))
     with pytest.raises(InputError, match="item 'c1': prompt: also in the training items"):
@@ -329,12 +314,9 @@ def vote(question, models, winner, judge="expert_1", turn=1):
 
 
 def talk(asked, answered):
-    speakers = [("user", "assistant")] * 2
-    pairs = zip(speakers, zip(asked, answered, strict=True), strict=True)
+    texts = [text for turn in zip(asked, answered, strict=True) for text in turn]
     return [
-        {"role": role, "content": text}
-        for roles, texts in pairs
-        for role, text in zip(roles, texts, strict=True)
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts, strict=True)
     ]
 
 
@@ -507,17 +489,14 @@ def test_a_template_of_ones_own(tmp_path, convert):
 
 # --- prompts ----------------------------------------------------------------------------------------------
 FLUENCY, VERBOSITY = prepare.QUALITIES["summeval"]["fluency"], prepare.QUALITIES["helpsteer2"]["verbosity"]
+COOK = {"premise": "A cook stirs a pot.", "hypothesis": "Someone is cooking."}
 NEWS = {"quality": FLUENCY, "article": "The bridge opened on Monday.", "summary": "A bridge opened."}
 EGG = {"question": "How do I boil an egg?", "answer_a": "Seven minutes.", "answer_b": "In water."}
 REPLY = {"quality": VERBOSITY, "conversation": prepare.conversation("Hi"), "reply": "Hello."}
 REPLIES = {"conversation": prepare.conversation("Hi"), "answer_a": "Hello.", "answer_b": "Hi!"}
 FEELING = {"dimension": "valence", "low": "very unpleasant", "high": "very pleasant"}
 PROMPTS = {  # what stands in the placeholders, tokens under Qwen2.5's chat template, beginning of the sha256
-    "snli": (
-        {"premise": "A cook stirs a pot.", "hypothesis": "Someone is cooking."},
-        122,
-        "a18d8099b90bfbaa",
-    ),
+    "snli": (COOK, 122, "a18d8099b90bfbaa"),
     "summeval": (NEWS, 114, "af457408beceb9ee"),
     "summeval_rubric_last": (NEWS, 119, "6b292d2dac74fefd"),
     "mtbench": (EGG, 139, "c2c655b108758763"),
@@ -532,17 +511,13 @@ def qwen(tokenizers_dir):
     return distjudge.PromptEncoder(distjudge.load_tokenizer(str(tokenizers_dir("qwen2.5"))))
 
 
-@pytest.mark.parametrize("task", PROMPTS)
+@pytest.mark.parametrize("task", sorted(path.stem for path in prepare.PROMPTS.iterdir()))
 def test_a_rendered_prompt_is_pinned(task, qwen):
     values, tokens, digest = PROMPTS[task]
     template = prepare.read_template(prepare.PROMPTS / f"{task}.txt", list(values), [])
     prompt = prepare.fill(template, values)
     assert all(str(value) in prompt for value in values.values()) and "{" not in prompt
     assert hashlib.sha256(prompt.encode()).hexdigest()[:16] == digest and len(qwen(prompt)) == tokens, prompt
-
-
-def test_every_template_is_pinned():
-    assert {path.stem for path in prepare.PROMPTS.iterdir()} == set(PROMPTS)
 
 
 @pytest.mark.parametrize("labels", [prepare.NLI, prepare.PAIR])
