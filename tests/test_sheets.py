@@ -1,6 +1,7 @@
 """Spreadsheets through recipes/judge.py: prompts by the judge's own template, and the same table, judged."""
 
 import csv
+import functools
 import io
 import json
 
@@ -105,10 +106,7 @@ def test_excel_in_and_every_form_out(judge, tmp_path, suffix):
     out = tmp_path / f"out{suffix}"
     judge("in.xlsx", out.name, skip_bad=True)
     read = {".xlsx": pandas.read_excel, ".parquet": pandas.read_parquet}
-    read |= {
-        ".tsv": lambda p: pandas.read_csv(p, sep="\t"),
-        ".jsonl": lambda p: pandas.read_json(p, lines=True),
-    }
+    read |= {".tsv": pandas.read_table, ".jsonl": functools.partial(pandas.read_json, lines=True)}
     table = read[suffix](out)
     if suffix == ".jsonl":
         table["judge_p(1)"] = [row["1"] for row in table["predicted"]]
@@ -158,23 +156,14 @@ def test_templates_and_columns(judge, run, tmp_path):
     assert filled["swap"] == {"prompt": "A: 2 B: 1", "labels": {"a": "b", "b": "a"}}
     write_csv(tmp_path / "bare.csv", [["a", "judge_mode"], ["soup", "1"]])
     (tmp_path / "long.csv").write_text("Antwort,Frage\n" + "x" * 40_000 + ",\n")
+    untrained = {"run": ".", "labels": ("1", "2")}
     for items, out, settings, words in (
         ("bare.csv", "x.csv", {}, "bare.csv: no column 'Frage', .* the columns are a, judge_mode$"),
         ("in.csv", "x.csv", {"text": "c"}, "in.csv: no column '(Frage|c)'"),
         ("in.csv", "x.csv", {"item": "id"}, "in.csv: no column 'id'"),
         ("bare.csv", "x.csv", {"text": "a", "template": "t.txt"}, "bare.csv: no column 'b'"),
-        (
-            "bare.csv",
-            "x.csv",
-            {"run": str(tmp_path), "labels": ("1", "2")},
-            "no column 'prompt', and no template",
-        ),
-        (
-            "bare.csv",
-            "x.csv",
-            {"run": ".", "labels": ("1", "2"), "text": "a"},
-            "column 'judge_mode': judging adds",
-        ),
+        ("bare.csv", "x.csv", untrained, "no column 'prompt', and no template"),
+        ("bare.csv", "x.csv", untrained | {"text": "a"}, "column 'judge_mode': judging adds"),
         ("long.csv", "x.xlsx", {}, "long.csv: row 2: Antwort: has more than 32,767 characters"),
     ):
         with pytest.raises(InputError, match=words):
@@ -183,11 +172,10 @@ def test_templates_and_columns(judge, run, tmp_path):
 
 
 def test_what_a_spreadsheet_would_run():
-    run = ["=1", "+a", "-a", "@a", "\ta", "\ra", "+49 30 12", "-1+cmd|' /C calc'!A0", "\uff1d1", "-"]
-    assert [sheets.is_formula(cell) for cell in run] == [True] * 9 + [False]
-    assert not any(
-        map(sheets.is_formula, ["-5", "+1,5", "-1.234,5", "-2e-5", "-3%", "a=1", "", 3, None, -1.5])
-    )
+    run = ["=1", "+a", "-a", "@a", "\ta", "\ra", "+49 30 12", "-1+cmd|' /C calc'!A0", "\uff1d1"]
+    assert all(map(sheets.is_formula, run))
+    safe = ["-5", "+1,5", "-1.234,5", "-2e-5", "-3%", "a=1", "", 3, None, -1.5, "-"]
+    assert not any(map(sheets.is_formula, safe))
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
