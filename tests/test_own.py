@@ -2,14 +2,12 @@
 
 import copy
 import datetime
+import functools
 import gzip
 import json
 import re
 import shlex
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import distjudge
 from distjudge import InputError
@@ -67,8 +65,9 @@ def test_a_template_of_several_columns(own, tmp_path):
     item = {"id": "1", "prompt": "Q: Why?\nA: {answer}!", "counts": {"no": 1, "yes": 1}, "group": "s1"}
     assert own(table, "--label ok --template t.txt --group set") == [item]
     (tmp_path / "t.txt").write_text("Rate {anwser}")
-    words = r"t.txt: unknown placeholder \{anwser\}; there are \{id\}, \{answer\}, \{rating\}, \{who\}"
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(
+        InputError, match=r"t.txt: unknown placeholder \{anwser\}; there are \{id\}, \{answer\}"
+    ):
         own(VOTES, "--label rating --template t.txt")
 
 
@@ -115,18 +114,17 @@ def test_excel_parquet_jsonl_and_datasets(own, tmp_path):
 
 
 def test_named_labels_of_datasets(own, tmp_path):
-    kinds = {"text": datasets.Value("string"), "v": datasets.ClassLabel(names=["0", "1"])}
-    table = {"text": ["x", "x", "x"], "v": [1, 0, -1]}  # -1: no label
+    numbers, named = datasets.ClassLabel(names=["0", "1"]), datasets.ClassLabel(names=["calm", "angry"])
+    kinds = {"prompt": datasets.Value("string"), "v": numbers, "annotations": datasets.Sequence(named)}
+    table = {"prompt": ["x"] * 3, "v": [1, 0, -1], "annotations": [[0, 1, 1], [0], []]}  # -1: no label
     table = datasets.Dataset.from_dict(table, features=datasets.Features(kinds))
     datasets.DatasetDict({"all": table}).save_to_disk(tmp_path / "named")
-    assert counts_of(own("./named", "--text text --label v --hub_split all")) == [{"0": 1, "1": 1}]
+    flags = "--text prompt --hub_split all --label"
+    assert counts_of(own("./named", f"{flags} v")) == [{"0": 1, "1": 1}]
+    assert counts_of(own("./named", f"{flags} annotations --multi split")) == [{"angry": 2, "calm": 2}]
+    assert distjudge.load_items(table.select([0]))[0].counts == {"angry": 2, "calm": 1}
     with pytest.raises(InputError, match="hub_split: there is no 'train'; there are all"):
-        own("./named", "--text text --label v")
-
-
-def test_one_annotator_works_and_warns(own, caplog):
-    assert len(own("text,v\nx,1\ny,2\n", "--text text --label v")) == 2
-    assert "every item has one vote only" in caplog.text
+        own("./named", "--text prompt --label v")
 
 
 RATING, LABEL = "--text answer --label rating", "--text text --label v"
@@ -141,11 +139,7 @@ MISTAKES = [  # rows behind VOTES, or a whole table, or a file; arguments, words
     ("9,Else.,3,p\n", f"{RATING} --item id", "32: item '9': its text differs from that at votes.csv: row 29"),
     ("9,Answer 9.,3,q\n", f"{RATING} --item id --group who", "row 3: item '0': its group differs from"),
     (",Else.,3,p\n", f"{RATING} --item id", "row 32: id: empty, so the vote belongs to no item"),
-    ("9,x,good,p\n", RATING, "32: rating: mixed scales: 'good' among numbers such as '1' (votes.csv: row 2)"),
-    ("9,x,90,p\n", RATING, "row 32: rating: mixed scales? The votes reach from 1 to 90"),
-    ("9,x,3.5,p\n", RATING, "row 32: rating: '3.5' is not a whole number"),
     ("t\n" + "".join(f"a{i}\n" for i in range(30)), "--text t --label t", "t: 30 different labels, such"),
-    ("text,v\nx,Yes\nx,yes\n", LABEL, "'yes' and 'Yes' look alike; with --labels Yes both"),
     ("text,v\nx,1\ny,1\n", LABEL, "v: only the label {1} occurs; name them all with --labels"),
     ("text,v\n ,1\n,2\n", LABEL, "no item is left of 2 rows: 2 rows without text"),
     ("text,v\nx,\ny,\n", LABEL, "no item is left of 2 rows: 2 empty cells; 2 items without votes"),
@@ -155,21 +149,15 @@ MISTAKES = [  # rows behind VOTES, or a whole table, or a file; arguments, words
     ("text,a,b\nx,1,2\nx,1,2\n", "--text text --label a b --item text", "item 'x': stands twice, first at v"),
     ("text,v\nx,1\n", f"{LABEL} --where v", "where: 'v' is not COLUMN=VALUE"),
     ("votes", RATING, "votes: no such file"),
-    ("odd.doc.gz", RATING, "odd.doc.gz: is not a table that can be read"),
-    *((f"gone.{kind}", RATING, f"gone.{kind}: no such file") for kind in ("csv", "xlsx", "parquet", "jsonl")),
+    ("gone.xlsx", RATING, "gone.xlsx: no such file"),
     ("latin.csv", LABEL, "line 2: byte 4 of it is not UTF-8; save the sheet as 'CSV UTF-8'"),
-    (
-        "wide.tsv",
-        LABEL,
-        "line 1: byte 1 of it is UTF-16 ('Unicode text'), not UTF-8; save the sheet as 'CSV UTF-8'",
-    ),
+    ("wide.tsv", LABEL, "line 1: byte 1 of it is UTF-16 ('Unicode text'), not UTF-8; save the sheet as"),
     ("v.zip", LABEL, "v.zip: no .jsonl file in it; unpack it, and name one of {v.csv}"),
 ]
 
 
 @pytest.mark.parametrize(("table", "arguments", "words"), MISTAKES)
 def test_what_a_new_user_gets_wrong(own, tmp_path, table, arguments, words):
-    (tmp_path / "odd.doc.gz").write_bytes(b"")
     (tmp_path / "latin.csv").write_bytes("text,v\ncafé,1\n".encode("latin-1"))
     (tmp_path / "wide.tsv").write_bytes("text\tv\nx\t1\n".encode("utf-16"))
     with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
@@ -226,15 +214,7 @@ SAYS = [  # cells of one item, flags, its votes
     (["do", "do.", "DO", "don’t", "don't", "❤", "❤\ufe0f"], '--labels do "don\'t" ❤', "do:3 don't:2 ❤:2"),
     (["caf\u00e9", "cafe\u0301", "tea"], "", "café:2 tea:1"),
     (["A", "\u0410", "\uff21", "b"], "--labels A b", "A:3 b:1"),  # Cyrillic, full width
-]
-
-
-@pytest.mark.parametrize(("cells", "flags", "said"), SAYS)
-def test_what_cells_say(own, cells, flags, said):
-    assert votes_of(own(column(*cells), f"--text text --label v {flags}")) == said
-
-
-SAYS += [  # what other tools and languages write
+    # what other tools and languages write
     (["{1, 1, 0}"], "", "0:1 1:2"),  # PostgreSQL
     (["{yes,no}"], "", "no:1 yes:1"),
     (["[np.int64(1), np.int64(0)]"], "", "0:1 1:1"),
@@ -247,7 +227,15 @@ SAYS += [  # what other tools and languages write
     (["yes", "'yes'", "(no)", "[no]", "R&amp;D", "r&d"], "--labels yes no R&D", "yes:2 no:2 R&D:2"),
     (["a", "b", "(blank)", "[no answer]"], "--no_vote blank 'no answer'", "a:1 b:1"),
     ([":)", ":("], "", ":(:1 :):1"),
+    (["3", "50"], "--labels 1-3 --no_vote 50", "3:1"),
 ]
+
+
+@pytest.mark.parametrize(("cells", "flags", "said"), SAYS)
+def test_what_cells_say(own, cells, flags, said):
+    assert votes_of(own(column(*cells), f"--text text --label v {flags}")) == said
+
+
 SEVERAL = "a person's cell holds several labels, "
 DOUBTS = [  # cells of one item, words of the refusal, the remedy in it, and the votes when it is followed
     (["0,0,1"], f"row 2: v: {SEVERAL}{{0, 0, 1}}", "--multi split", "0:2 1:1"),
@@ -262,7 +250,7 @@ DOUBTS = [  # cells of one item, words of the refusal, the remedy in it, and the
     (["A,B", "C,D"], f"row 2: v: {SEVERAL}{{A, B}}", "--multi split", "A:1 B:1 C:1 D:1"),
     (["Yes, very", "No, not"], "{Yes, very}", "--labels 'Yes, very' + 'No, not'", "Yes, very:1 No, not:1"),
     (["2,5", "3"], "row 2: v: '2,5' may be several votes", "--multi split", "2:1 3:1 5:1"),
-    (["1", "nan", "2", "N/A", "—"], "row 3: v: mixed scales: 'nan'", "--no_vote nan N/A -", "1:1 2:1"),
+    (["1", "nan", "2", "N/A", "—"], "'nan' among numbers such as '1' (v", "--no_vote nan N/A -", "1:1 2:1"),
     (["1 (not at all)", "2", "5 – very"], "'1 (not at all)' among", "--labels 1-5", "1:1 2:1 5:1"),
     (["1", "2.50", "3"], "row 3: v: '2.5' is not a whole", "--labels 1 1.5 2 2.5 3", "1:1 2.5:1 3:1"),
     (["0.1", "0.73"], "bins make labels, as in", "--bins 0.1 0.226 0.352 0.478 0.604 0.73", "1:1 5:1"),
@@ -287,31 +275,39 @@ def test_a_remedy_works_when_followed(own, cells, words, remedy, said):
     assert votes_of(own(column(*cells, *extra), f"--text text --label v {remedy} {more}")) == said
 
 
-@pytest.mark.parametrize(
-    ("cells", "words"),
-    [
-        (["3-4", "4-Mar"], "row 3: v: '4-Mar' is a date"),
-        (["3:04", "4"], "row 2: v: '3:04' is a date or time"),
-        (['{"rank": 1, "value": "a"}'], "'a'} is an object, not a vote"),
-        (["2024-03-04 00:00:00", "1"], "row 2: v: '2024-03-04 00:00:00' is a date"),
-        (["['yes' 'no']"], "row 2: v: \"['yes' 'no']\" is neither JSON nor a list"),
-        (["{1, 2}"], f"row 2: v: {SEVERAL}{{1, 2}}"),
-        (["[1, 2"], "row 2: v: mixed scales"),
-        (['{"ann": "yes"}'], "is an object, not a vote; --counts reads"),
-    ],
-)
-def test_cells_that_mean_nothing_are_refused(own, cells, words):
-    with pytest.raises(InputError) as error:
-        own(column(*cells, "5"), "--text text --label v")
-    assert words in str(error.value)
+REFUSED = [  # cells of one item, flags, words
+    (["3-4", "4-Mar", "5"], "", "row 3: v: '4-Mar' is a date"),
+    (["3:04", "4"], "", "row 2: v: '3:04' is a date or time"),
+    (['{"rank": 1, "value": "a"}', "5"], "", "'a'} is an object, not a vote"),
+    (["2024-03-04 00:00:00", "1"], "", "row 2: v: '2024-03-04 00:00:00' is a date"),
+    (["['yes' 'no']", "5"], "", "row 2: v: \"['yes' 'no']\" is neither JSON nor a list"),
+    (["{1, 2}", "5"], "", f"row 2: v: {SEVERAL}{{1, 2}}"),
+    (["[1, 2", "5"], "", "row 2: v: mixed scales"),
+    (['{"ann": "yes"}', "5"], "", "is an object, not a vote; --counts reads"),
+    (["good", "bad", "NULL"], "--labels good bad", "'NULL' is not one of {good, bad}; --no_vote NULL leaves"),
+    (["3", "50"], "--labels 1-3", "'50' is not one of {1, 2, 3}; --no_vote 50 leaves such"),
+    (["4", "k.A.", "4.5"], "--labels 1-5 --no_vote k.A.", "not one of {1, 2, 3, 4, 5}; --no_vote 4.5 leaves"),
+    (["80%", "0.8", "30%"], "--bins 0 50 100", "row 3: v: '0.8' stands beside percents"),
+    (["0.8", "0.3", "1"], "--bins 0 50 100", "v: '0.8' is a share, as are all: --bins 0 0.2 0.4 0.6 0.8 1"),
+    (["12,5 %", "80%"], "--bins 0 50 100", "v: '12,5 %' has a decimal comma: --decimal comma reads it"),
+    (
+        ["50", "high"],
+        "--bins 0 50 100",
+        "'high' is no number from 0 to 100; if it is no vote, --no_vote high",
+    ),
+]
+
+
+@pytest.mark.parametrize(("cells", "flags", "words"), REFUSED)
+def test_cells_that_are_refused(own, cells, flags, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        own(column(*cells), f"--text text --label v {flags}")
 
 
 def test_words_for_no_vote_are_told_of(own, caplog, tmp_path, capsys):
     rows = own(column("good", "bad", "NULL", "none of these", "n/a"), "--text text --label v")
     assert "'NULL' (1), 'n/a' (1), 'none of these' (1); --no_vote NULL n/a 'none of these'" in caplog.text
     assert sum(rows[0]["counts"].values()) == 5
-    with pytest.raises(InputError, match=r"'NULL' is not one of {good, bad}; --no_vote NULL leaves"):
-        own(column("good", "bad", "NULL"), "--text text --label v --labels good bad")
     capsys.readouterr()
     own("text,v,w\nx,1,N/A\ny,,2\n,1,1\n", "--text text --label v w --no_vote n/a")
     said = capsys.readouterr().out
@@ -335,9 +331,8 @@ def test_a_scale_point_nobody_chose_is_said(own, caplog, tmp_path):
 
 # --- files as tools write them ----------------------------------------------------------------------------
 def test_headers_of_tools(own, tmp_path, caplog):
-    qualtrics = (
-        'id,Q1,text\nID,How?,text\n"{""ImportId"":""r""}","{""ImportId"":""Q""}","{""ImportId"":""t""}"\n'
-    )
+    ids = ",".join(['"{""ImportId"":""x""}"'] * 3)
+    qualtrics = f"id,Q1,text\nID,How?,text\n{ids}\n"
     for table, flags, words in (
         (qualtrics + "1,a,x\n2,b,x\n", "--label Q1", "further header rows left out: 2"),
         ("Person,v,text\n,Response,Open-Ended Response\n1,a,x\n2,b,x\n", "--label v", "left out: 1"),
@@ -376,9 +371,8 @@ def studio(*people):
     for who, said in enumerate(people):
         result = [{"from_name": "v", "value": {"choices": [one]}} for one in said or ["b"]]
         result.append({"type": "relation", "from_id": "1", "to_id": "2"})
-        done.append(
-            {"completed_by": who, "was_cancelled": said is None, "result": result if said != "-" else []}
-        )
+        result = result if said != "-" else []
+        done.append({"completed_by": who, "was_cancelled": said is None, "result": result})
     return {"id": 5, "data": {"text": "x", "v": "b"}, "annotations": done}
 
 
@@ -400,14 +394,11 @@ TOOLS = [  # tasks of Label Studio or columns of a table, flags, votes or words 
         "a:1 b:2",
         "1 votes are a person's second on an item, by",
     ),
+    ({"text": [*"xy"], "v": [*"ab"]}, "", "a:1", "every item has one vote only: nothing shows how far"),
     ({"v": [*"abb"]}, "--no_vote skip", "a:1 b:2", "--no_vote: no cell says skip"),
+    ({"v": [*"aab"], "ok": ["1.0", "1", "0"]}, "--where ok=1 --labels a b", "a:2", ""),
     ({"v": [*"abb"]}, "--where v!=c", "a:1 b:2", "--where 'v!=c': no row has that value"),
-    (
-        {"text": ["nan", None, "nan"], "v": [*"aab"]},
-        "",
-        "a:1 b:1",
-        "2 rows count whose text is 'nan'; --where",
-    ),
+    ({"text": ["nan", None, "nan"], "v": [*"aab"]}, "", "a:1 b:1", "2 rows count whose text is 'nan'; --w"),
     ({"text": ["a b", "a\u00a0b"], "v": [*"ab"]}, "", "a:1", "1 of 2 items have the prompt of another item"),
     ({"text": ["a b", "a\u200b b"], "v": [*"ab"], "id": 1}, "--item id", "a:1 b:1", ""),
     ({"text": [*"xx", "Total votes:"], "v": [*"aba"]}, "", "a:1 b:1", "--where 'text!=Total votes:' leaves"),
@@ -448,20 +439,6 @@ def test_columns_of_counts_name_their_labels(own):
         own("text;a;b\nx;1.204;1\n", "--text text --counts a b")
 
 
-@pytest.mark.parametrize(
-    ("cells", "words"),
-    [
-        (["80%", "0.8", "30%"], "row 3: v: '0.8' stands beside percents"),
-        (["0.8", "0.3", "1"], "row 2: v: '0.8' is a share, as are all: --bins 0 0.2 0.4 0.6 0.8 1"),
-        (["12,5 %", "80%"], "row 2: v: '12,5 %' has a decimal comma: --decimal comma reads it"),
-        (["50", "high"], "row 3: v: 'high' is no number from 0 to 100; if it is no vote, --no_vote high"),
-    ],
-)
-def test_bins_are_of_one_kind_of_number(own, cells, words):
-    with pytest.raises(InputError, match=re.escape(words)):
-        own(column(*cells), "--text text --label v --bins 0 50 100")
-
-
 def test_what_excel_makes_of_cells(own, tmp_path, caplog):
     book = openpyxl.Workbook()
     for row in (["id", "text", "v"], [1, "x", "a"], [None, None, "b"], [None, None, "b"], [2, "y", "a"]):
@@ -491,44 +468,19 @@ def test_sheets(own, tmp_path, caplog):
         own("v.xlsx", "--text text --label v --sheet June")
 
 
-def test_lists_of_class_labels_keep_their_names(own, tmp_path):
-    named = datasets.ClassLabel(names=["calm", "angry"])
-    kinds = datasets.Features({"prompt": datasets.Value("string"), "annotations": datasets.Sequence(named)})
-    table = datasets.Dataset.from_dict(
-        {"prompt": ["x", "y"], "annotations": [[0, 1, 1], [0]]}, features=kinds
-    )
-    assert distjudge.load_items(table)[0].counts == {"angry": 2, "calm": 1}
-    table.save_to_disk(tmp_path / "ds")
-    assert votes_of(own("./ds", "--text prompt --label annotations")) == "angry:2 calm:1"
-
-
 # --- rows, people, prompts --------------------------------------------------------------------------------
-def test_a_person_counts_once(own, capsys, caplog):
+def test_a_person_counts_once(own, capsys):
     table = "id,text,who,v\n1,x,anna,4\n1,x,anna,4\n1,x,ben,5\n1,x,ben,4\n2,y,ben,4\n"
-    own(table, "--text text --label v --item id")
-    assert "2 votes are a person's second on an item, by column 'who'; --rater who" in caplog.text
-    capsys.readouterr()
     (one, two) = own(table, "--text text --label v --item id --rater who")
     assert one["counts"] == {"4": 1, "5": 1} and one["annotators"] == {"anna": "4", "ben": "5"}
     assert two["annotators"] == {"ben": "4"}
-    said = (
-        "left out: 1 second vote of a person on an item; 1 second vote of a person on an item, with another"
-    )
-    assert said in capsys.readouterr().out
+    second = "1 second vote of a person on an item"
+    assert f"left out: {second}; {second}, with another label" in capsys.readouterr().out
     assert distjudge.load_items("o/items.jsonl")[0].votes == 2
-    own("id,text,v\n0,x,1\n0.0,x,2\n", "--text text --label v --item id")
-    assert "1 of 2 items have the prompt of another item, up to unseen signs" in caplog.text
 
 
 def test_one_hot_rows_add_up(own, caplog):
-    table = "w,id,text,c:::no,c:::yes,Status\n" + "".join(
-        f"{who},1,x,{no},{yes},{state}\n"
-        for who, no, yes, state in (
-            ("a", "TRUE", "FALSE", "ok"),
-            ("b", "", "x", "ok"),
-            ("c", "1", "0", "Rejected"),
-        )
-    )
+    table = "w,id,text,c:::no,c:::yes,Status\na,1,x,TRUE,FALSE,ok\nb,1,x,,x,ok\nc,1,x,1,0,Rejected\n"
     flags = "--text text --item id --counts c:::*"
     assert own(table, flags)[0]["counts"] == {"c:::no": 2, "c:::yes": 1}
     assert "1 rows count whose Status is 'Rejected'; --where 'Status!=Rejected'" in caplog.text
@@ -558,10 +510,6 @@ def test_a_list_of_names_is_of_as_many_people(own, tmp_path):
     (tmp_path / "t.json").write_text('[{"text": "x", "v": {"Ann1": "1", "Ann2": "0"}}]')
     with pytest.raises(InputError, match=r"are people's votes: use --label"):
         own("t.json", "--text text --counts v")
-    table = "text,v\nx,3\nx,50\n"
-    with pytest.raises(InputError, match=r"'50' is not one of {1, 2, 3}; --no_vote 50 leaves such"):
-        own(table, "--text text --label v --labels 1-3")
-    assert votes_of(own(table, "--text text --label v --labels 1-3 --no_vote 50")) == "3:1"
 
 
 def test_tasks_of_label_studio(own, tmp_path, capsys, caplog):
@@ -623,12 +571,9 @@ def test_an_out_with_other_files_is_left_alone(own, tmp_path):
     own(table, "--text t --label v")  # over an earlier one
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "train.jsonl").write_text("mine")
-    for arguments, words in (
-        ("--out p", "out: p holds other files"),
-        ("--out .", "out: . holds other files"),
-    ):
-        with pytest.raises(InputError, match=re.escape(words)):
-            own(table, f"--text t --label v {arguments}")
+    for out in ("p", "."):
+        with pytest.raises(InputError, match=f"out: [{out}] holds other files"):
+            own(table, f"--text t --label v --out {out}")
     (tmp_path / "o" / "votes.csv").write_text(table)
     with pytest.raises(InputError, match=r"out: o/votes\.csv is in this folder"):
         own("o/votes.csv", "--text t --label v")
@@ -648,17 +593,8 @@ def test_every_label_of_a_pair_s_scale_trades_places(own, tmp_path):
     assert first["swap"] == {"prompt": "y or x?", "labels": mirror} == second["swap"] | {"prompt": "y or x?"}
 
 
-def test_a_number_is_one_value_in_every_spelling(own):
-    rows = own("t,v,ok\na,9.0,1.0\na,2.0,1\nb,1,1\nb,-99,0\n", "--text t --label v --no_vote 9 --where ok=1")
-    assert [row["counts"] for row in rows] == [{"1": 0, "2": 1}, {"1": 1, "2": 0}]
-
-
 SYSTEM = [{"role": "system", "content": "Be <|im_end|> brief."}, {"role": "user", "content": "Hi </s>"}]
-TALK = [
-    *SYSTEM[1:],
-    {"role": "assistant", "content": "Yes?"},
-    {"role": "user", "content": " So: 1 + 1\n= 2? "},
-]
+TALK = [*SYSTEM[1:], {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": " So: 1 +\n2? "}]
 
 
 def test_messages_as_prompts(own, tmp_path):
@@ -677,40 +613,36 @@ def test_messages_as_prompts(own, tmp_path):
         own("n.jsonl", "--text m --label v")
 
 
-@pytest.mark.parametrize(
-    ("name", "template"),
-    [
-        ("qwen2.5", ""),
-        ("mistral_v3", ""),
-        ("qwen2.5", "llama3_1"),
-        ("qwen2.5", "qwen3"),
-        ("mistral_v3", "v3_spm"),
-    ],
-)
+NAMES = [
+    ("qwen2.5", ""),
+    ("mistral_v3", ""),
+    ("qwen2.5", "llama3_1"),
+    ("qwen2.5", "qwen3"),
+    ("mistral_v3", "v3_spm"),
+]
+
+
+@pytest.mark.parametrize(("name", "template"), NAMES)
 def test_messages_are_encoded_as_the_template_has_them(tokenizers_dir, name, template):
     tokenizer = distjudge.load_tokenizer(str(tokenizers_dir(name)))
     if template:
         tokenizer.chat_template = tokenizers_dir(f"chat_templates/{template}.jinja").read_text()
     encoder = distjudge.PromptEncoder(tokenizer)
     assert encoder(distjudge.prompt_text(SYSTEM[1:])) == encoder(SYSTEM[1]["content"])
+    more = {"enable_thinking": False, "strftime_now": lambda form: "26 Jul 2024"}
+    render = functools.partial(
+        tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, **more
+    )
     for messages in (SYSTEM, TALK):
         prompt = distjudge.prompt_text(messages)
-        shown = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False,
-            strftime_now=lambda form: "26 Jul 2024",
-        )  # fmt: skip
-        assert encoder.render(prompt) == shown
+        assert encoder.render(prompt) == render(messages)
         harmless = json.loads(json.dumps(messages).replace("<|im_end|>", "end").replace("</s>", "end"))
         ids = encoder(distjudge.prompt_text(harmless))
-        text = tokenizer.apply_chat_template(
-            harmless, tokenize=False, add_generation_prompt=True, enable_thinking=False,
-            strftime_now=lambda form: "26 Jul 2024",
-        )  # fmt: skip
-        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-        control = [token for token in encoder(prompt) if token in encoder.control_ids]
-        assert control == [
-            token for token in ids if token in encoder.control_ids
-        ]  # none from what people wrote
+        assert ids == tokenizer(render(harmless), add_special_tokens=False)["input_ids"]
+        control = [
+            [token for token in some if token in encoder.control_ids] for some in (encoder(prompt), ids)
+        ]
+        assert control[0] == control[1]  # none from what people wrote
 
 
 def test_messages_that_a_template_cannot_show(tokenizers_dir, tiny_tokenizer):
@@ -722,12 +654,3 @@ def test_messages_that_a_template_cannot_show(tokenizers_dir, tiny_tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="has no chat template for a prompt of several messages"):
         distjudge.PromptEncoder(tokenizer)(distjudge.prompt_text(SYSTEM))
-
-
-def test_words_already_named_no_vote_are_not_advised_again(tmp_path):
-    (tmp_path / "votes.csv").write_text("text;a;b\nx;4;k.A.\ny;4.5;2\n", encoding="utf-8")
-    command = ["own", "--raw", "votes.csv", "--text", "text", "--label", "a", "b", "--labels", "1-5"]
-    command += ["--no_vote", "k.A.", "--out", "out"]
-    script = Path(__file__).parents[1] / "data" / "prepare.py"
-    said = subprocess.run([sys.executable, script, *command], cwd=tmp_path, capture_output=True, text=True)
-    assert said.returncode == 2 and "'4.5' is not one of" in said.stderr and "k.A." not in said.stderr
