@@ -10,7 +10,6 @@ packs compute once, and the items most and least agreed on.
 
 import dataclasses
 import math
-import random
 import statistics
 import sys
 from collections import Counter
@@ -55,15 +54,11 @@ class Look:
 
     def extremes(self, each: int) -> list[list[int]]:
         """Items most and least agreed on, one a group; of equals, those with more votes, then the earlier."""
-        columns = {"group": groups_of(self.items), "entropy": self.entropy.numpy().round(9)}
-        table = pandas.DataFrame(columns | {"votes": self.counts.sum(1)})
+        groups = distjudge.group_numbers([item.group for item in self.items])
+        columns = {"group": groups, "entropy": self.entropy.round(decimals=9), "votes": self.counts.sum(1)}
+        table = pandas.DataFrame(columns)
         by_entropy = [table.sort_values(["entropy", "votes"], ascending=[up, False]) for up in (True, False)]
         return [rows.drop_duplicates("group").index[:each].tolist() for rows in by_entropy]
-
-
-def groups_of(items: list[Item]) -> list[str | int]:
-    """The group of each item; one without a group is a group of its own."""
-    return [i if item.group is None else item.group for i, item in enumerate(items)]
 
 
 def krippendorff_alpha(counts: torch.Tensor, ordered: bool) -> float | str:
@@ -93,11 +88,9 @@ def some_groups(items: list[Item], most: int, seed: int = 0) -> list[Item]:
     """At most `most` items, of whole groups drawn at random, so that what they share can be seen."""
     if len(items) <= most:
         return items
-    groups = groups_of(items)
-    drawn = list(dict.fromkeys(groups))
-    random.Random(seed).shuffle(drawn)
-    place = {group: k for k, group in enumerate(drawn)}
-    return [items[i] for i in sorted(range(len(items)), key=lambda i: place[groups[i]])[:most]]
+    groups = distjudge.group_numbers([item.group for item in items])
+    place = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[groups]
+    return [items[i] for i in place.argsort(stable=True)[:most]]
 
 
 def describe(data: Look, each: int = 3) -> list[str]:
