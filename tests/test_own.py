@@ -386,6 +386,7 @@ TOOLS = [  # tasks of Label Studio or columns of a table, flags, votes or words 
     ({"v": [[ONE, OTHER, ONE, {"value": "b"}]]}, "", "a:2 b:1", MARKED),
     ({"v": [ARGILLA]}, "", "a:1 b:1", MARKED),
     ({"v": [["a", "b", "b"]], "v.status": [ARGILLA["status"]]}, "", "a:1 b:1", MARKED),
+    ({"v": [["a", "b"]], "v.status": [["draft"]]}, "", "a:1 b:1", ""),  # of no vote that is there
     ({"v": [[{"rank": 1, "value": "a"}]]}, "", "{'rank': 1, 'value': 'a'} is an object, not a vote", ""),
     ({"v": [["a"], "b", "b"], "answer": ["accept", "", "reject"]}, "", "a:1 b:2", "--where 'answer!=reject'"),
     (
