@@ -6,14 +6,10 @@
     python recipes/api.py --items test.jsonl --base_url ... --model ... --percent       # nor many answers
     python recipes/api.py --items test.jsonl --base_url ... --model judge --render merged  # ours, under vLLM
 
-Label probabilities come from the log-probabilities of the endpoint's --top tokens where the answer begins. A
-token counts for a label if it is a spelling of the label or begins one, white space around it and capitals
-aside. Labels outside the top tokens count as 0, as in the paper. --samples n counts the labels of n answers;
-with --percent, each answer gives a percentage for every label. Thoughts, up to </think>, are skipped.
-
-With --render, prompts go as token ids to vLLM, which is asked for exactly the labels' tokens: probabilities
-and mass are those of the full vocabulary, as our own judge has them. Every answer is kept in cache.jsonl in
---out: a stopped run goes on without paying twice. recipes/README.md has more.
+Label probabilities come from the log-probabilities of the endpoint's --top tokens where the answer begins,
+spellings added up; labels outside count as 0, as in the paper. With --render, prompts go as token ids to
+vLLM, which is asked for exactly the labels' tokens. Every answer is kept in cache.jsonl in --out: a stopped
+run goes on without paying twice. recipes/README.md has more ("Closed and served models").
 """
 
 import asyncio

@@ -7,15 +7,10 @@
 
 From then on the judge answers with softmax(log q / temperature + bias a label), wherever it is loaded, and
 recipes/judge.py writes conformal sets in place of credible ones and has --route. Printed are, on votes that
-were not fitted on (each fifth of the groups is corrected by what the others' votes say):
-
-    metrics    before and after
-    sets       how many votes of new people they hold, and how large they are: half of the groups calibrate,
-               the other half is tested, --draws times
-    kept       the error on the share of items that the judge keeps when people see those it is least sure of
-
-The last one is drawn too, in plots/ of the run folder or in --out. Squared error is |q - p|^2 over labels,
-less what the noise of p, the votes, adds to it: an estimate of the distance to what all people think.
+were not fitted on: metrics before and after; what sets hold of new people's votes, and how large they are
+(half of the groups calibrate, the other half is tested); and the error on the items that the judge keeps when
+people see those it is least sure of. That is drawn too, in plots/ of the run folder or in --out. Squared
+error is |q - p|^2 over labels, less what the noise of p, the votes, adds. recipes/README.md has more.
 """
 
 import collections

@@ -7,31 +7,15 @@
 
 A table (CSV, TSV, Excel, Parquet) gets its prompts from the template that the judge was trained with, in
 card.json of --run, or that you name with --template and --text. Without one they stand in its column
-"prompt". --out has the same rows and columns, and judge_p(LABEL), judge_mode, judge_mean, judge_entropy,
-judge_credible_set or judge_conformal_set, judge_label_mass; for pairs judge_flipped, with --route
-judge_to_people, for rows that --skip_bad skipped judge_problem.
+"prompt". A line of JSON needs a "prompt", or the template's columns; "swap" gives a pair in the other order,
+{"prompt": ..., "labels": {"a": "b", "b": "a"}}, and both are judged and averaged.
 
-A line of JSON needs a "prompt", or the template's columns. "id", votes and any other field pass through. An
-output line holds them, without the prompt, and these, which replace fields of the same name:
-
-    predicted       {label: probability}
-    mode            the most probable label; mean: the mean rating, where the labels are numbers
-    entropy         in nats
-    credible_set    the smallest set of labels with --level of the probability
-    conformal_set   in its place, from a judge that was calibrated (recipes/calibrate.py): holds the vote of
-                    a new person as often as --level; an interval where the labels are numbers
-    to_people       with --route: whether people should look at it, for the judge is too unsure
-    label_mass      probability of all labels over the vocabulary; low_mass: true if it is under --min_mass
-    flipped         whether the two orders of a pair have another verdict
-    key             a hash of judge, settings and prompt, by which a later call knows the line
-
-"swap" gives a pair in the other order: {"prompt": ..., "labels": {"a": "b", "b": "a"}}. "labels" maps a label
-to the one that means the same there; those that keep it may be left out. Both are judged and averaged.
+--out has the same rows and columns, or the lines without their prompt, and what the judge says: probabilities
+of the labels, mode, mean, entropy, a set, label mass. recipes/README.md names each field ("Judging").
 
 Called again, the command goes on where it stopped. The lines of --out (for a table: of OUT.part.jsonl) are
 compared with the first rows of the input and kept; a last one that was cut is redone. A file that holds
-anything else is left alone, and so are a table that is there already and a symbolic link. After a stop the
-seventh digit may be another than without one, for other prompts share the forward pass.
+anything else is left alone, and so are a table that is there already and a symbolic link.
 """
 
 import collections

@@ -5,15 +5,9 @@
 
 A line of --items is an item with "system", the name of what wrote it, and votes if people rated it. "group"
 names what was asked (an article, a question): items of one group count as one draw. Writes table.txt,
-table.json and forest.png into --out. Three estimates of each system and each pair stand beside each other,
-with 95 % intervals:
-
-    votes   the rated items alone
-    judge   the judge's word on all items; its interval leaves the judge's own error out, so it is too narrow
-    ppi     both: the judge on all items, corrected by the rated ones (prediction-powered inference, PPI++)
-
-Two things must be true: the rated items are a random draw, and the judge was trained on none of the items.
-recipes/README.md says what is estimated and how.
+table.json and forest.png into --out: estimates by votes alone, by the judge alone (biased), and by both
+(PPI++), with 95 % intervals. Two things must be true: the rated items are a random draw, and the judge was
+trained on none of the items. recipes/README.md says what is estimated and how.
 """
 
 import dataclasses
