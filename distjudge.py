@@ -2730,11 +2730,12 @@ def bootstrap(
 def squared_distance(q: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """||q - p||^2 (..., N) and 1 - sum p^2 (N,) of the true p, without bias from votes counts (N, C) of it.
 
-    q: (..., N, C). Votes are whole, two or more an item. Source: Simpson (1949) for sum p^2.
+    q: (..., N, C). NaN where an item has less than two votes, or parts. Source: Simpson (1949) for sum p^2.
     """
     votes = counts.sum(1, keepdim=True)
-    p = counts / votes
+    p, told = counts / votes, (votes[:, 0] >= 2) & (counts == counts.round()).all(1)
     pairs = (p * (counts - 1)).sum(1) / (votes[:, 0] - 1)  # estimates sum p^2
+    pairs = pairs.where(told, math.nan)
     return (q**2 - 2 * q * p).sum(-1) + pairs, 1 - pairs
 
 
@@ -2750,12 +2751,12 @@ def survey_equivalence(predicted: Any, items: Sequence[Item], draws: int = 2000)
     """
     counts, p, q = counts_of(items), shares_of(items), torch.as_tensor(predicted)
     runs = torch.stack([_predictions(one, p) for one in (q if q.dim() == 3 else q[None])])
-    kept = (counts.sum(1) >= 2) & (counts == counts.round()).all(1)
+    distance, apart = squared_distance(runs, counts)
+    both, kept = torch.stack([distance, apart.expand_as(distance)], 2), apart.isfinite()
     groups = [item.group for item, keep in zip(items, kept.tolist(), strict=True) if keep]
     if not groups:
         return {"mean": None, "low": None, "high": None}
-    distance, apart = squared_distance(runs[:, kept], counts[kept])
-    found = bootstrap(torch.stack([distance, apart.expand_as(distance)], 2), groups=groups, draws=draws)
+    found = bootstrap(both[:, kept], groups=groups, draws=draws)
     ends = zip(("mean", "low", "high"), (found["mean"], found["high"], found["low"]), strict=True)
     return {name: x if x is None else 1 / x if x > 0 else math.inf for name, x in ends}
 

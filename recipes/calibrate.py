@@ -246,10 +246,8 @@ def kept(items: Sequence[Item], q: torch.Tensor) -> pandas.DataFrame:
 
     Items with fewer than two votes have no squared error and are left out of it.
     """
-    p, counts = distjudge.shares_of(items), distjudge.counts_of(items)
-    distance = distjudge.squared_distance(q, counts)[0]
-    errors = {"squared error": distance.where(counts.sum(1) >= 2, torch.nan)}
-    errors["KL to votes"] = distjudge.kl_divergence(p, q)
+    errors = {"squared error": distjudge.squared_distance(q, distjudge.counts_of(items))[0]}
+    errors["KL to votes"] = distjudge.kl_divergence(distjudge.shares_of(items), q)
     sure = {"entropy": distjudge.entropy(q), "expected squared error": 1 - (q**2).sum(1)}
     table = pandas.DataFrame(index=[f"{share} %" for share in KEPT])
     for (name, error), (by, doubt) in itertools.product(errors.items(), sure.items()):

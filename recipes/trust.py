@@ -70,13 +70,6 @@ class TrustConfig:
 
 
 # --- measures ----------------------------------------------------------------------------------------------
-def distances(q: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """distjudge.squared_distance() of (N, C) each; NaN where an item has less than two votes, or parts."""
-    told = (counts.sum(1) >= 2) & (counts == counts.round()).all(1)
-    found = distjudge.squared_distance(*map(torch.from_numpy, (q, np.where(told[:, None], counts, np.nan))))
-    return tuple(part.numpy() for part in found)
-
-
 def left_out(q: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """How often the judge, and a person, say what most of the others say: (N, 2); NaN under two votes.
 
@@ -135,8 +128,13 @@ def slices(distance: np.ndarray, cluster: np.ndarray, fields: Fields) -> list[di
 # --- the page ----------------------------------------------------------------------------------------------
 def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2000) -> dict[str, Any]:
     """What trust.json holds, of predictions (N, C) beside items with votes: None is unknown, see NO_END."""
-    labels, counts = distjudge.labels_of(items), distjudge.counts_of(items).numpy()
-    p, hits, (distance, apart) = distjudge.shares_of(items).numpy(), left_out(q, counts), distances(q, counts)
+    labels, p, votes = (
+        distjudge.labels_of(items),
+        distjudge.shares_of(items).numpy(),
+        distjudge.counts_of(items),
+    )
+    distance, apart = (x.numpy() for x in distjudge.squared_distance(torch.from_numpy(q), votes))
+    hits = left_out(q, votes.numpy())
 
     def mean(*scores: np.ndarray) -> dict[str, float | None]:
         """Of items where it is known; of two scores the difference."""
@@ -151,7 +149,7 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
         worth = distjudge.survey_equivalence(q[which], some, draws)
         return {end: NO_END if x == math.inf else x for end, x in worth.items()}
 
-    out = {"items": len(items), "votes": counts.sum(), "two_votes": int(np.isfinite(distance).sum())}
+    out = {"items": len(items), "votes": votes.sum().item(), "two_votes": int(np.isfinite(distance).sum())}
     out["people"] = people(np.full(len(items), True))
     out["brier"] = {"judge": mean(distance + apart), "one person": mean(2 * apart), "everybody": mean(apart)}
     share = lambda hit: {end: x and min(1.0, max(0.0, x)) for end, x in mean(hit).items()}  # noqa: E731

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 import trust
-from trust import TrustConfig, distances, excess, left_out, measure, slices, slices_of
+from trust import TrustConfig, excess, left_out, measure, slices, slices_of
 
 
 def named(row):
     return dict(zip("12345", row.tolist(), strict=True))
+
+
+def distances(*given):
+    return [x.numpy() for x in distjudge.squared_distance(*map(torch.tensor, given))]
 
 
 def items_of(counts, groups):
@@ -34,7 +38,7 @@ def panel(rng, groups=60, each=4, judge=0.5, bias=0.0, votes=4):
 
 
 def test_measures_by_hand():
-    counts, q = np.array([[2, 1], [1, 0], [0, 4]]), np.array([[0.6, 0.4], [1, 0], [0.25, 0.75]])
+    counts, q = np.array([[2.0, 1], [1, 0], [0, 4]]), np.array([[0.6, 0.4], [1, 0], [0.25, 0.75]])
     distance, apart = distances(q, counts)
     # the pairs of two votes that agree: 1 of 3, none there is, 6 of 6
     assert apart == pytest.approx([2 / 3, math.nan, 0], nan_ok=True)
