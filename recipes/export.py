@@ -16,7 +16,6 @@ are none). What is off by more than the bounds of recipes/README.md is deleted, 
 says how far it was off.
 """
 
-import contextlib
 import dataclasses
 import gc
 import importlib.util
@@ -30,6 +29,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -289,28 +289,14 @@ def make_gguf(judge: Judge, part: Path, config: ExportConfig) -> Path:
 
 def apart(work: Callable[..., Any], *given: Any) -> Any:
     """work(*given) in a process of its own, which a crash inside llama.cpp ends. Raises ExportError."""
-    context, answer = multiprocessing.get_context(START), None
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, work, given), daemon=True)
-    process.start()
-    sender.close()  # so that the process's end is the end of the pipe
-    with contextlib.suppress(EOFError):
-        answer = receiver.recv()
-    process.join()
-    if answer is None:
-        raise ExportError(f"gguf: llama.cpp crashed (exit code {process.exitcode})")
-    found, fault = answer
-    if fault:
-        raise ExportError(fault)
-    return found
-
-
-def _send(sender: Any, work: Callable[..., Any], given: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the other process says so
-    try:
-        sender.send((work(*given), ""))
-    except ExportError as error:
-        sender.send((None, str(error)))
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # at Ctrl-C
+    with ProcessPoolExecutor(1, multiprocessing.get_context(START), **quiet) as pool:
+        found, (process,) = pool.submit(work, *given), multiprocessing.active_children()
+    error = found.exception()
+    if error and not isinstance(error, ExportError):
+        how = f"exit code {process.exitcode}" if process.exitcode else first_line(error)
+        raise ExportError(f"gguf: llama.cpp crashed ({how})") from None
+    return found.result()
 
 
 def quantize(source: Path, file: Path, kind: str) -> None:

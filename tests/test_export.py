@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import types
 from pathlib import Path
 from unittest.mock import Mock
@@ -324,8 +325,10 @@ def test_what_llama_cpp_cannot_do_is_said_and_leaves_nothing(copy, clone, tiny_m
     monkeypatch.setattr(sys.modules["llama_cpp"], "llama_model_quantize", lambda *_: 1)
     refused(export.ExportError, r"could not quantize the file to q4_k_m .exit code 1", "q4_k_m")
     with monkeypatch.context() as patch:
-        patch.setattr(Llama, "eval", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(Llama, "eval", lambda *_: time.sleep(0.2) or os.kill(os.getpid(), signal.SIGKILL))
         refused(export.ExportError, "^gguf: llama.cpp crashed .exit code -9.$")
+        patch.setattr(Llama, "eval", lambda *_: 1 / 0)
+        refused(export.ExportError, "^gguf: llama.cpp crashed .division by zero.$")
     monkeypatch.setattr(Llama, "judge", load_judge(tiny_model, ["1", "2", "3"]))  # the adapter is lost
     refused(export.ExportError, f"{GGUF}: {LARGEST} 0.*, and 0.1 is allowed: deleted")
 
