@@ -161,10 +161,9 @@ class Judging:
         self.route = config.route and fitted["entropies"][round(100 * (1 - config.route))]
         self.hash = judge_hash(self.judge, config.min_mass, config.level, config.route, fitted)
         self.config = config
-        self.cut: list[Ask] = []  # the row whose judgment kept() found cut
 
-    def ask(self, row: dict[str, Any], where: str, filled: dict[str, Any] | None = None) -> Ask | str:
-        """The row as an Ask, or a line about what is wrong with it. Votes may be missing, but not wrong.
+    def ask(self, row: dict[str, Any], where: str, filled: dict[str, Any] | None = None) -> Ask:
+        """The row as an Ask. InputError, in a line, for what is wrong with it; votes may be missing.
 
         filled: id, prompt and swap as Template.fill() makes them; then no field of the row means anything.
         """
@@ -182,7 +181,7 @@ class Judging:
         if not problems:
             return ask
         named = f"item '{short(parsed['id'])}': " if parsed["id"] else ""
-        return f"{where}: {named}" + "; ".join(f"{field}: {wrong}" for field, wrong in problems)
+        raise InputError(f"{where}: {named}" + "; ".join(f"{field}: {wrong}" for field, wrong in problems))
 
     def too_long(self, prompt: str) -> str:
         """What is wrong with a prompt's length, "" for nothing."""
@@ -196,18 +195,16 @@ class Judging:
     def read(self, rows: Iterable[Row], tally: Tally, form: Template | None, table: bool) -> Iterator[Ask]:
         """The rows as Asks. Bad ones go to the tally."""
         for where, row, problem in rows:
-            ask: Ask | str = f"{where}: {problem}"
             try:
-                if not problem:
-                    fills = form and form.applies(row, table)
-                    ask = self.ask(row, where, form.fill(where, row) if fills else None)
+                if problem:
+                    raise InputError(f"{where}: {problem}")
+                filled = form.fill(where, row) if form and form.applies(row, table) else None
+                ask = self.ask(row, where, filled)
             except InputError as error:
-                ask = str(error)
-            if isinstance(ask, Ask):
-                tally.prompts += [ask.prompt] if len(tally.prompts) < SHOW else []
-                yield ask
-            else:
-                tally.bad(ask, where)
+                tally.bad(str(error), where)
+                continue
+            tally.prompts += [ask.prompt] if len(tally.prompts) < SHOW else []
+            yield ask
 
     def answers(self, asks: Iterable[Ask]) -> Iterator[dict[str, Any]]:
         """Output rows in the asks' order, WINDOW prompts read ahead. Their InputError is raised last."""
@@ -216,7 +213,7 @@ class Judging:
 
         def prompts() -> Iterator[str]:
             try:
-                for ask in itertools.chain(self.cut, asks):
+                for ask in asks:
                     waiting.append(ask)
                     yield from ask.prompts.values()
             except InputError as error:
@@ -260,8 +257,8 @@ class Judging:
         asked = json.dumps([self.hash, ask.fields["id"], ask.prompt, swap])
         return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
-    def kept(self, out: Path, asks: Iterator[Ask]) -> Iterator[dict[str, Any]]:
-        """The judgments that a file holds already, taken off `asks`; a last line that was cut is cut off.
+    def resume(self, out: Path, asks: Iterator[Ask], tally: Tally) -> Iterator[Ask]:
+        """The asks without those a file holds judgments of, which are counted; a cut last line is cut off.
 
         Raises InputError for another line that is not what this judge said of its input with these settings.
         A cut line counts as one if it begins as its judgment would, behind a whole one.
@@ -274,9 +271,8 @@ class Judging:
                 if ask and not raw.endswith(b"\n"):
                     begins = line_of(ask.fields).encode(errors="backslashreplace")[:-2] + b', "predicted": {'
                     if good or (end and raw[: len(begins)] == begins[: len(raw)]):
-                        self.cut.append(ask)
                         file.truncate(end)
-                        return
+                        return itertools.chain([ask], asks)
                 if not good:
                     raise InputError(
                         f"{out}:{number}: is not the judgment of {ask.where if ask else 'any input'} by this "
@@ -284,7 +280,8 @@ class Judging:
                         "name another --out, or remove the file"
                     )
                 end += len(raw)
-                yield row
+                tally.add(row)
+        return asks
 
 
 def judge_hash(judge: Judge, *settings: Any) -> str:
@@ -378,8 +375,7 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
     if is_table:
         asks = (dataclasses.replace(ask, fields={"id": ask.fields["id"]}) for ask in asks)
     if journal and journal.is_file():
-        for row in work.kept(journal, asks):
-            tally.add(row)
+        asks = work.resume(journal, asks, tally)
     kept = tally.number["items"]
     text = {"encoding": "utf-8", "errors": "backslashreplace"}  # a lone surrogate, as JSON writes it
     if not out:

@@ -69,13 +69,13 @@ class Actor:
 
     def ask(self, row: dict[str, Any]) -> judge.Ask | str:
         """The row as an Ask, or what is wrong with it."""
-        where, problem = row.pop("path", None) or "input", ""
+        where = row.pop("path", None) or "input"
         where += f": '{distjudge.short(row.get('text') or row.get('prompt'), 40)}'"
-        if set(row) == {"text"}:
-            row, problem = distjudge.parse_json(row["text"])
-        else:
-            row = without_nulls(row)
-        return f"{where}: {problem}" if problem else self.work.ask(row, where)
+        row, problem = distjudge.parse_json(row["text"]) if set(row) == {"text"} else (without_nulls(row), "")
+        try:
+            return f"{where}: {problem}" if problem else self.work.ask(row, where)
+        except InputError as error:
+            return str(error)
 
 
 def without_nulls(value: Any) -> Any:
@@ -119,12 +119,11 @@ class Writer:
         ours, usual = judge.OURS | {"id"}, {"low_mass": False, "flipped": None}
         others = [{name: row[name] for name in row if name not in ours} for row in rows]
         rows = [usual | {name: row[name] for name in row if name in ours} for row in rows]
-        table = pyarrow.Table.from_pylist(rows).append_column("fields", [list(map(json.dumps, others))])
+        rows = [row | {"fields": json.dumps(other)} for row, other in zip(rows, others, strict=True)]
         if not self.file:
-            at = table.schema.get_field_index("flipped")  # which may be empty so far
-            schema = table.schema.set(at, pyarrow.field("flipped", pyarrow.bool_()))
+            schema = pyarrow.Table.from_pylist([rows[0] | {"flipped": False}]).schema  # None has no type
             self.file = pyarrow.parquet.ParquetWriter(self.part, schema)
-        self.file.write_table(table.cast(self.file.schema))
+        self.file.write_table(pyarrow.Table.from_pylist(rows, self.file.schema))
 
     def close(self, whole: bool) -> None:
         if self.file:
