@@ -355,7 +355,7 @@ def words(table: dict[str, Any]) -> str:
 
 def draw(table: dict[str, Any], path: Path) -> None:
     """A forest plot: each system's three intervals, the best on top; a panel a measure that is tested."""
-    from plots.figures import HUMAN, MODEL, NEUTRAL, plt
+    from plots.figures import HUMAN, MODEL, NEUTRAL, plt, save
 
     measures, names = table["tested"], [short(name, 24) for name in table["systems"]]
     size = (1.5 + 4 * len(measures), 1 + 0.45 * len(names))
@@ -372,8 +372,7 @@ def draw(table: dict[str, Any], path: Path) -> None:
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def publish(config: Any, files: Sequence[str], lines: Sequence[str], found: dict, draw: Callable) -> None:

@@ -128,13 +128,9 @@ def slices(distance: np.ndarray, cluster: np.ndarray, fields: Fields) -> list[di
 # --- the page ----------------------------------------------------------------------------------------------
 def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2000) -> dict[str, Any]:
     """What trust.json holds, of predictions (N, C) beside items with votes: None is unknown, see NO_END."""
-    labels, p, votes = (
-        distjudge.labels_of(items),
-        distjudge.shares_of(items).numpy(),
-        distjudge.counts_of(items),
-    )
-    distance, apart = (x.numpy() for x in distjudge.squared_distance(torch.from_numpy(q), votes))
-    hits = left_out(q, votes.numpy())
+    labels, counts, p = distjudge.labels_of(items), distjudge.counts_of(items), distjudge.shares_of(items)
+    distance, apart = (x.numpy() for x in distjudge.squared_distance(torch.from_numpy(q), counts))
+    hits, p = left_out(q, counts.numpy()), p.numpy()
 
     def mean(*scores: np.ndarray) -> dict[str, float | None]:
         """Of items where it is known; of two scores the difference."""
@@ -149,7 +145,7 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
         worth = distjudge.survey_equivalence(q[which], some, draws)
         return {end: NO_END if x == math.inf else x for end, x in worth.items()}
 
-    out = {"items": len(items), "votes": votes.sum().item(), "two_votes": int(np.isfinite(distance).sum())}
+    out = {"items": len(items), "votes": counts.sum().item(), "two_votes": int(np.isfinite(distance).sum())}
     out["people"] = people(np.full(len(items), True))
     out["brier"] = {"judge": mean(distance + apart), "one person": mean(2 * apart), "everybody": mean(apart)}
     share = lambda hit: {end: x and min(1.0, max(0.0, x)) for end, x in mean(hit).items()}  # noqa: E731
@@ -211,7 +207,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     """The worth of the judge with its interval, over all items and by slice."""
     from matplotlib import ticker
 
-    from plots.figures import HUMAN, MODEL, NEUTRAL, TRUTH, plt
+    from plots.figures import HUMAN, MODEL, NEUTRAL, TRUTH, plt, save
 
     rows = [("all items", found["people"], MODEL)]
     for row in found["slices"]:
@@ -230,8 +226,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     ax.xaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(config: TrustConfig) -> None:
