@@ -418,6 +418,15 @@ judge.predict([prompt])      # (1, {n}) probabilities, in the order of the label
 It repeats the judgments of the people it learned from, on prompts like theirs, with the same instructions.
 Licences of the base model and of the data apply.
 """
+METRICS = """## Metrics
+
+| on {items:,} test items | | 95 % interval |
+| --- | --- | --- |
+{lines}
+`kl` is KL(votes ‖ judge) in nats; it cannot fall much below `kl_noise_floor`, for votes scatter around the
+truth. `kl_marginal` is that of the training votes' mean. Intervals: a bootstrap over groups of items.
+
+"""
 PEFT = """or, with PEFT alone, the model whose last position gives the labels' logits:
 
 ```python
@@ -492,19 +501,7 @@ def metrics_section(folder: Path) -> str:
             ends[name] = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
     known = {name: value for name, value in metrics.items() if isinstance(value, float)}
     lines = [f"| `{name}` | {value:.3f} | {ends.get(name, '')} |\n" for name, value in known.items()]
-    return (
-        ""
-        if not metrics
-        else f"""## Metrics
-
-| on {metrics["items"]:,} test items | | 95 % interval |
-| --- | --- | --- |
-{"".join(lines)}
-`kl` is KL(votes ‖ judge) in nats; it cannot fall much below `kl_noise_floor`, for votes scatter around the
-truth. `kl_marginal` is that of the training votes' mean. Intervals: a bootstrap over groups of items.
-
-"""
-    )
+    return METRICS.format(items=metrics["items"], lines="".join(lines)) if metrics else ""
 
 
 def main(config: ExportConfig) -> None:
