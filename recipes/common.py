@@ -183,7 +183,6 @@ def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunCon
     lora = f"LoRA of rank {config.lora_rank} on {', '.join(targets)}" if adapters else "all"
     attention = model.config.get_text_config()._attn_implementation
     attention = {distjudge.BLOCKS: "SDPA in blocks"}.get(attention, attention)
-    head, *labels = reading(judge.tokens, judge.tokenizer).removeprefix("labels are ").split("\n  ")
     return {
         "backend": f"{judge.backend} ({model.backend_reason})",
         "model": f"{config.model}: {total / 1e9:.3g} billion weights" + planned * hasattr(model, "meant_for"),
@@ -195,7 +194,7 @@ def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunCon
         f"({'asked for' if config.pack_tokens else 'the default on ' + on}), attention by "
         + ("Unsloth" if getattr(model, "two_levels", False) else attention)
         + ", layers recomputed in the backward pass" * config.gradient_checkpointing,
-        "labels": f"{head}: {', '.join(labels)}",
+        "labels": reading(judge.tokens, judge.tokenizer).removeprefix("labels are "),
         "items": f"{len(items):,} to train on{turned}, {len(test):,} to test on, prompts of up to "
         f"{max(map(len, encoded)):,} tokens",
         "tokens": f"{sum(map(len, encoded)):,} an epoch, {sum(passes):,} after packing, in {len(passes):,} "
@@ -206,19 +205,15 @@ def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunCon
 
 
 def reading(tokens: distjudge.LabelTokens, tokenizer: Any) -> str:
-    """How the labels are read, a line, and a line a label with its tokens."""
-    whole = "as whole words, closed by the end of the turn (some begin with the same token)"
-    lines = [f"labels are read {whole if tokens.whole else 'by the first token of the answer'}"]
-    piece = {
-        token: tokenizer.decode([token]) or tokenizer.convert_ids_to_tokens(token)
-        for token in tokens.token_ids
-    }
-    for i, label in enumerate(tokens.labels):
-        spelled = [
-            " ".join(repr(piece[token]) for token in ids) for owner, ids in tokens.sequences if owner == i
-        ]
-        lines.append(f"  {distjudge.short(label)}: {' or '.join(spelled)}")
-    return "\n".join(lines)
+    """How the labels are read, and each with its tokens, in a line."""
+    how = "as whole words, closed by the end of the turn (some begin with the same token)"
+    how = how if tokens.whole else "by the first token of the answer"
+    piece = lambda token: repr(tokenizer.decode([token]) or tokenizer.convert_ids_to_tokens(token))  # noqa: E731
+    spelled: list[list[str]] = [[] for _ in tokens.labels]
+    for owner, ids in tokens.sequences:
+        spelled[owner].append(" ".join(map(piece, ids)))
+    pairs = zip(map(distjudge.short, tokens.labels), map(" or ".join, spelled), strict=True)
+    return f"labels are read {how}: {', '.join(map(': '.join, pairs))}"
 
 
 def first_epoch(judge: Judge, encoded: Sequence[list[int]], config: Config) -> tuple[list[int], dict]:
