@@ -63,7 +63,7 @@ class FakeEndpoint:
                     fake.heads.append({"path": self.path} | dict(self.headers))
                     fault = fake.faults.popleft() if fake.faults else None
                 try:
-                    time.sleep(0.6 if fault == "slow" else 0 if fault else fake.delay)
+                    time.sleep(1.5 if fault == "slow" else 0 if fault else fake.delay)
                     self.close_connection = fault in ("slow", "cut", "drip", "endless")
                     if fault == "cut":
                         self.send(200, b"", {"Content-Length": "500"})
@@ -125,7 +125,7 @@ def measure(fake, tmp_path, monkeypatch):
 
     def run(items, **settings):
         Path("items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-        usual = {"model": "m", "base_url": fake.url, "out": "run", "max_wait": 0.02, "timeout": 0.4}
+        usual = {"model": "m", "base_url": fake.url, "out": "run", "max_wait": 0.02}
         api.main(api.ApiConfig(("items.jsonl",), **usual | settings))
         rows = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
         return rows, json.loads(Path("run/metrics.json").read_text())
@@ -347,7 +347,7 @@ def test_every_passing_fault_is_tried_again(measure, fake, capsys):
     impossible = [("3", -math.inf), ("4", -(10**400)), ("5", -9999.0)]  # these have the probability 0
     good = json.dumps(logprobs(*GOOD, *impossible, chosen=GOOD[0])).encode()
     fake.faults.append((200, gzip.compress(good), PACKED))  # is read
-    rows, metrics = measure(items(1), retries=10)
+    rows, metrics = measure(items(1), retries=10, timeout=1.0)
     assert len(fake.asked) == 11 and metrics["requests"] == 1 and "10 retries" in capsys.readouterr().out
     assert rows[0]["predicted"] == pytest.approx({"1": 0.6, "2": 0.4, "3": 0})
 
@@ -506,7 +506,7 @@ LASTING = [
 def test_what_fails_for_good_is_said_in_one_line_and_not_kept(measure, fake, kind, fault, words, requests):
     fake.faults.extend([fault] * 9)
     with pytest.raises(kind, match=f"{fake.url}: .*{words}") as error:
-        measure(items(1), retries=2, samples=int("no text" in words))
+        measure(items(1), retries=2, samples=int("no text" in words), timeout=0.4 if fault == "drip" else 9.0)
     assert "\n" not in str(error.value) and KEY not in str(error.value) and len(fake.asked) == requests
     assert Path("run/cache.jsonl").read_bytes() == b""
 
