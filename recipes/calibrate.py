@@ -272,11 +272,8 @@ def main(config: CalibrateConfig) -> None:
     before, table = distjudge.average_items(items, logq)[0], kept(items, after)
     scores = pandas.DataFrame([distjudge.evaluate(q, items) for q in (before, after)], ["before", "after"]).T
     scores = scores[scores.index.isin(SHOWN.split())].astype(float).round(4)
-    tables = {
-        "metrics, on votes not fitted on": scores,
-        "sets": sets(items, logq, config.draws),
-        "kept": table,
-    }
+    tables = {"metrics, on votes not fitted on": scores, "sets": sets(items, logq, config.draws)}
+    tables["kept"] = table
     pairs = zip(distjudge.labels_of(items), calibration["bias"], strict=True)
     bias = ", ".join(f"{distjudge.short(label, 20)} {b:+.2f}" for label, b in pairs)
     what = "calibrated on {votes:,g} votes on {items:,} items in {groups:,} groups: temperature "

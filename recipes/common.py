@@ -242,9 +242,7 @@ def memory_text(judge: Judge, memory: dict[str, float], card_gib: float) -> str:
         card = torch.cuda.get_device_properties(judge.device)
         there, place = card.total_memory / 2**30, card.name
     if there and needed > there and not card_gib:
-        log.warning(
-            "memory: more than there is; on a card of N GiB --dry_run --card_gib N says what would fit"
-        )
+        log.warning("memory: more than there is; --dry_run --card_gib N says what would fit on N GiB")
     compared = f"of {there:.1f} ({place})" if there else "no card here to compare with (--card_gib names one)"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
     return f"about {needed:.1f} GiB by estimate, {compared}: {parts}"

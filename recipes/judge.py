@@ -241,14 +241,12 @@ class Judging:
             "label_mass": digits(mass),
         }
         limits = (self.judge.calibration or {}).get("conformal", ())
-        (row["conformal_set" if limits else "credible_set"],) = label_sets(
-            q, labels, self.config.level, limits
-        )
+        (held,) = label_sets(q, labels, self.config.level, limits)
+        row["conformal_set" if limits else "credible_set"] = held
         row |= {"to_people": entropy >= self.route} if self.config.route else {}
         if distjudge.are_numeric(labels):
-            row["mean"] = digits(
-                sum(float(label) * x for label, x in zip(labels, q[0].tolist(), strict=True))
-            )
+            pairs = zip(map(float, labels), q[0].tolist(), strict=True)
+            row["mean"] = digits(sum(rating * x for rating, x in pairs))
         row |= {"low_mass": True} if mass < self.config.min_mass else {}
         return row | ({"flipped": flipped} if flipped is not None else {})
 

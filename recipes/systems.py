@@ -365,9 +365,8 @@ def draw(table: dict[str, Any], path: Path) -> None:
         for how, (marker, colour, shift) in looks.items():
             x = pandas.DataFrame([row[measure][how] for row in table["systems"].values()])
             ends = [x.estimate - x.low, x.high - x.estimate]
-            ax.errorbar(
-                x.estimate, x.index + shift, xerr=ends, fmt=marker, color=colour, ms=4, label=METHODS[how]
-            )
+            look = {"fmt": marker, "color": colour, "ms": 4, "label": METHODS[how]}
+            ax.errorbar(x.estimate, x.index + shift, xerr=ends, **look)
         ax.set_xlabel(f"{short(measure, 40)}, 95 % intervals")
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()

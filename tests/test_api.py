@@ -276,9 +276,8 @@ def test_a_model_that_thinks_is_told_of_and_has_a_budget(measure, fake):
     thinks = [({"choices": [{"message": {"content": text}}]}, 1, "0.0%") for text in ("<think> is it", None)]
     for k, (fake_answer, samples, mass) in enumerate([*thinks, ({"<think>": 0.99, "1": 0.01}, 0, "1.0%")]):
         fake.answer = lambda prompt, body, answer=fake_answer: answer
-        with pytest.raises(
-            InputError, match=rf"only {mass} .*not to think .*enable_think.*greater --max_tok"
-        ):
+        words = rf"only {mass} .*not to think .*enable_think.*greater --max_tok"
+        with pytest.raises(InputError, match=words):
             measure(items(1), samples=samples, model=str(k))
     fake.answer = lambda prompt, body: ["<think>1 or 2, or 3</think>2"]
     more = {"samples": 1, "max_tokens": 4000, "token_field": "max_completion_tokens", "temperature": 0.5}
@@ -294,11 +293,8 @@ WRITTEN = {
     '{\n  "1": 33,\n  "2": 33,\n  "3": 33\n}': [1 / 3, 1 / 3, 1 / 3],
 }
 UNREAD = ["1: 20\n2: 30\n3: 40", "1: 20\n2: 80", "1: 20\n2: 30\n2: 50", "Sure!\n1: 20\n2: 30\n3: 50"]
-UNREAD += [
-    "20, 30, 50",
-    *(f"1: {n}\n2: 30\n3: 50" for n in ("-20", "nan", "about 20", "20-30", "1e1", "", "٢٠")),
-]
-UNREAD += ["1: 0.2\n2: 0.3\n3: 0.5", "1: 50\n2: 50\n3: 50", "2", ""]
+UNREAD += [f"1: {n}\n2: 30\n3: 50" for n in ("-20", "nan", "about 20", "20-30", "1e1", "", "٢٠")]
+UNREAD += ["20, 30, 50", "1: 0.2\n2: 0.3\n3: 0.5", "1: 50\n2: 50\n3: 50", "2", ""]
 
 
 @pytest.mark.parametrize(("text", "expected"), (WRITTEN | dict.fromkeys(UNREAD)).items())
@@ -316,9 +312,8 @@ def test_percentages_are_asked_for_and_averaged(measure, fake):
     assert rows[0]["predicted"] == pytest.approx({"1": 0.2, "2": 0.2, "3": 0.6}) and metrics["unread"] == 1
     assert rows[0]["label_mass"] == pytest.approx(2 / 3) and fake.asked[0]["max_tokens"] == 72
     asked = fake.asked[0]["messages"][0]["content"]
-    assert asked.startswith("Rate soup 0\n\nDo not give one") and asked.endswith(
-        "\n1: ...%\n2: ...%\n3: ...%"
-    )
+    assert asked.startswith("Rate soup 0\n\nDo not give one")
+    assert asked.endswith("\n1: ...%\n2: ...%\n3: ...%")
 
 
 def test_both_orders_are_averaged(measure, fake):
@@ -337,13 +332,11 @@ def test_both_orders_are_averaged(measure, fake):
 
 # --- faults ---
 def test_every_passing_fault_is_tried_again(measure, fake, capsys):
-    status = [
-        (429, {"error": {"message": "slow"}}, {"Retry-After": "0"}),
-        (500, {"error": "broken"}),
-        (408, {}),
-    ]
+    fake.faults += [(429, {"error": {"message": "slow"}}, {"Retry-After": "0"}), (408, {})]
     broken = [b'{"choices": [', {"object": "list"}, {"choices": []}, b"[]"]
-    fake.faults.extend([*status, (503, b"<html>"), "cut", "slow", *((200, body) for body in broken)])
+    fake.faults.extend(
+        [(500, {"error": "broken"}), (503, b"<html>"), "cut", "slow", *((200, body) for body in broken)]
+    )
     impossible = [("3", -math.inf), ("4", -(10**400)), ("5", -9999.0)]  # these have the probability 0
     good = json.dumps(logprobs(*GOOD, *impossible, chosen=GOOD[0])).encode()
     fake.faults.append((200, gzip.compress(good), PACKED))  # is read

@@ -173,9 +173,8 @@ def test_a_calibrated_judge_answers_so_wherever_it_is_loaded(run, caplog):
     assert f"calibrated on {about['votes']:g} votes on 20 items" in caplog.text
     q = np.exp(own / about["temperature"] + about["bias"])
     assert judge.predict(prompts) == pytest.approx(q / q.sum(1, keepdims=True), abs=1e-6)
-    assert distjudge.corrected(torch.tensor(own), about).exp().numpy() == pytest.approx(
-        judge.predict(prompts), abs=1e-6
-    )
+    corrected = distjudge.corrected(torch.tensor(own), about).exp().numpy()
+    assert corrected == pytest.approx(judge.predict(prompts), abs=1e-6)
     assert abs(judge.predict(prompts) - np.exp(own)).max() > 0.01
     distjudge.save_judge(judge, "copy")
     assert distjudge.load_judge("copy").calibration == about
@@ -220,9 +219,8 @@ def test_the_command_calibrates_and_takes_it_back(run, capsys):
 
 def test_judging_writes_conformal_sets_and_marks_what_people_should_see(run, capsys):
     def judged(**settings):
-        judging.main(
-            judging.JudgeConfig(**{"run": "run", "items": "items.jsonl", "out": "o.jsonl", **settings})
-        )
+        usual = {"run": "run", "items": "items.jsonl", "out": "o.jsonl"}
+        judging.main(judging.JudgeConfig(**usual | settings))
         return [json.loads(line) for line in open("o.jsonl", encoding="utf-8")]
 
     main(run="run", items=("items.jsonl",), draws=1)
@@ -231,9 +229,8 @@ def test_judging_writes_conformal_sets_and_marks_what_people_should_see(run, cap
     for row in rows:
         q = [list(row["predicted"].values())]
         assert row["conformal_set"] == recipe.label_sets(q, LABELS, 0.5, calibration["conformal"])[0]
-        assert "credible_set" not in row and row["to_people"] == (
-            row["entropy"] >= calibration["entropies"][60]
-        )
+        assert row["to_people"] == (row["entropy"] >= calibration["entropies"][60])
+        assert "credible_set" not in row
     marked = sum(row["to_people"] for row in rows)
     assert f"{marked} of 20 are for people to look at" in capsys.readouterr().err
     for settings in ({"route": 0.5, "level": 0.5}, {"level": 0.5}):
@@ -242,10 +239,8 @@ def test_judging_writes_conformal_sets_and_marks_what_people_should_see(run, cap
     (run.parent / "in.csv").write_text("prompt\nIs it fine?\n")
     judging.main(judging.JudgeConfig(run="run", items="in.csv", out="out.csv", route=1.0))
     head, cells = (run.parent / "out.csv").read_text().splitlines()
-    assert head.endswith("judge_conformal_set,judge_label_mass,judge_to_people") and cells[-2:] in (
-        "ue",
-        "se",
-    )
+    assert head.endswith("judge_conformal_set,judge_label_mass,judge_to_people")
+    assert cells.endswith(("True", "False"))
     main(run="run", remove=True)
     with pytest.raises(InputError, match=r"o.jsonl:1: is not"):  # an uncalibrated judge is another
         judged(level=0.5)
@@ -298,9 +293,7 @@ def test_predictions_of_any_judge(tmp_path, capsys, monkeypatch):
     assert table["labels"].between(1, 3).all()
     del rows[3]["predicted"]["2"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        InputError, match=r"predictions.jsonl:4: item '3': predicted: shares must add up to 1"
-    ):
+    with pytest.raises(InputError, match=r"predictions.jsonl:4: item '3': predicted: shares must add up"):
         main(predictions="predictions.jsonl")
 
 

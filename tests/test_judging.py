@@ -89,9 +89,8 @@ def test_output_lines_are_the_judges_predictions_in_order(judged, run_folder, ca
     hashed = distjudge.load_items([rows[-1] | {"counts": {"a": 1, "b": 0}}])[0].id
     assert [line["id"] for line in out] == [*(f"i{i}" for i in range(7)), hashed]
     said = capsys.readouterr()
-    assert said.out.split("\n", 1)[0].split() == [
-        *"id p(a) p(b) p(tie) mode entropy credible_set label_mass".split()
-    ]
+    head = "id p(a) p(b) p(tie) mode entropy credible_set label_mass"
+    assert said.out.split("\n", 1)[0].split() == head.split()
     assert f"{out[0]['predicted']['b']:.3f}" in said.out.splitlines()[1] and len(said.out.splitlines()) == 9
     assert said.err.strip() == "judged 8 items"
 
@@ -170,14 +169,8 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_stopped(judged, tmp_pat
         return real(self, (asked.append(p) or p for p in prompts), *rest)
 
     monkeypatch.setattr(distjudge.Judge, "stream", stream)
-    for cut, kept in (
-        (0, 0),
-        (ends[0] - 1, 0),
-        (ends[3], 4),
-        (ends[3] + 20, 4),
-        (ends[4] - 1, 4),
-        (len(whole), 10),
-    ):
+    cuts = {0: 0, ends[0] - 1: 0, ends[3]: 4, ends[3] + 20: 4, ends[4] - 1: 4, len(whole): 10}
+    for cut, kept in cuts.items():
         out.write_bytes(whole[:cut])
         asked.clear()
         capsys.readouterr()
@@ -200,22 +193,13 @@ def test_output_of_other_items_judges_or_settings_is_not_continued(judged, tmp_p
         next(p for name, p in other.model.named_parameters() if "lora_B" in name).add_(0.01)
     save_judge(other, tmp_path / "other")
     changed = [*rows[:2], {"id": "i2", "prompt": "Is soup 2 fine!"}, rows[3]]
-    for lines, settings, number in (
-        (changed, {}, 3),
-        (rows[1:], {}, 1),
-        (rows, {"level": 0.5}, 1),
-        (rows, {"run": str(tmp_path / "other")}, 1),
-        (rows[:3], {}, 4),
-    ):
+    cases = [(changed, {}, 3), (rows[1:], {}, 1), (rows[:3], {}, 4), (rows, {"level": 0.5}, 1)]
+    for lines, settings, number in [*cases, (rows, {"run": str(tmp_path / "other")}, 1)]:
         with pytest.raises(InputError, match=rf"^out.jsonl:{number}: is not .*; name another --out"):
             judged(lines, **settings)
         assert out.read_bytes() == before
     line = before.splitlines(keepends=True)[0]
-    foreign = [
-        before.replace(b"{", b"[", 1),
-        b"a text of mine, without a line break",
-        b'{"id": "i0", "mine": [1, 2]}',
-    ]
+    foreign = [b"[" + before[1:], b"a text of mine, without a line break", b'{"id": "i0", "mine": [1, 2]}']
     foreign += [b'{"id"', line[:40], line + b'{"id": "i1", "predictions": 1}', line + b'{"id": "x']
     for content in foreign:  # also what could be the beginning of a judgment, if no judgment stands before it
         out.write_bytes(content)

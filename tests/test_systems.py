@@ -198,9 +198,8 @@ def test_the_command(tmp_path):
     items, judged = rows_of(panel)
     write(tmp_path, items=items, judged=judged[::-1])  # matched by id, whatever the order
     given = "--items items.jsonl --predictions judged.jsonl --out out".split()
-    done = subprocess.run(
-        [sys.executable, systems.__file__, *given], capture_output=True, text=True, cwd=tmp_path
-    )
+    command = [sys.executable, systems.__file__, *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     expected = compare(panel)

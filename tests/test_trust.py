@@ -165,9 +165,8 @@ def test_the_command_on_a_closed_models_file(tmp_path):
     write(tmp_path / "items.jsonl", items)
     write(tmp_path / "gpt" / "predictions.jsonl", judged[:0:-1][:-1] + judged[:1])
     given = ["--predictions", "gpt", "--items", "items.jsonl", "--by", "source", "--out", "out"]
-    done = subprocess.run(
-        [sys.executable, trust.__file__, *given], capture_output=True, text=True, cwd=tmp_path
-    )
+    command = [sys.executable, trust.__file__, *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "trust.txt").read_text() == done.stdout
     assert (tmp_path / "out" / "trust.png").stat().st_size > 10_000
