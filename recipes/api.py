@@ -541,11 +541,11 @@ def check_readings(readings: Sequence[Reading], wheres: Sequence[str], config: A
     if 2 * len(refused) > len(readings):
         raise InputError(f"{refused[0]}; so it is for {len(refused)} of {len(readings)} prompts")
     if all(reading.alone for reading in readings if not reading.refused):
-        raise InputError(
-            f"{wheres[0]}: here and in every other answer one token has all the probability, or only the one "
-            "chosen is given. Where a server takes log-probabilities after sampling, use --temperature 1 or "
-            "set vLLM's --logprobs-mode raw_logprobs; else a greater --top, --samples n or --percent"
+        sure = "here and in every other answer one token has all the probability, or is given alone"
+        after = (
+            "--temperature 1, or vLLM's --logprobs-mode raw_logprobs, if the server takes them after sampling"
         )
+        raise InputError(f"{wheres[0]}: {sure}: use {after}; else a greater --top, --samples n or --percent")
     low = [i for i, reading in enumerate(readings) if reading.mass < config.min_mass and not reading.refused]
     if low and config.low_mass == "refuse":
         first, way, what = readings[low[0]], "use --samples n", "of the probability is on labels"
@@ -554,12 +554,10 @@ def check_readings(readings: Sequence[Reading], wheres: Sequence[str], config: A
         if any(not after_thought(text) for text in first.unread):
             no_thought = """--extra '{"chat_template_kwargs": {"enable_thinking": false}}'"""
             way = f"ask the model not to think ({no_thought}), use --samples n with a greater --max_tokens"
-        said = distjudge.short("".join(first.unread[-1:]))
-        raise InputError(
-            f"{wheres[low[0]]}: only {first.mass:.1%} {what} ('{said}'); so it is for {len(low)} of the "
-            f"{len(readings)} prompts judged so far (min_mass {config.min_mass:g}). Let the prompt ask for "
-            f"the label only, name --spellings, {way}, or use --low_mass"
-        )
+        said = f"only {first.mass:.1%} {what} ('{distjudge.short(''.join(first.unread[-1:]))}')"
+        said += f"; so it is for {len(low)} of the {len(readings)} prompts judged so far"
+        remedy = f"let the prompt ask for the label only, name --spellings, {way}, or use --low_mass"
+        raise InputError(f"{wheres[low[0]]}: {said} (min_mass {config.min_mass:g}): {remedy}")
 
 
 # --- the run ---

@@ -126,13 +126,12 @@ def outcome(metrics: dict[str, float | None], out: str) -> str:
     beside = f"{metrics['kl_marginal']:.3f} of the mean distribution"
     beside += f", {floor:.3f} of the truth" if (floor := metrics["kl_noise_floor"]) else ""
     people = worth(*(metrics[name] for name in ("people", "people_low", "people_high")))
-    return (
-        f"\nworth {people} people\n"
-        f"KL to the votes of {metrics['items']} test items: {metrics['kl']:.3f} nats (beside it: {beside}); "
-        f"accuracy {metrics['accuracy']:.3f}\n"
-        f"wrote {out}: the judge, predictions.jsonl, metrics.json, log.jsonl\n"
-        f"next: python recipes/judge.py --run {out} --items new.csv --out judged.csv"
-    )
+    kl, accuracy = f"{metrics['kl']:.3f} nats (beside it: {beside})", f"accuracy {metrics['accuracy']:.3f}"
+    return f"""
+worth {people} people
+KL to the votes of {metrics["items"]} test items: {kl}; {accuracy}
+wrote {out}: the judge, predictions.jsonl, metrics.json, log.jsonl
+next: python recipes/judge.py --run {out} --items new.csv --out judged.csv"""
 
 
 def check_mass(judge: Judge, items: Sequence[Item], answer: float, least: float = 0.0) -> str:
@@ -146,11 +145,10 @@ def check_mass(judge: Judge, items: Sequence[Item], answer: float, least: float 
     low, mean, high = mass.min(), mass.mean(), mass.max()
     said = f"{mean:.2%} of the model's probability on the first {len(mass)} items ({low:.2%} to {high:.2%})"
     if mean < least and not answer:
-        raise InputError(
-            f"label mass: the labels hold {said}, less than min_mass {least:g}: it would say something else. "
-            "Does the prompt ask for the label alone, and is that split as above? --answer 1 teaches it to "
-            "answer with a label; --min_mass 0 trains all the same"
+        remedy = (
+            "let the prompt ask for the label alone, or use --answer 1, which teaches that, or --min_mass 0"
         )
+        raise InputError(f"label mass: the labels hold {said}, less than min_mass {least:g}: {remedy}")
     if mean < 0.5 and FIRST:
         then = "training teaches it to answer with one" if answer else "so it will stay without --answer 1"
         log.warning("label mass: under a half, it would rather say something else than a label; %s", then)

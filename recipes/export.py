@@ -125,10 +125,9 @@ def check_base(base: str, adapters: bool) -> str:
     if needs <= 0.9 * card:  # a tenth for what is computed with them
         return "cuda"
     if needs > main:  # the system would kill the process
-        raise InputError(
-            f"export: this needs {needs / 2**30:.1f} GiB for {weights / 1e9:.1f} billion weights, and there "
-            f"are {main / 2**30:.1f} of main memory, {card / 2**30:.1f} on a card: use a larger machine"
-        )
+        here = f"{main / 2**30:.1f} of main memory, {card / 2**30:.1f} on a card"
+        there = f"{needs / 2**30:.1f} GiB for {weights / 1e9:.1f} billion weights"
+        raise InputError(f"export: this needs {there}, and there are {here}: use a larger machine")
     return "cpu"
 
 
@@ -461,10 +460,9 @@ def model_card(folder: Path) -> str:
     reading = "where the answer begins, by a softmax over their first tokens; spellings are added up"
     if any(len(ids) > 1 for _, ids in saved["sequences"]):
         reading = "as a whole, each closed by the end of the turn"
-    tokens = [
-        f"{labels[label]}: {' '.join(repr(tokenizer.decode([token])) for token in ids)} {ids}"
-        for label, ids in saved["sequences"]
-    ]
+    piece, tokens = lambda token: repr(tokenizer.decode([token])), []
+    for label, ids in saved["sequences"]:
+        tokens.append(f"{labels[label]}: {' '.join(map(piece, ids))} {ids}")
     more, config = "", read(folder / "config.json")
     for name in ("merged", "gguf"):
         if report := export_of(folder, name):

@@ -118,12 +118,11 @@ class Tally:
         self.problems[where] = {"judge_problem": problem.removeprefix(f"{where}: ")}
 
     def summary(self) -> list[str]:
-        number = self.number
+        number, of = self.number, f"of {self.number['items']}"
         said = {
             "bad": f"skipped {number['bad']} bad rows",
-            "to_people": f"{number['to_people']} of {number['items']} are for people to look at",
-            "low_mass": f"{number['low_mass']} of {number['items']} have a label mass under "
-            f"{self.config.min_mass:g}",
+            "to_people": f"{number['to_people']} {of} are for people to look at",
+            "low_mass": f"{number['low_mass']} {of} have a label mass under {self.config.min_mass:g}",
             "pairs": f"the verdict flips with the order in {number['flipped']} of {number['pairs']} pairs",
         }
         return [words for name, words in said.items() if number[name]]
@@ -272,11 +271,9 @@ class Judging:
                         file.truncate(end)
                         return itertools.chain([ask], asks)
                 if not good:
-                    raise InputError(
-                        f"{out}:{number}: is not the judgment of {ask.where if ask else 'any input'} by this "
-                        "judge with these settings (--level, --min_mass, --route, template, ids); "
-                        "name another --out, or remove the file"
-                    )
+                    what = f"is not the judgment of {ask.where if ask else 'any input'}"
+                    by = "by this judge with these settings (--level, --min_mass, --route, template, ids)"
+                    raise InputError(f"{out}:{number}: {what} {by}; name another --out, or remove the file")
                 end += len(raw)
                 tally.add(row)
         return asks
