@@ -244,7 +244,7 @@ def sets(items: Sequence[Item], logq: torch.Tensor, draws: int) -> pandas.DataFr
 def kept(items: Sequence[Item], q: torch.Tensor) -> pandas.DataFrame:
     """Mean error on the shares of items that the judge is surest of, by two ways of being sure.
 
-    Items with fewer than two votes have no squared error and are left out of it.
+    Items with fewer than two votes, or parts of votes, have no squared error and are left out of it.
     """
     errors = {"squared error": distjudge.squared_distance(q, distjudge.counts_of(items))[0]}
     errors["KL to votes"] = distjudge.kl_divergence(distjudge.shares_of(items), q)
