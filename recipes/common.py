@@ -251,7 +251,7 @@ def fit_text(judge: Judge, items: Sequence[Item], config: RunConfig) -> str:
     judges, encoded = {config.four_bit: judge}, distjudge.training_rows(judge, items)[0]
     if config.lora_rank and not config.four_bit:
         judges[True] = outline(dataclasses.replace(config, four_bit=True), judge.labels)
-    own, recomputing, needed = judge.pack_tokens, sorted({config.gradient_checkpointing, True}), []
+    own, recomputing, least = judge.pack_tokens, sorted({config.gradient_checkpointing, True}), math.inf
     sizes = [own, *(size for size in (4096, 2048, 1024, 512, 1) if size < own)]
     for four_bit, size, recomputed in itertools.product(judges, sizes, recomputing):
         flags = [f"--pack_tokens {size}"] * (size != own)
@@ -260,12 +260,11 @@ def fit_text(judge: Judge, items: Sequence[Item], config: RunConfig) -> str:
         changed = dataclasses.replace(config, gradient_checkpointing=recomputed)
         judges[four_bit].pack_tokens = size
         largest = first_epoch(judges[four_bit], encoded, config)[1]
-        needed.append(sum(estimate_memory(judges[four_bit], changed, largest).values()) / 2**30)
-        if needed[-1] <= config.card_gib:
-            break
-    else:
-        return f"nothing does: it takes at least {min(needed):.1f} GiB, with the smallest settings"
-    return f"{' '.join(flags) or 'as it is'}: about {needed[-1]:.1f} GiB"
+        needed = sum(estimate_memory(judges[four_bit], changed, largest).values()) / 2**30
+        if needed <= config.card_gib:
+            return f"{' '.join(flags) or 'as it is'}: about {needed:.1f} GiB"
+        least = min(least, needed)
+    return f"nothing does: it takes at least {least:.1f} GiB, with the smallest settings"
 
 
 # --- memory -------------------------------------------------------------------------------------------------
