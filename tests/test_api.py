@@ -449,7 +449,7 @@ def test_one_cache_takes_one_process_and_other_folders_none(measure, fake):
     assert not fake.asked and measure(items(1))
 
 
-def test_ctrl_c_ends_in_one_line_and_keeps_the_answers(measure, fake):
+def test_ctrl_c_and_a_failure_end_in_one_line_and_keep_the_answers(measure, fake):
     measure(items(3), model="n")
     fake.answer = lambda prompt, body: time.sleep(60 * (prompt[-1] == "2")) or {"1": 0.9, "x": 0.1}
     command = [sys.executable, ROOT / "recipes" / "api.py", "--items", "items.jsonl", "--model", "m"]
@@ -461,6 +461,9 @@ def test_ctrl_c_ends_in_one_line_and_keeps_the_answers(measure, fake):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err.count("\n")) == (130, "", 1) and "Traceback" not in err
+    fake.faults.append((500, {}))
+    done = subprocess.run([*command, "--retries", "0"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert len(Path("run/cache.jsonl").read_text().splitlines()) == 5
 
 
@@ -502,19 +505,6 @@ def test_what_fails_for_good_is_said_in_one_line_and_not_kept(measure, fake, kin
         measure(items(1), retries=2, samples=int("no text" in words), timeout=0.4 if fault == "drip" else 9.0)
     assert "\n" not in str(error.value) and KEY not in str(error.value) and len(fake.asked) == requests
     assert Path("run/cache.jsonl").read_bytes() == b""
-
-
-def test_the_command_line(measure, fake, monkeypatch, capsys):
-    usual = ["api.py", "--items", "items.jsonl", "--model", "m", "--base_url", fake.url, "--retries", "0"]
-    measure(items(1), model="another")
-    for fault, code in ((500, 1), (404, 2)):
-        fake.faults.append((fault, {}))
-        monkeypatch.setattr(sys, "argv", usual)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            distjudge.cli(api.main, api.ApiConfig, failures=(api.EndpointError,))
-        said = capsys.readouterr().err
-        assert stopped.value.code == code and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_nothing_is_paid_twice(measure, fake, capsys):
