@@ -163,11 +163,10 @@ def draw(data: Look) -> plt.Figure:
     lengths.set_xlim(left=0)
     most, least = data.extremes(2)
     shown = [(i, "most") for i in most] + [(i, "least") for i in least]
-    rows = [{"prompt": item.prompt} for item in data.items]
-    run = Run(data.labels, [item.id for item in data.items], data.counts, data.p, None, {}, rows=rows)
+    run = Run(data.items, data.p)
     axes = bottom.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for ax, (i, kind) in zip(axes, shown, strict=True):
-        draw_item(ax, run, i, {}, f"{kind} agreed on: {given[i]:g} votes, {short(run.ids[i], 20)}")
+        draw_item(ax, run, i, {}, f"{kind} agreed on: {given[i]:g} votes, {short(data.items[i].id, 20)}")
     bottom.supylabel("share of votes", fontsize=9)
     return figure
 
