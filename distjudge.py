@@ -2621,7 +2621,7 @@ def noise_floor(items: Sequence[Item]) -> float | None:
 
 def _predictions(q: Any, p: torch.Tensor) -> torch.Tensor:
     """q as a float64 tensor (N, C) of distributions, checked: it has p's shape, and rows add up to 1."""
-    q = torch.as_tensor(q).detach().double().cpu()
+    q = torch.as_tensor(q, dtype=torch.float64).detach().cpu()
     if q.shape != p.shape:
         raise InputError(f"predicted: shape {tuple(q.shape)}, expected {tuple(p.shape)}: items, labels")
     off = (q < 0).any(1) | ~((q.sum(1) - 1).abs() <= 1e-3)  # NaN too
@@ -2803,7 +2803,7 @@ def evaluate(
     out["kl_corrected"] = None if floor is None else means["kl"] - floor
     out |= {"kl_marginal": kl_divergence(p, marginal).mean().item(), "kl_truth": None}
     if label_mass is not None:
-        mass = torch.as_tensor(label_mass).double()
+        mass = torch.as_tensor(label_mass, dtype=torch.float64)
         out |= {"label_mass": mass.mean().item(), "label_mass_min": mass.min().item()}
     return out | {name: None if math.isnan(value) else value for name, value in means.items()}
 

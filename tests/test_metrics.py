@@ -64,7 +64,7 @@ def test_by_hand_with_ties_zeros_and_the_floor():
     assert got["kl"] == pytest.approx((0.5 * math.log(0.5 / 0.3) + second + math.log(1e6)) / 3)
     assert (got["label_mass"], got["label_mass_min"]) == pytest.approx((0.8, 0.5))
     assert got["items"] == 3 and got["kl_truth"] is None and got["kl_noise_floor"] is None
-    assert evaluate(torch.tensor(q), items, draws=0) == evaluate(q, items, draws=0)
+    assert evaluate(torch.tensor(q, dtype=torch.float64), items, draws=0) == evaluate(q, items, draws=0)
 
 
 def test_marginal_comes_from_the_training_items_and_is_the_best_constant():
