@@ -2749,7 +2749,7 @@ def survey_equivalence(predicted: Any, items: Sequence[Item], draws: int = 2000)
     inverse, 1 / n; where that is 0 or less, votes cannot tell the judge from the truth, and n is math.inf.
     Source: Resnick et al., "Survey equivalence" (2021): as many people as have the same expected score.
     """
-    counts, p, q = counts_of(items), shares_of(items), torch.as_tensor(predicted)
+    counts, p, q = counts_of(items), shares_of(items), torch.as_tensor(predicted, dtype=torch.float64)
     runs = torch.stack([_predictions(one, p) for one in (q if q.dim() == 3 else q[None])])
     distance, apart = squared_distance(runs, counts)
     both, kept = torch.stack([distance, apart.expand_as(distance)], 2), apart.isfinite()
