@@ -2528,7 +2528,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if _hash_file(file) != path.stem[15:]:
                 raise ValueError("is damaged: its checksum is another")
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            if "made_from" not in (state := torch.load(file, map_location="cpu", weights_only=True)):
+                raise ValueError("it is not of this kit")
+            return state
     except Exception as error:  # what torch.load refuses can have any name
         raise InputError(f"{path}: is no whole checkpoint: {first_line(error)}") from None
 

@@ -1,6 +1,7 @@
 """A run that is stopped goes on to the same bits; checkpoints are whole or not used, and run no code."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -125,6 +126,11 @@ def plant(path, content):
     (path.parent / name).write_bytes(content)
 
 
+def saved(content):
+    torch.save(content, stream := io.BytesIO())
+    return stream.getvalue()
+
+
 def overwrite(path, at, content):
     whole = path.read_bytes()
     path.write_bytes(whole[:at] + content + whole[at:][len(content) :])
@@ -135,6 +141,7 @@ DAMAGES = {
     "changed": lambda path: overwrite(path, -1, bytes([path.read_bytes()[-1] ^ 1])),
     "changed within a tensor": lambda path: overwrite(path, 4096, b"xx"),
     "no checkpoint": lambda path: plant(path, b"hello"),
+    "of another program": lambda path: plant(path, saved({"model": torch.zeros(2)})),
 }
 
 
@@ -261,6 +268,8 @@ def test_a_diverging_run_names_step_items_and_checkpoint(go, method):
     named = r"not finite at step 7, for items i\d+, .*; last good checkpoint: .*step-000000005"
     with pytest.raises(FloatingPointError, match=named):
         go("run", at={6: poison}, save_every=5, **method)
+    with pytest.raises(FloatingPointError, match=r"weights are not finite after step 5, of items i\d+"):
+        go("other", at={5: poison}, save_every=5, **method)
 
 
 # --- the same with real processes ----------------------------------------------------------------------
