@@ -88,7 +88,8 @@ class Messages(str):
 
 def messages_of(prompt: str) -> list[dict[str, str]]:
     """The messages of a prompt, for a chat template or an API: one of the user's, or those it holds."""
-    return json.loads(prompt) if isinstance(prompt, Messages) else [{"role": "user", "content": prompt}]
+    held = prompt_field(prompt)
+    return [{"role": "user", "content": held}] if isinstance(held, str) else held
 
 
 def prompt_field(prompt: str) -> str | list[dict[str, str]]:
@@ -1833,7 +1834,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _hash_file(file: Any) -> str:
+def hash_file(file: Any) -> str:
+    """SHA-256 of what a file opened as bytes still holds, read in blocks."""
     digest = hashlib.sha256()
     while block := file.read(1 << 22):
         digest.update(block)
@@ -1846,7 +1848,7 @@ def checksums(folder: Path) -> dict[str, str]:
     paths = (path for part in ("adapter", "model", "tokenizer") for path in (folder / part).rglob("*"))
     for path in sorted(path for path in paths if path.suffix in kinds and path.is_file()):
         with open(path, "rb") as file:
-            found[path.relative_to(folder).as_posix()] = _hash_file(file)
+            found[path.relative_to(folder).as_posix()] = hash_file(file)
     return found
 
 
@@ -2513,7 +2515,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
-            name = f"step-{step:09d}-{_hash_file(file)}.pt"
+            name = f"step-{step:09d}-{hash_file(file)}.pt"
         os.replace(part, folder / name)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
@@ -2525,7 +2527,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, on the CPU. Raises InputError for a file that is cut, changed or planted."""
     try:
         with open(path, "rb") as file:
-            if _hash_file(file) != path.stem[15:]:
+            if hash_file(file) != path.stem[15:]:
                 raise ValueError("is damaged: its checksum is another")
             file.seek(0)
             if "made_from" not in (state := torch.load(file, map_location="cpu", weights_only=True)):

@@ -7,7 +7,6 @@ download is taken up where it stopped, now or on the next run. read_table() is t
 import contextlib
 import csv
 import gzip
-import hashlib
 import http.client
 import io
 import itertools
@@ -73,7 +72,8 @@ def fetch_all(task: str) -> tuple[str, ...]:
 
 
 def sha256_of(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return distjudge.hash_file(file)
 
 
 def fetch(name: str, url: str, folder: Path, sha256: str = "", tries: int = 3) -> Path:
@@ -94,7 +94,7 @@ def fetch(name: str, url: str, folder: Path, sha256: str = "", tries: int = 3) -
         if file == part:
             part.unlink()
         raise InputError(f"{file}: has the checksum {found}, not {sha256}, that of {url}; {remedy}")
-    return file.replace(path)
+    return path if file == path else part.replace(path)
 
 
 def _download(url: str, part: Path) -> str:
