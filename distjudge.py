@@ -1226,9 +1226,10 @@ def collate(
         batch = {"input_ids": [row + [pad_id] * (width - len(row)) for row in rows]}
         batch["attention_mask"] = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
     reads, at, column = [], {}, {token: k for k, token in enumerate(tokens.token_ids)}
+    spelled = [(branches.index(sequence[:-1]), sequence) for _, sequence in tokens.sequences]
     for i, ids in enumerate(prompts):
-        for _, sequence in tokens.sequences:
-            row = i * len(branches) + branches.index(sequence[:-1])
+        for branch, sequence in spelled:
+            row = i * len(branches) + branch
             for k, token in enumerate(sequence, len(ids) - 1):
                 place = (0, pack.paths[row][k]) if packed else (row, k)
                 reads.append((at.setdefault(place, len(at)), column[token]))
@@ -1330,11 +1331,12 @@ class Judge:
         if self.packs:
             packs = pack_prompts(encoded, self.pack_tokens, self.tokens.branches, self.model.two_levels)
             return [pack.members for pack in packs]
-        groups, rows = [], len(self.tokens.branches)
+        groups, start, rows = [], 0, len(self.tokens.branches)
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-        while order:
-            size = max(1, self.pack_tokens // (rows * len(encoded[order[0]])))
-            groups, order = [*groups, order[:size]], order[size:]
+        while start < len(order):
+            size = max(1, self.pack_tokens // (rows * len(encoded[order[start]])))
+            groups.append(order[start : start + size])
+            start += size
         return groups
 
     def batch(self, encoded: Sequence[list[int]], device: Any = None) -> dict[str, torch.Tensor]:
