@@ -2275,7 +2275,7 @@ def train(
     parts |= {"teacher": teacher} if teacher else {}
     made_from = _made_from(judge, items, eval_items, config)
     progress = Progress(judge, config, accelerator, parts, made_from, last)
-    order = functools.lru_cache(1)(functools.partial(epoch_order, encoded, config))
+    order: list[int] = []
     adversary, hybrid = inspect.unwrap(worst_case), inspect.unwrap(hybrid_loss)  # without their checks
 
     def backward(rows: list[int], said: torch.Tensor | None, weight: float) -> torch.Tensor:
@@ -2305,7 +2305,9 @@ def train(
     with locked(config.out) if progress.writes else contextlib.nullcontext(), progress.running():
         while progress.done < last:
             epoch, k = divmod(progress.done, per_epoch)
-            step_items = order(epoch)[k * config.batch_size : (k + 1) * config.batch_size]
+            if k == 0 or not order:
+                order = epoch_order(encoded, config, epoch)
+            step_items = order[k * config.batch_size : (k + 1) * config.batch_size]
             mine = step_items[rank * len(step_items) // processes : (rank + 1) * len(step_items) // processes]
             said, loss = None, None
             if teacher and teacher.number:
@@ -2495,7 +2497,8 @@ class Progress:
         python, cpu, cuda = state["random"]
         random.setstate(python)
         torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(cuda)  # [] without CUDA
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda)
         self.done, self.rows, self.judge.pack_tokens = state["step"], state["rows"], state["pack_tokens"]
 
 
