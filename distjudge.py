@@ -478,12 +478,15 @@ def _annotations(value: Any) -> dict[str, int]:
 
 
 def _other_order(value: Any) -> tuple[str, dict[str, str]]:
-    whole = isinstance(value, dict) and not is_missing(value.get("prompt"))
-    if not whole or not isinstance(value.get("labels"), dict):
+    if not isinstance(value, dict) or not isinstance(value.get("labels"), dict):
         form = '{"prompt": ..., "labels": {label: label in the other order}}'
         raise ValueError(f"must be {form}, not {short(repr(value))}")
-    there = {as_label(a): as_label(b) for a, b in value["labels"].items() if not is_missing(b)}
-    return prompt_text(value["prompt"]), there
+    part = "prompt"
+    try:
+        prompt, part = prompt_text(value.get(part)), "labels"
+        return prompt, {as_label(a): as_label(b) for a, b in value[part].items() if not is_missing(b)}
+    except ValueError as error:
+        raise ValueError(f"{part}: {error}") from None
 
 
 _SHARES = functools.partial(_votes, shares=True)

@@ -162,7 +162,7 @@ FIELDS = [  # a field of a row in the place of the right one, what the refusal n
 ]
 SWAPS = [
     ("a: cold b: hot", "must be"),
-    (SWAP | {"prompt": None}, "must be"),
+    (SWAP | {"prompt": None}, "prompt: missing"),
     (SWAP | {"prompt": " "}, "empty"),
     (SWAP | {"labels": {"a": "c"}}, "unknown label {c}"),
     (SWAP | {"labels": {"a": "b"}}, "do not trade places"),
