@@ -1516,9 +1516,9 @@ def load_judge(
     Weights are float32 on a CPU, 16-bit on CUDA, or with four_bit NF4. LoRA adapters go on all linear layers
     of the decoder; with lora_rank=0 all weights are trained, in float32. bf16: on a CPU with AMX, products
     with what carries an adapter are in bfloat16. max_length, bf16: 2048 tokens and False, or as a saved judge
-    was trained. Only safetensors are read, no code of a repository is run. weights=False: an
-    outline on PyTorch's meta device, for dry runs. Raises InputError for what is no model, labels other than
-    a saved judge's, changed files of it, and where check_model() does.
+    was trained. Only safetensors are read, no code of a repository is run. weights=False: an outline on
+    PyTorch's meta device, for dry runs. Raises InputError for what is no model, labels other than a saved
+    judge's, changed files of it, and where check_model() does.
     """
     folder, path, base, adapter, saved = Path(path), str(path), str(path), None, {}
     if (folder / "judge.json").is_file():
