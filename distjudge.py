@@ -316,6 +316,22 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
         raise InputError(f"{shown}: cannot be read: {error}") from None
 
 
+def rows_of(path: str | os.PathLike, **default: Any) -> list[dict[str, Any]]:
+    """The rows of a file, with "where" they stand. default: fields that a row may lack."""
+    found = list(read_rows(path))
+    if wrong := [f"{where}: {problem}" for where, _, problem in found if problem]:
+        raise InputError(wrong[0])
+    return [default | row | {"where": where} for where, row, _ in found]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    content, problem = parse_json(path.read_bytes())
+    if problem:
+        raise InputError(f"{path}: {problem}")
+    return content
+
+
 LONGEST = 1 << 28  # bytes of a line, or of one JSON document
 
 
@@ -2669,6 +2685,16 @@ def item_scores(q: Any, items: Sequence[Item], ordered: bool | None = None) -> d
     return out
 
 
+BOUNDS = dict.fromkeys(("accuracy", "total_variation"), (0.0, 1.0))
+BOUNDS |= dict.fromkeys(("mean_correlation", "entropy_correlation"), (-1.0, 1.0))
+
+
+def within(metric: str, end: float) -> float:
+    """An end of an interval, cut to what the metric can be: few items' can reach further."""
+    least, most = BOUNDS.get(metric, (0.0, math.inf))
+    return max(least, min(end, most))
+
+
 def entropy(q: Any) -> torch.Tensor:
     """-sum_c q_c log q_c in nats, (N, C) -> (N,), float64: from 0 for a sure judge to log C for no idea."""
     q = torch.as_tensor(q).double()
@@ -2914,7 +2940,13 @@ def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
     return {label: texts.split(",") for label, texts in (pair.split("=", 1) for pair in pairs)}
 
 
-def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) -> list[Item]:
+def keep_short(
+    judge: Judge,
+    items: Sequence[Item],
+    overlong: str,
+    what: str,
+    remedy: str = "raise --max_length or use --overlong drop",
+) -> list[Item]:
     """The items whose prompts fit judge.max_length; InputError for the others unless overlong is "drop"."""
     from tqdm.auto import tqdm
 
@@ -2929,7 +2961,7 @@ def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str) ->
     if over and overlong == "error":
         first = f"{items[over[0]].named}: prompt: {lengths[over[0]]} tokens"
         limit = f"longer than max_length {most} (the longest has {max(lengths)})"
-        raise InputError(f"{first}; {found} are {limit}; raise --max_length or use --overlong drop")
+        raise InputError(f"{first}; {found} are {limit}; {remedy}")
     if len(over) == len(items):
         raise InputError(f"no {what} items are left within max_length {most}")
     if over:

@@ -115,25 +115,14 @@ def load_run(folder: str | Path) -> Run:
     """Reads predictions.jsonl, metrics.json and, if there, log.jsonl and config.json. Raises InputError."""
     home, named = Path(folder), short(folder, 200)
 
-    def lines(name: str) -> list[dict]:
-        found = list(distjudge.read_rows(home / name))
-        if wrong := [f"{where}: {problem}" for where, _, problem in found if problem]:
-            raise InputError(wrong[0])
-        return [row for _, row, _ in found]
-
-    def content(name: str) -> dict:
-        found, problem = distjudge.parse_json((home / name).read_bytes())
-        if problem:
-            raise InputError(f"{name}: {problem}")
-        return found
-
     def values(row: dict, field: str) -> dict[str, float]:
         return {label: row[field][label] for label in rows[0]["predicted"]}
 
     try:
-        rows, metrics = lines("predictions.jsonl"), content("metrics.json")
-        log = lines("log.jsonl") if (home / "log.jsonl").exists() else []
-        settings = content("config.json") if (home / "config.json").exists() else {}
+        rows = distjudge.rows_of(home / "predictions.jsonl")
+        metrics = distjudge.read_json(home / "metrics.json")
+        log = distjudge.rows_of(home / "log.jsonl") if (home / "log.jsonl").exists() else []
+        settings = distjudge.read_json(home / "config.json") if (home / "config.json").exists() else {}
         if not rows:
             raise InputError("no predictions")
         items = []
@@ -145,7 +134,7 @@ def load_run(folder: str | Path) -> Run:
         return Run(items, q, metrics, log, rows, settings, home.resolve().name)
     except KeyError as error:
         raise InputError(f"{named}/predictions.jsonl: a line lacks {error}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{named}: not a run folder: {error}") from None
 
 

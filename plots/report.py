@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,6 @@ from plots import figures
 from plots.figures import Run, interval
 
 COLOURS = ("#e08214", "#2f9e77", "#b5579d", "#8c6bb1", "#a6761d", "#d6604d")
-# what a metric can be; others are 0 or more
-BOUNDS = dict.fromkeys(("accuracy", "total_variation"), (0.0, 1.0))
-BOUNDS |= dict.fromkeys(("mean_correlation", "entropy_correlation"), (-1.0, 1.0))
 METRICS = {  # the names of distjudge.item_scores, and what they mean to a reader
     "kl": ("KL to the votes, nats", "lower is better"),
     "kl_truth": ("KL to the truth, nats", "lower is better"),
@@ -123,8 +119,7 @@ def mean_of(one: Run, metric: str, draws: int, first: Run | None = None) -> str:
     found.pop("p")
     if first or found["low"] is None:
         return interval(**found, digits="+.3f" if first else ".3f")
-    least, most = BOUNDS.get(metric, (0.0, math.inf))  # few items' interval can reach beyond what there is
-    return interval(found["mean"], max(found["low"], least), min(found["high"], most))
+    return interval(found["mean"], *(distjudge.within(metric, found[end]) for end in ("low", "high")))
 
 
 def metrics_rows(judged: list[Run], draws: int, first: Run | None = None) -> list[tuple]:

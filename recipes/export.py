@@ -30,6 +30,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,16 +75,20 @@ class ExportConfig:
 
 
 def read(path: Path) -> dict[str, Any]:
-    content, wrong = distjudge.parse_json(path.read_bytes()) if path.is_file() else ({}, "")
-    if wrong:
-        raise InputError(f"{path}: {wrong}")
-    return content
+    return distjudge.read_json(path) if path.is_file() else {}
 
 
 def export_of(folder: Path, name: str) -> dict[str, Any]:
     """The export.json of merged/ or gguf/ in a run folder; {} if there is none, or one of another judge."""
     report = read(folder / name / "export.json")
-    return report if report.get("judge") == read(folder / "judge.json")["digest"] else {}
+    return report if report.get("judge") == identity(folder) else {}
+
+
+def identity(folder: Path) -> str:
+    """A hash of the judge of a run folder, whatever its calibration, which no export carries."""
+    saved = read(folder / "judge.json")
+    own = {name: saved[name] for name in sorted({*saved} - {"digest", "calibration"})}
+    return sha256(json.dumps(own).encode()).hexdigest()
 
 
 # --- before the work: what cannot be done -----------------------------------------------------------------
@@ -198,7 +203,7 @@ def export_judge(judge: Judge, config: ExportConfig, folder: Path, out: Path, de
         if form == "gguf-unchecked":
             report["compared_items"] = 0
             distjudge.log.warning(f"{out}: the file was not compared with the judge (gguf-unchecked)")
-        about = {"judge": read(folder / "judge.json")["digest"], "versions": distjudge.versions()}
+        about = {"judge": identity(folder), "versions": distjudge.versions()}
         write_json(part / "export.json", report | about)
         part.rename(out)
     finally:
@@ -496,7 +501,9 @@ def metrics_section(folder: Path) -> str:
         scores = distjudge.item_scores([list(r["predicted"].values()) for r in rows], items)
         for name, values in scores.items():
             found = distjudge.bootstrap(values[None], groups=[item.group for item in items])
-            ends[name] = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
+            if found["low"] is not None:
+                low, high = distjudge.within(name, found["low"]), distjudge.within(name, found["high"])
+                ends[name] = f"{low:.3f} to {high:.3f}"
     known = {name: value for name, value in metrics.items() if isinstance(value, float)}
     lines = [f"| `{name}` | {value:.3f} | {ends.get(name, '')} |\n" for name, value in known.items()]
     return METRICS.format(items=metrics["items"], lines="".join(lines)) if metrics else ""

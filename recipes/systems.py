@@ -260,18 +260,10 @@ def compare(panel: Panel) -> dict[str, Any]:
 
 
 # --- what is read -----------------------------------------------------------------------------------------
-def rows_of(path: str, **default: Any) -> list[dict[str, Any]]:
-    """The rows of a file, with "where" they stand. default: fields that a row may lack."""
-    found = list(distjudge.read_rows(path))
-    if wrong := [f"{where}: {problem}" for where, _, problem in found if problem]:
-        raise InputError(wrong[0])
-    return [default | row | {"where": where} for where, row, _ in found]
-
-
 def read_predictions(path: str) -> dict[str, Item]:
     """Predictions by id, as items with shares_of(); the prompt is "-" where a line has none."""
     made = []
-    for row in rows_of(path, prompt="-"):
+    for row in distjudge.rows_of(path, prompt="-"):
         if distjudge.is_missing(row.get("id")) or not isinstance(row.get("predicted"), dict):
             needed = "a prediction needs id and predicted, {label: probability}"
             raise InputError(f"{row['where']}: predicted: {needed}")
@@ -300,7 +292,7 @@ def read_panel(config: SystemsConfig) -> Panel:
     judge = distjudge.load_judge(config.run) if config.run else None
     predicted = {} if judge else read_predictions(config.predictions)
     labels = judge.labels if judge else distjudge.labels_of([*predicted.values()])
-    rows = rows_of(config.items)
+    rows = distjudge.rows_of(config.items)
     items = distjudge.load_items(rows or config.items, labels=labels, votes=False)
     for row in rows:
         try:

@@ -28,7 +28,7 @@ import pandas
 import torch
 from scipy.special import stdtr
 
-from recipes.systems import holm, matched, publish, read_predictions, rows_of
+from recipes.systems import holm, matched, publish, read_predictions
 
 FILES = ("trust.txt", "trust.json", "trust.png")
 FEW = 10  # a slice of fewer items is left out
@@ -235,7 +235,7 @@ def main(config: TrustConfig) -> None:
     path = str(given / "predictions.jsonl" if given.is_dir() else given)
     voted = config.items or path
     predicted = read_predictions(path)
-    rows, labels = rows_of(voted, prompt="-"), distjudge.labels_of([*predicted.values()])
+    rows, labels = distjudge.rows_of(voted, prompt="-"), distjudge.labels_of([*predicted.values()])
     items = distjudge.load_items(rows or voted, labels=labels, votes=False)
     pairs = [(i, row) for i, row in zip(items, rows, strict=True) if i.votes and i.id in predicted]
     if not pairs:
