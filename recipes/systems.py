@@ -203,13 +203,14 @@ def interval(e: Estimate, slope: np.ndarray, least: float, most: float, value: f
         half = stdtrit(df, (1 + LEVEL) / 2) * se
     else:
         se, df, half = 0, n - 1, (most - least) * (1 - ((1 - LEVEL) / 2) ** (1 / n))
-    found = {"estimate": value, "low": max(least, value - half), "high": min(most, value + half)}
-    return {name: float(x) for name, x in (found | {"se": se, "df": df}).items()}
+    ends = np.clip([value, value - half, value + half], least, most)
+    found = zip(("estimate", "low", "high", "se", "df"), (*ends, se, df), strict=True)
+    return {name: float(x) for name, x in found}
 
 
-def win(e: Estimate, a: int, b: int) -> dict[str, float]:
-    """The win probability from shares of ordered labels: sum over k, l of a_k b_l ([k > l] + [k = l] / 2)."""
-    above = np.tril(np.ones((e.value.shape[1],) * 2), -1) + np.eye(e.value.shape[1]) / 2
+def win(e: Estimate, a: int, b: int, values: np.ndarray) -> dict[str, float]:
+    """The win probability from shares of labels of these values: sum of a_k b_l ([k > l] + [k = l] / 2)."""
+    above = np.heaviside(np.subtract.outer(values, values), 0.5)
     slope = np.zeros_like(e.value)
     slope[a], slope[b] = above @ e.value[b], e.value[a] @ above
     return interval(e, slope, 0, 1, e.value[a] @ slope[a])
@@ -246,7 +247,7 @@ def compare(panel: Panel) -> dict[str, Any]:
         rows[name] |= {measure: found(measure, units[s]) for measure in measures}
     for a, b in itertools.combinations(range(len(names)), 2):
         pairs.append({"a": names[a], "b": names[b]} | {m: found(m, units[a] - units[b]) for m in tested})
-        pairs[-1] |= {"win": {how: win(e, a, b) for how, e in shares.items()}} if numeric else {}
+        pairs[-1] |= {"win": {how: win(e, a, b, values) for how, e in shares.items()}} if numeric else {}
     gaps = [(pair, pair[measure]["ppi"]) for pair in pairs for measure in tested]
     single = [2 * stdtr(g["df"], -abs(g["estimate"]) / g["se"]) if g["se"] else 1.0 for _, g in gaps]
     for (pair, gap), p in zip(gaps, holm(single), strict=True):
@@ -307,7 +308,7 @@ def read_panel(config: SystemsConfig) -> Panel:
             few = f"has rated items in {n} groups, and an interval needs two"
             raise InputError(f"{short(config.items, 1000)}: {config.field} '{short(name)}' {few}")
     if judge:
-        distjudge.keep_short(judge, items, "error", "given")
+        distjudge.keep_short(judge, items, "error", "given", "leave such items out")
         panel.q = distjudge.judge_items(judge, items, progress=True)[0].numpy().astype(float)
     else:
         panel.q = matched(items, predicted, config.predictions)

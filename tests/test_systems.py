@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import systems
-from systems import METHODS, Panel, SystemsConfig, compare, estimate, holm, interval, win
+from systems import METHODS, Estimate, Panel, SystemsConfig, compare, estimate, holm, interval, win
 
 SCALE = np.arange(1.0, 6)[:, None]
 ABOVE = np.tril(np.ones((5, 5)), -1) + np.eye(5) / 2
@@ -62,7 +62,7 @@ def checked(panels, shares, title):
             for a, b in itertools.combinations(range(len(units)), 2):
                 gap = interval(by_mean[how], (units[a] - units[b])[:, None], -4, 4)
                 cells.append(("difference", gap, means[a] - means[b]))
-                cells.append(("win", win(by_share[how], a, b), shares[a] @ ABOVE @ shares[b]))
+                cells.append(("win", win(by_share[how], a, b, SCALE[:, 0]), shares[a] @ ABOVE @ shares[b]))
             for name, cell, true in cells:
                 found[how, name].append((cell["low"] <= true <= cell["high"], cell["high"] - cell["low"]))
     found = {key: np.mean(values, axis=0) for key, values in found.items()}
@@ -171,6 +171,17 @@ def test_a_hand_made_panel():
     assert pair["win"]["votes"]["estimate"] == pytest.approx((0 + 0 + 0.5) / 9)  # 3 against 3 is the only tie
     assert pair["win"]["judge"]["estimate"] == pytest.approx(0.5)
     assert list(table["systems"]) == ["b", "a"]
+    turned = compare(Panel([*"54321"], ["a", "b"], system, group, counts[:, ::-1], counts * 0 + 0.2))
+    assert turned["pairs"][0]["win"]["votes"] == pytest.approx(pair["win"]["votes"])  # 5 beats 4 in any order
+
+
+def test_no_estimate_is_beyond_its_interval():
+    """The judge's part can take the share of a rare label below 0, where no bar can be drawn."""
+    e = Estimate(
+        np.array([[-0.01, 1.01]]), np.array([[[0.01, 0]], [[-0.01, 0]]]), np.full((2, 1), 2), np.array([2])
+    )
+    cell = interval(e, np.array([[1.0, 0]]), 0, 1)
+    assert cell["estimate"] == cell["low"] == 0 < cell["high"] < 1
 
 
 def test_holm_by_hand():
