@@ -32,6 +32,7 @@ from recipes.systems import holm, matched, publish, read_predictions
 
 FILES = ("trust.txt", "trust.json", "trust.png")
 FEW = 10  # a slice of fewer items is left out
+TESTED = 5  # with fewer groups no verdict is given
 SHOWN = 8  # slices of a field that the page shows, the worst ones
 SURE = 0.05  # p of what is called sure
 NO_END = "no end"  # a worth that votes cannot tell from the truth's; None: nothing is known
@@ -71,15 +72,16 @@ class TrustConfig:
 
 # --- measures ----------------------------------------------------------------------------------------------
 def left_out(q: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """How often the judge, and a person, say what most of the others say: (N, 2); NaN under two votes.
+    """How often the judge, and a person, say what most of the others say: (N, 2).
 
     Each voter is left out in turn: others (N, C, C) is the majority without a vote for each label. Labels
-    that tie share it. Source: Resnick et al. (2021).
+    that tie share it. NaN under two votes, or with parts of votes. Source: Resnick et al. (2021).
     """
     most = lambda x: distjudge.majority(torch.as_tensor(x)).numpy()  # noqa: E731
     m, says, others = counts.sum(1, keepdims=True), most(q), most(counts[:, None] - np.eye(counts.shape[1]))
+    told = (m >= 2) & (counts == counts.round()).all(1, keepdims=True)
     hits = np.stack([np.einsum("nvc,nc->nv", others, says), np.einsum("nvv->nv", others)], 1)
-    return np.where(m >= 2, (hits * np.where(counts >= 1, counts / m, 0)[:, None]).sum(2), np.nan)
+    return np.where(told, (hits * np.where(counts >= 1, counts / m, 0)[:, None]).sum(2), np.nan)
 
 
 def excess(error: np.ndarray, inside: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
@@ -102,7 +104,7 @@ def slices_of(values: Sequence[Any]) -> dict[str, np.ndarray]:
         column = column.astype(float)
         quarter = pandas.qcut(column, 4, labels=False, duplicates="drop")
         ends = column.groupby(quarter).agg(["min", "max"])
-        column = quarter.map({k: f"{low:.3g} to {high:.3g}" for k, low, high in ends.itertuples()})
+        column = quarter.map({k: f"{low:.6g} to {high:.6g}" for k, low, high in ends.itertuples()})
     at, names = pandas.factorize(column.astype(object).map(str, na_action="ignore"))
     return {name: at == k for k, name in enumerate(names)}
 
@@ -145,7 +147,9 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
         worth = distjudge.survey_equivalence(q[which], some, draws)
         return {end: NO_END if x == math.inf else x for end, x in worth.items()}
 
+    group = distjudge.group_numbers([item.group for item in items]).numpy()
     out = {"items": len(items), "votes": counts.sum().item(), "two_votes": int(np.isfinite(distance).sum())}
+    out["groups"] = int(group.max()) + 1
     out["people"] = people(np.full(len(items), True))
     out["brier"] = {"judge": mean(distance + apart), "one person": mean(2 * apart), "everybody": mean(apart)}
     share = lambda hit: {end: x and min(1.0, max(0.0, x)) for end, x in mean(hit).items()}  # noqa: E731
@@ -156,10 +160,11 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
     for name, column in columns.items():
         row = {"judge": float((q @ column).mean()), "people": float((p @ column).mean())}
         out["shifts"][name] = row | {"shift": mean(q @ column, p @ column)}
-    single = [row["shift"]["p"] or 1.0 for row in out["shifts"].values()]  # None where all is one group
+    # few groups' p are too small: with two of them twelve times as often under 0.008 as by chance
+    is_tested = out["groups"] >= TESTED
+    single = [row["shift"]["p"] if is_tested else 1.0 for row in out["shifts"].values()]
     for row, p_holm in zip(out["shifts"].values(), holm(single), strict=True):
         row["p_holm"] = p_holm
-    group = distjudge.group_numbers([item.group for item in items]).numpy()
     out["slices"] = slices(distance, group, fields)
     for k, row in enumerate(out["slices"]):
         inside, earlier = row.pop("inside"), [other["field"] for other in out["slices"][:k]]
@@ -251,6 +256,10 @@ def main(config: TrustConfig) -> None:
             raise InputError(f"{short(voted, 1000)}: by: no item has a field '{short(name)}'")
     found, left = measure(q, rated, fields), len(items) - len(rated)
     lines = [f"How far may it be trusted? {short(path, 1000)}", *page(found)]
+    if (groups := found["groups"]) < 30:
+        lines.append(
+            f"These are {groups} groups: intervals are too narrow, and under {TESTED} there is no verdict."
+        )
     lines += [f"{left} items without votes or without a prediction are left out."] if left else []
     publish(config, FILES, lines, found | {"left_out": left}, draw)
 

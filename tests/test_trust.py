@@ -46,8 +46,8 @@ def test_measures_by_hand():
     # of 2 and 1 votes: without a voter of two the others tie, without the other one both say the first
     expected = [[(2 * 0.5 + 1) / 3, (2 * 0.5 + 0) / 3], [math.nan] * 2, [1, 1]]
     assert left_out(q, counts) == pytest.approx(np.array(expected), nan_ok=True)
-    parts = distances(q, counts * 1.5)[0]
-    assert np.isnan(parts).tolist() == [True, True, False]  # people do not come in halves
+    for parts in (distances(q, counts * 1.5)[0], *left_out(q, counts * 1.5).T):
+        assert np.isnan(parts).tolist() == [True, True, False]  # people do not come in halves
 
 
 def test_one_person_is_worth_one():
@@ -81,6 +81,7 @@ def test_slices_are_quarters_or_values():
     numbers = slices_of([*range(20), None])
     assert list(numbers) == ["0 to 4", "5 to 9", "10 to 14", "15 to 19"]
     assert [int(inside.sum()) for inside in numbers.values()] == [5] * 4
+    assert len(slices_of([2010 + k / 4 for k in range(40)])) == len(slices_of(range(100_000, 100_200))) == 4
     values = slices_of(["a", None, 2, True])
     assert {name: inside.argmax() for name, inside in values.items()} == {"a": 0, "2": 2, "True": 3}
 
@@ -110,8 +111,9 @@ def test_slices_by_hand():
 def judged(tmp_path, capsys):
     """What trust.py says, trust.json and the page, of items with the same prediction and these votes."""
 
-    def run(predicted, votes):
+    def run(predicted, votes, group=""):
         rows = [{"id": str(i), "predicted": predicted, "annotations": said} for i, said in enumerate(votes)]
+        rows = [row | ({"group": group[i % len(group)]} if group else {}) for i, row in enumerate(rows)]
         write(tmp_path / "judged.jsonl", rows)
         trust.main(TrustConfig(str(tmp_path / "judged.jsonl"), str(tmp_path / "out")))
         return json.loads((tmp_path / "out" / "trust.json").read_text()), capsys.readouterr().out
@@ -189,6 +191,10 @@ def test_the_verdict_goes_by_the_p_beside_it(judged):
         row = found["shifts"]["mean rating"]
         assert row["shift"]["p"] < 0.05 and (row["p_holm"] < 0.05) == (words != "neither")
         assert f"the judge is {words}" in said
+    found, said = judged({"1": 0, "2": 0.7, "3": 0.3}, [["1"]] * 10 + [["2"]] * 90, group="ab")
+    row = found["shifts"]["mean rating"]  # two groups can be alike by chance
+    assert row["shift"]["p"] < 0.01 and row["p_holm"] == 1 and "neither lenient nor" in said
+    assert "These are 2 groups: intervals are too narrow" in said
 
 
 def test_words_as_labels_and_one_vote_an_item(judged):
