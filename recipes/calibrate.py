@@ -205,7 +205,7 @@ def judge_items(config: CalibrateConfig) -> tuple[list[Item], torch.Tensor]:
         print(f"not checked that the judge was trained on none of these items: {why}", file=sys.stderr)
     else:
         distjudge.keep_apart(trained, items)
-    distjudge.keep_short(judge, items, "error", "calibration")
+    distjudge.keep_short(judge, items, "error", "calibration", "leave such items out")
     return items, judge.score([prompt for item in items for prompt in item.prompts], progress=True)[0]
 
 
@@ -213,6 +213,7 @@ def predictions_of(path: str) -> tuple[list[Item], torch.Tensor]:
     """Items and log-probabilities (N, C) from a file of predictions; these are raised to 1e-6 first."""
     predicted = read_predictions(path)
     items = distjudge.load_items(path, labels=distjudge.labels_of([*predicted.values()]))
+    items = [dataclasses.replace(item, swap=None) for item in items]  # predictions are of both orders already
     return items, torch.from_numpy(matched(items, predicted, path)).clamp_min(1e-6).log()
 
 
@@ -258,11 +259,13 @@ def kept(items: Sequence[Item], q: torch.Tensor) -> pandas.DataFrame:
 
 def main(config: CalibrateConfig) -> None:
     run = Path(config.run)
-    sources = (config.run and config.items, config.run and config.remove, config.predictions)
-    if sum(map(bool, sources)) != 1:
+    given = {name for name in ("run", "items", "remove", "predictions") if getattr(config, name)}
+    if given not in ({"run", "items"}, {"run", "remove"}, {"predictions"}):
         raise InputError("name a judge with --run and its --items (or --remove), or --predictions alone")
     if config.run and not (run / "judge.json").is_file():
         raise InputError(f"{config.run}: no judge in this folder")
+    if config.draws < 1:
+        raise InputError(f"draws: must be 1 or more, not {config.draws}")
     if config.remove:
         save(None, run)
         print(f"{config.run}: no calibration any more; the judge answers as it was trained")

@@ -291,6 +291,9 @@ def test_predictions_of_any_judge(tmp_path, capsys, monkeypatch):
     table = recipe.sets(*recipe.predictions_of("predictions.jsonl"), 3)
     assert len(table) == 12 and table["votes held"].between(0, 1).all()
     assert table["labels"].between(1, 3).all()
+    paired = rows[0] | {"swap": {"prompt": "0 turned?", "labels": {}}}  # its prediction is of both orders
+    path.write_text("".join(json.dumps(row) + "\n" for row in [paired, *rows[1:]]))
+    assert recipe.sets(*recipe.predictions_of("predictions.jsonl"), 3).equals(table)
     del rows[3]["predicted"]["2"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match=r"predictions.jsonl:4: item '3': predicted: shares must add up"):
@@ -299,8 +302,12 @@ def test_predictions_of_any_judge(tmp_path, capsys, monkeypatch):
 
 def test_settings_that_cannot_be():
     both = {"run": "x", "remove": True, "items": ("y",)}
-    for settings in ({}, {"run": "x", "items": ("y",), "predictions": "y"}, {"run": "x"}, both):
+    mixed = {"run": "x", "predictions": "y"}, {"items": ("x",), "predictions": "y"}
+    mixed += {"run": "x", "items": ("y",), "predictions": "y"}, {"remove": True, "predictions": "y"}
+    for settings in ({}, *mixed, {"run": "x"}, both):
         with pytest.raises(InputError, match="name a judge with --run"):
             main(**settings)
     with pytest.raises(InputError, match="x: no judge in this folder"):
         main(run="x", remove=True)
+    with pytest.raises(InputError, match="draws: must be 1 or more, not 0"):
+        main(predictions="y", draws=0)
