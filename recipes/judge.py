@@ -297,7 +297,7 @@ def draw(tally: Tally, labels: Sequence[str], path: str) -> None:
     for row, prompt in zip(rows, tally.prompts, strict=False):
         counts = row.get("counts")
         known = isinstance(counts, dict) and set(counts) <= set(labels)
-        votes = {label: counts.get(label, 0) if known else 0 for label in labels}
+        votes = {label: (counts.get(label) or 0) if known else 0 for label in labels}
         items.append(distjudge.Item(row["id"], prompt, votes))
     q = torch.tensor([list(row["predicted"].values()) for row in rows], dtype=torch.float64)
     run = figures.Run(items, q)
@@ -323,6 +323,14 @@ def find_run(config: Settings) -> None:
     raise InputError(f"{config.run}: {what}; judges here: {there} (a model that is no judge needs --labels)")
 
 
+def refuse_ours(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows; a problem for a field that judging would replace, unless the line is a judgment itself."""
+    for where, row, problem in rows:
+        if "predicted" not in row and (clash := OURS & set(row)):
+            problem = f"{min(clash)}: judging adds a field of this name; rename yours"
+        yield where, row, problem
+
+
 def line_of(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
@@ -337,6 +345,8 @@ def check(config: JudgeConfig, out: Path | None, journal: Path | None) -> None:
         raise InputError(f"{config.items}: no such file")
     if config.figure and Path(config.figure).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"figure: {config.figure}: must end with .png, .svg or .pdf")
+    if config.figure and not Path(config.figure).parent.is_dir():
+        raise InputError(f"figure: {config.figure}: its folder is not there")
     for path in filter(None, {out, journal}):
         if path.is_symlink() and (path.is_file() or not path.exists()):
             raise InputError(f"out: {path}: is a symbolic link; name the file itself")
@@ -366,6 +376,8 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
     if is_table:
         rows = list(rows)
         frame = sheets.frame_of(rows, out, sheets.added(collections.defaultdict(dict), labels))
+    else:
+        rows = refuse_ours(rows)
     asks = work.read(rows, tally, template, bool(columns))
     if is_table:
         asks = (dataclasses.replace(ask, fields={"id": ask.fields["id"]}) for ask in asks)
@@ -381,6 +393,8 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
             file.write(line_of(row))
             file.flush()
     if not (items := tally.number["items"]):
+        if is_table:
+            journal.unlink()
         raise InputError(f"{config.items}: no items")
     if is_table:
         with open(journal, encoding="utf-8", newline="\n") as file:  # a line for each row but the bad ones

@@ -238,6 +238,8 @@ def write_table(frame: Any, added: Sequence[dict[str, Any]], out: Path, form: di
                     if isinstance(cell.value, str):
                         cell.data_type, cell.quotePrefix = "s", is_formula(cell.value)
         else:
-            guard = lambda cell: "'" + cell if is_formula(cell) else plain(cell)  # noqa: E731
+            # an int as text: in a column with an empty cell pandas would write it as 5.0
+            text = lambda cell: str(cell) if type(cell) is int else plain(cell)  # noqa: E731
+            guard = lambda cell: "'" + cell if is_formula(cell) else text(cell)  # noqa: E731
             frame.map(guard).rename(columns=guard).to_csv(file, index=False, **form)
     part.replace(out)

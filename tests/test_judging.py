@@ -76,7 +76,7 @@ def test_entropy_and_credible_set_by_hand():
 # --- judging ---
 def test_output_lines_are_the_judges_predictions_in_order(judged, run_folder, capsys, monkeypatch):
     monkeypatch.setattr(recipe, "WINDOW", 3)
-    more = {"note": {"kept": 1}, "counts": {"a": 1, "b": 2, "tie": 0}, "mean": "stale"}
+    more = {"note": {"kept": 1}, "counts": {"a": 1, "b": 2, "tie": 0}, "mean": "stale", "predicted": {"a": 1}}
     rows = [*(row | more for row in soups(7)), {"prompt": "No id here"}]
     out = judged(rows, min_mass=0.0)
     logq, mass = load_once(run_folder, None).score([row["prompt"] for row in rows])
@@ -225,7 +225,7 @@ def test_memory_is_bounded_by_the_window(run_folder, monkeypatch):
 
 
 def test_pipes_flags_and_the_figure(judged, run_folder, tmp_path, monkeypatch, capsys):
-    votes = [{"counts": {"a": 2, "b": 1, "tie": 0}}, {"counts": {"other": 1}}, {}, {}, {}]
+    votes = [{"counts": {"a": 2, "b": 1, "tie": None}}, {"counts": {"other": 1}}, {}, {}, {}]
     rows = [row | {"id": f"$x$ <b> {i}", "odd": "\ud800"} | votes[i] for i, row in enumerate(soups(5))]
     config = recipe.JudgeConfig(run=run_folder, items="-", min_mass=1.0, figure="f.png")
 
@@ -246,6 +246,8 @@ def test_pipes_flags_and_the_figure(judged, run_folder, tmp_path, monkeypatch, c
     assert "good soup" in (drawn := (tmp_path / "f.svg").read_text()) and "Rate it" not in drawn
     with pytest.raises(InputError, match="stdin:2: broken JSON"):
         pipe('{"prompt": "x"}\n{broken\n')
+    with pytest.raises(InputError, match="stdin:1: mode: judging adds a field of this name; rename yours"):
+        pipe('{"prompt": "x", "mode": "mine"}\n')
 
 
 IMPOSSIBLE = [
@@ -256,6 +258,7 @@ IMPOSSIBLE = [
     ({"out": "."}, "is a folder"),
     ({"out": "in.jsonl"}, "is the file of the items"),
     ({"figure": "f.xyz"}, "f.xyz: must end with .png"),
+    ({"figure": "gone/f.png"}, "gone/f.png: its folder is not there"),
     ({"run": "nowhere"}, "^nowhere: no such folder; judges here: none"),
     ({"labels": ("x", "y")}, "trained for"),
     ({"spellings": ("a=A",)}, "a run folder has its own"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import distjudge
 
+import probe as probe_recipe
 import pytest
 import torch
 from probe import CHANGES, CLAIMS, changed, compare, probe
@@ -67,4 +68,11 @@ def test_the_command(saved_run, tmp_path):
     assert found["items"] == 3 and "left out 1 of 4 items" in done.stdout
     assert found["probes"][CONTROL]["moved"] < 1e-6 < found["probes"]["longer: five of them"]["moved"]
     assert "the pair in the other order" in found["probes"]
+    # the labels are the judge's own, also where nobody chose one of them
+    some = [{"prompt": f"soup {i}", "annotations": ["yes"]} for i in range(3)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    probe_recipe.main(
+        probe_recipe.ProbeConfig(str(saved_run), str(tmp_path / "items.jsonl"), str(tmp_path / "again"))
+    )
+    assert json.loads((tmp_path / "again" / "probe.json").read_text())["labels"] == ["yes", "no"]
     assert "| flattery |" in (tmp_path / "probed" / "probe.md").read_text()

@@ -122,6 +122,13 @@ def test_excel_in_and_every_form_out(judge, tmp_path, suffix):
         assert [cell.quotePrefix for cell in cells] == [True, True, False, True, True, False]
 
 
+def test_a_whole_number_stays_one_beside_an_empty_cell(judge, tmp_path):
+    write_excel(tmp_path / "in.xlsx", [["Frage", "Antwort", "Jahr"], ["a", "b", "5"], ["c", "d", ""]])
+    judge("in.xlsx", "out.csv", item="Frage")
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert lines[1].startswith("a,b,5,") and lines[2].startswith("c,d,,")
+
+
 def test_a_stopped_table_goes_on(judge, tmp_path, capsys):
     rows = [["Nr", "Frage", "Antwort"], *([str(i), "", f"soup {i}"] for i in range(6))]
     write_csv(tmp_path / "in.csv", rows, ",", b"", "\n")
