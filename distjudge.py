@@ -2812,6 +2812,7 @@ def evaluate(
 
     Means over items (p: votes as shares, q: predicted), InputError as in item_scores():
       people, people_low, people_high   survey_equivalence(), the interval with draws > 0; infinity is None
+      people_marginal     what the mean of train_items' votes is worth, see kl_marginal
       kl                  KL(p || q) in nats, q raised to 1e-6
       kl_noise_floor      what the true distributions would score (see noise_floor), with draws > 0
       kl_corrected        kl - kl_noise_floor, an estimate of KL(truth || q)
@@ -2835,8 +2836,10 @@ def evaluate(
     means = {name: mean(s) for name, s in scores.items()}
     floor = noise_floor(items) if draws else None
     marginal = shares_of(train_items or items).mean(0).expand_as(p)
-    people = [None if n == math.inf else n for n in survey_equivalence(predicted, items, draws).values()]
-    out = {"items": len(items), **dict(zip(("people", "people_low", "people_high"), people, strict=True))}
+    people = [*survey_equivalence(predicted, items, draws).values()]
+    people = [None if n == math.inf else n for n in (*people, survey_equivalence(marginal, items, 0)["mean"])]
+    names = ("people", "people_low", "people_high", "people_marginal")
+    out = {"items": len(items), **dict(zip(names, people, strict=True))}
     out |= {"kl": means["kl"], "kl_noise_floor": floor}
     out["kl_corrected"] = None if floor is None else means["kl"] - floor
     out |= {"kl_marginal": kl_divergence(p, marginal).mean().item(), "kl_truth": None}

@@ -101,6 +101,7 @@ def run(config: RunConfig) -> dict[str, float | None]:
 
     config.check()
     if not config.dry_run:
+        refuse_stopped(config)
         metrics = distjudge.run(config, before_training=look)
         say(outcome(metrics, config.out) if metrics else "")
         return metrics
@@ -109,6 +110,15 @@ def run(config: RunConfig) -> dict[str, float | None]:
     items = distjudge.keep_short(judge, items, config.overlong, "training")
     look(judge, items, distjudge.keep_short(judge, test, config.overlong, "test"))
     return {}
+
+
+def refuse_stopped(config: RunConfig) -> None:
+    """InputError where config.out holds a run that was stopped, whose checkpoints would be lost."""
+    out = Path(config.out)
+    left = distjudge.checkpoints_in(out / "checkpoints")
+    if left and not config.resume and not (out / "judge.json").exists():
+        after = f"holds a run that was stopped after step {int(left[0].name[5:14])}"
+        raise InputError(f"out: {out}: {after}: --resume goes on; or name another --out, or remove it")
 
 
 def outline(config: RunConfig, labels: Sequence[str]) -> Judge:
@@ -127,10 +137,13 @@ def outcome(metrics: dict[str, float | None], out: str) -> str:
     beside += f", {floor:.3f} of the truth" if (floor := metrics["kl_noise_floor"]) else ""
     people = worth(*(metrics[name] for name in ("people", "people_low", "people_high")))
     kl, accuracy = f"{metrics['kl']:.3f} nats (beside it: {beside})", f"accuracy {metrics['accuracy']:.3f}"
+    mean = worth(*[metrics["people_marginal"]] * 3).partition(" ")[0]
+    few = "no nearer to the votes than that mean: try more --epochs, or --learning_rate 1e-3\n"
+    few *= metrics["kl"] >= metrics["kl_marginal"]
     return f"""
-worth {people} people
+worth {people} people (the mean of the training votes, whatever the item: {mean})
 KL to the votes of {metrics["items"]} test items: {kl}; {accuracy}
-wrote {out}: the judge, predictions.jsonl, metrics.json, log.jsonl
+{few}wrote {out}: the judge, predictions.jsonl, metrics.json, log.jsonl
 next: python recipes/judge.py --run {out} --items new.csv --out judged.csv"""
 
 

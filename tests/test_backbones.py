@@ -315,6 +315,25 @@ def test_gradients_pass_through_4_bit_weights(stored, tmp_path, tiny_tokenizer, 
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope**0.5, rel=0.02)
 
 
+def test_what_a_run_came_to_beside_the_mean_and_a_stopped_run_that_is_not_lost(tiny_model, nli, tmp_path):
+    metrics = {"items": 9, "kl": 0.5, "kl_marginal": 0.6, "kl_noise_floor": None, "accuracy": 0.5}
+    metrics |= {"people": 5.0, "people_low": 3.0, "people_high": None, "people_marginal": 2.04}
+    said = common.outcome(metrics, "runs/x")
+    assert "worth 5.0 [3.0, inf] people (the mean of the training votes, whatever the item: 2.0)" in said
+    assert "no nearer" not in said and "no nearer to the votes" in common.outcome(metrics | {"kl": 0.6}, "x")
+    config = common.RunConfig(
+        train=(nli,), model=str(tiny_model), out=str(tmp_path), min_mass=0, batch_size=9
+    )
+    (tmp_path / "checkpoints").mkdir()
+    left = tmp_path / "checkpoints" / f"step-{12:09d}-{'0' * 64}.pt"
+    left.touch()
+    with pytest.raises(InputError, match="holds a run that was stopped after step 12: --resume goes on; or"):
+        common.run(config)
+    assert left.exists()
+    (tmp_path / "judge.json").touch()  # a whole run is made again
+    assert common.run(config)["items"] and not left.exists()
+
+
 def test_a_model_that_says_other_things_is_refused(tiny_model, nli, tmp_path, monkeypatch, capsys, caplog):
     """Random weights put a few thousandths on three labels of 500 tokens."""
     settings = {"train": (nli,), "model": str(tiny_model), "answer": 0.0, "out": str(tmp_path / "run")}

@@ -124,6 +124,8 @@ def test_people_by_hand():
     assert survey_equivalence(several, items)["mean"] == found["mean"]
     got = evaluate(q, items, draws=0)
     assert got["people"] == found["mean"] and got["people_low"] is None
+    mean = evaluate(q, items, train_items=panel([[3, 1]]), draws=0)["people_marginal"]
+    assert mean == survey_equivalence([[0.75, 0.25]] * 3, items)["mean"]
     with pytest.raises(InputError, match="row 1 is no distribution"):
         survey_equivalence([[0.5, 0.5], [0.7, 0.7], [1, 0]], items)
 
