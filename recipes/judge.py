@@ -320,6 +320,7 @@ def find_run(config: Settings) -> None:
         found |= {str(path.parent) for form in ("*", "*/*") for path in place.glob(f"{form}/judge.json")}
     there = ", ".join(sorted(found)[:5]) + ", ..." * (len(found) > 5) or "none; train one first"
     what = "no judge in this folder" if folder.exists() else "no such folder"
+    what += "; its training was stopped, --resume goes on" if (folder / "checkpoints").is_dir() else ""
     raise InputError(f"{config.run}: {what}; judges here: {there} (a model that is no judge needs --labels)")
 
 

@@ -41,7 +41,7 @@ PAGE = """{items} items, {votes:,.0f} votes. In brackets: 95 % intervals, each b
 
 Worth in people: {worth}
 So many people together come as near to what everybody thinks as the judge does. The {two_votes} items with
-two whole votes or more tell it.
+two whole votes or more tell it. One that says the mean of all these votes of every item: {mean}
 
 One person, measured as the judge is: against another's vote (Brier score, lower is better), and against the
 majority of the others, each voter left out in turn (accuracy).
@@ -151,6 +151,8 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
     out = {"items": len(items), "votes": counts.sum().item(), "two_votes": int(np.isfinite(distance).sum())}
     out["groups"] = int(group.max()) + 1
     out["people"] = people(np.full(len(items), True))
+    constant = distjudge.survey_equivalence(np.tile(p.mean(0), (len(p), 1)), items, 0)["mean"]
+    out["people_mean"] = NO_END if constant == math.inf else constant
     out["brier"] = {"judge": mean(distance + apart), "one person": mean(2 * apart), "everybody": mean(apart)}
     share = lambda hit: {end: x and min(1.0, max(0.0, x)) for end, x in mean(hit).items()}  # noqa: E731
     out["accuracy"] = {"judge": share(hits[:, 0]), "one person": share(hits[:, 1]), "gain": mean(*hits.T)}
@@ -200,6 +202,7 @@ def page(found: Mapping[str, Any]) -> list[str]:
             words = "too lenient" if row["shift"]["mean"] > 0 else "too strict"
         verdict = f"If a high rating is a good one, the judge is {words}.\n"
     told = {"worth": said(found["people"], ".1f"), "gain": said(found["accuracy"]["gain"], "+.3f")}
+    told["mean"] = said({"mean": found["people_mean"], "low": None}, ".1f")
     for name, rows in {"ceiling": ceiling, "shares": shares, "worst": worst}.items():
         text = pandas.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format)
         told[name] = text if rows else "No slice is large enough."
