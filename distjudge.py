@@ -635,6 +635,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any, frame: dict[str, Any] | None = None):
         self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
+        self._ids = functools.lru_cache(256)(lambda text: tokenizer.encode(text, add_special_tokens=False))
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{self.name}: tokenizer: a fast tokenizer (tokenizer.json) is needed")
         # control tokens mean something beyond their characters: special ones, and tags such as <think>
@@ -735,26 +736,26 @@ class PromptEncoder:
         spans = zip(code["input_ids"], code["offset_mapping"], strict=True)
         return [span for token, span in spans if token in self.control_ids]
 
-    def _form(self, roles: tuple[str, ...]) -> list[tuple[list, list[int] | None]]:
-        """How a prompt of these roles is encoded: runs of text, with the ids of those that never change.
+    def _form(self, roles: tuple[str, ...]) -> list[list]:
+        """How a prompt of these roles is encoded: runs of text, every second one the template's alone.
 
         A run is a list of texts and, for messages, pairs as in _around(). Control tokens alone never merge
         with a message: what stands between them and it is encoded with it.
         """
-        frame, runs, run = self.frame, [], []
+        frame, runs = self.frame, [[]]
         one = [frame["before"], frame["after"]], [(0, "lr" if frame["trim"] else "")]
         parts, between = one if roles == ("user",) else self._around(roles)
         for k, part in enumerate(parts):
             if spans := self._control_spans(part):
                 start, stop = spans[0][0] if k else 0, spans[-1][1] if k < len(between) else len(part)
-                runs += [([*run, part[:start]], None)] if k else []
-                runs.append(([part[start:stop]], self._ids(part[start:stop])))
-                run, part = [], part[stop:]
-            run += [part, *between[k : k + 1]]
-        return runs + ([(run, None)] if run != [""] else [])
+                runs[-1].append(part[:start])
+                runs += [part[start:stop]], []
+                part = part[stop:]
+            runs[-1] += part, *between[k : k + 1]
+        return runs[:-1] if runs[-1] == [""] else runs
 
-    def _runs(self, prompt: str) -> list[tuple[str, list[int] | None]]:
-        """The prompt as runs of text, with the token ids of those that are the template's alone."""
+    def _runs(self, prompt: str) -> list[str]:
+        """The prompt as runs of text, see _form()."""
         if not is_text(prompt):
             raise InputError(f"prompt '{short(prompt)!r}' is not text that can be encoded")
         turns = messages_of(prompt)
@@ -762,30 +763,27 @@ class PromptEncoder:
         if roles not in self._forms:
             self._forms[roles] = self._form(roles)
             probe = self._runs(Messages(json.dumps([turn | {"content": _PROBE} for turn in turns])))
-            whole = [*self._begin, *self._ids("".join(text for text, _ in probe))]
-            if self._encode([probe]) != [whole] or not probe[-1][0].endswith(self._end):
+            whole = [*self._begin, *self._ids("".join(probe))]
+            if self._encode([probe]) != [whole] or not probe[-1].endswith(self._end):
                 del self._forms[roles]
                 raise InputError(f"{self.name}: tokenizer: {listed(roles)} cannot be encoded as text only")
         text = lambda x: x if isinstance(x, str) else _STRIPS[x[1]](turns[x[0]]["content"])  # noqa: E731
-        return [("".join(map(text, run)), ids) for run, ids in self._forms[roles]]
+        return ["".join(map(text, run)) for run in self._forms[roles]]
 
-    def _encode(self, prompts: Sequence[list[tuple[str, list[int] | None]]]) -> list[list[int]]:
-        texts = [text for runs in prompts for text, ids in runs if ids is None]
+    def _encode(self, prompts: Sequence[list[str]]) -> list[list[int]]:
+        texts = [text for runs in prompts for text in runs[::2]]
         found = [code.ids for code in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
         for text, ids in zip(texts, found, strict=True):
             if not self.control_ids.isdisjoint(ids):
                 raise InputError(f"prompt '{short(text)}': would be encoded with a control token")
         rest = iter(found)
-        each = [[next(rest) if ids is None else ids for _, ids in runs] for runs in prompts]
+        each = [[self._ids(text) if k % 2 else next(rest) for k, text in enumerate(runs)] for runs in prompts]
         return [[*self._begin, *itertools.chain(*some)] for some in each]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def __call__(self, prompt: str, answer: str = "") -> list[int]:
         """Token ids of the rendered prompt, with `answer` written where the judge's answer begins."""
-        *runs, (text, fixed) = self._runs(prompt)
-        return self._encode([[*runs, (text + answer, fixed and self._ids(text + answer))]])[0]
+        *runs, last = self._runs(prompt)
+        return self._encode([[*runs, last + answer]])[0]
 
     def many(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each rendered prompt, on all cores (with TOKENIZERS_PARALLELISM=false on one)."""
@@ -798,7 +796,7 @@ class PromptEncoder:
 
     def render(self, prompt: str) -> str:
         """The prompt as text. Only token ids tell its control tokens from those that people wrote."""
-        return "".join(text for text, _ in self._runs(prompt))
+        return "".join(self._runs(prompt))
 
 
 @dataclasses.dataclass(frozen=True)
