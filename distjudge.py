@@ -2416,34 +2416,30 @@ class Progress:
         """Takes up a checkpoint where asked, and puts back at the end what training changes."""
         from tqdm.auto import tqdm
 
-        judge, config, pack_tokens = self.judge, self.config, self.judge.pack_tokens
-        state = newest_checkpoint(self.folder, self.made_from) if config.resume else None
-        judge.pack_tokens = config.pack_tokens or pack_tokens
-        if state:
-            self._take_up(state)
-        if self.writes:
-            write_lines(self.log_file, map(json.dumps, self.rows))
-            for path in [] if config.resume else self.folder.glob("step-*"):
-                path.unlink()
-        # Unsloth's layers recompute in a way of their own
-        if recompute := config.gradient_checkpointing and judge.backend != "unsloth":
-            judge.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        shown = {"total": self.last, "unit": "step", "desc": "training", "disable": not self.writes}
-        self.bar = tqdm(initial=self.done, **shown)
-        try:
-            yield
-        finally:
-            self.bar.close()
+        judge, config = self.judge, self.config
+        with contextlib.ExitStack() as after:
+            after.callback(judge.model.eval)
+            after.callback(setattr, judge, "pack_tokens", judge.pack_tokens)
             for tracker in self.accelerator.trackers:
-                tracker.finish()
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-            judge.pack_tokens = pack_tokens
-            judge.model.eval()
-            if recompute:
-                judge.model.gradient_checkpointing_disable()
+                after.callback(tracker.finish)
+            state = newest_checkpoint(self.folder, self.made_from) if config.resume else None
+            judge.pack_tokens = config.pack_tokens or judge.pack_tokens
+            if state:
+                self._take_up(state)
+            if self.writes:
+                write_lines(self.log_file, map(json.dumps, self.rows))
+                for path in [] if config.resume else self.folder.glob("step-*"):
+                    path.unlink()
+            if config.gradient_checkpointing and judge.backend != "unsloth":  # its layers have their own way
+                after.callback(judge.model.gradient_checkpointing_disable)
+                judge.model.gradient_checkpointing_enable({"use_reentrant": False})
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    self.handlers[number] = signal.signal(number, self._note)
+                    after.callback(signal.signal, number, self.handlers[number])
+            shown = {"total": self.last, "unit": "step", "desc": "training", "disable": not self.writes}
+            self.bar = after.enter_context(tqdm(initial=self.done, **shown))
+            yield
 
     def _note(self, number: int, frame: Any) -> None:
         self.signals.append(number)
