@@ -2279,7 +2279,6 @@ def train(
     save_every = whole_steps(config.save_every, last) or last + 1
     eval_every = whole_steps(config.eval_every, last) or last + 1
     set_seed(config.seed)
-    judge.calibration = None  # it is that of other weights
     accelerator = _accelerator(judge, config)
     rank, processes = accelerator.process_index, accelerator.num_processes
     half = autocast_type(judge)
@@ -2320,6 +2319,7 @@ def train(
 
     Path(config.out).mkdir(parents=True, exist_ok=True)
     with locked(config.out) if progress.writes else contextlib.nullcontext(), progress.running():
+        judge.calibration = None  # it is that of other weights
         while progress.done < last:
             epoch, k = divmod(progress.done, per_epoch)
             if k == 0 or not order:

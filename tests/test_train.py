@@ -273,8 +273,10 @@ def test_training_refuses_other_labels_long_prompts_and_loggers(tiny_model, vote
         with pytest.raises(InputError, match=f"^{name}: must be one of"):
             train(judge, votes(4), settings(tmp_path, **{name: "no_such"}))
     for name, message in (("no_such_logger", "no_such_logger"), ("swanlab", "swanlab is not installed")):
+        judge.calibration = {"temperature": 2.0, "bias": [0.0] * 3}
         with pytest.raises(InputError, match=f"report_to: .*{message}"):
             train(judge, votes(4), settings(tmp_path, report_to=(name,)))
+        assert judge.calibration  # of weights that are still these
 
 
 def write(path, rows):
