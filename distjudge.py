@@ -1115,31 +1115,16 @@ class Recomputed(torch.autograd.Function):
         return None, *(None if t is None else t.grad for t in tensors)
 
 
-class HalfProducts(torch.autograd.Function):
+def half_products(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
     """A frozen linear layer with its adapter, x W' + b + s (x A') B': float32 but for products in bfloat16.
 
     x (..., H), W (O, H) in bfloat16, b (O,) or None, A (r, H) and B (O, r) -> (..., O).
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
-        rows, a = x.flatten(0, -2).bfloat16(), a.bfloat16()
-        low = rows @ a.T
-        ctx.shape, ctx.scale = x.shape, scale
-        ctx.save_for_backward(rows, weight, a, b, low)
-        # the adapter's part is added in float32, where it is not lost beside the other while it is small
-        out = F.linear(rows, weight).float().addmm_(low.float(), b.T, alpha=scale)
-        return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-        rows, weight, a, b, low = ctx.saved_tensors
-        gradient = gradient.flatten(0, -2).bfloat16()
-        narrow = (gradient @ b.bfloat16()) * ctx.scale
-        back = None
-        if ctx.needs_input_grad[0]:
-            back = torch.addmm(gradient @ weight, narrow, a).float().view(ctx.shape)
-        return back, None, None, (narrow.T @ rows).float(), ctx.scale * (gradient.T @ low).float(), None
+    rows = x.flatten(0, -2).bfloat16()
+    low = F.linear(rows, a.bfloat16()).float()
+    # the adapter's part is added in float32, where it is not lost beside the other while it is small
+    out = torch.addmm(F.linear(rows, weight).float(), low, b.T, alpha=scale)
+    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 
 def multiplies_bf16(device: str | torch.device) -> bool:
@@ -1149,14 +1134,14 @@ def multiplies_bf16(device: str | torch.device) -> bool:
 
 
 def _halve_products(model: Any) -> None:
-    """Holds what carries an adapter in bfloat16, and computes with it as HalfProducts does."""
+    """Holds what carries an adapter in bfloat16, and computes with it as half_products() does."""
     from peft.tuners.lora import Linear
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         (name,), base = self.active_adapters, self.base_layer
-        scale = 0.0 if self.disable_adapters else self.scaling[name]
+        scale = 0.0 if self.disable_adapters or self.merged else self.scaling[name]
         own = self.lora_A[name].weight, self.lora_B[name].weight, scale
-        return HalfProducts.apply(x, base.weight, base.bias, *own)
+        return half_products(x, base.weight, base.bias, *own)
 
     for layer in model.modules():
         if isinstance(layer, Linear):

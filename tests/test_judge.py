@@ -500,13 +500,13 @@ def test_products_in_bfloat16_against_float64(bias):
     wanted = torch.autograd.grad(exact, inputs, gradient)
     x, a, b = (t.detach().float().requires_grad_() for t in inputs)
     offset = offset if offset is None else offset.float()
-    out = distjudge.HalfProducts.apply(x, weight.bfloat16(), offset, a, b, 0.5)
+    out = distjudge.half_products(x, weight.bfloat16(), offset, a, b, 0.5)
     found = torch.autograd.grad(out, (x, a, b), gradient.float())
     for one, other in zip((out, *found), (exact, *wanted), strict=True):
         assert one.dtype == torch.float32 and one.shape == other.shape
         assert (one - other).norm() < 0.006 * other.norm()
-    small = distjudge.HalfProducts.apply(x, weight.bfloat16(), offset, a, 1e-5 * b, 0.5)
-    none = distjudge.HalfProducts.apply(x, weight.bfloat16(), offset, a, 0 * b, 0.5)
+    small = distjudge.half_products(x, weight.bfloat16(), offset, a, 1e-5 * b, 0.5)
+    none = distjudge.half_products(x, weight.bfloat16(), offset, a, 0 * b, 0.5)
     part = 0.5e-5 * x @ a.T @ b.T  # of an adapter that has hardly begun to learn: it is not rounded away
     assert (small - none - part).norm() < 0.05 * part.norm()
 
@@ -533,6 +533,8 @@ def test_a_judge_computes_in_bfloat16_where_the_processor_does(tiny_model, votes
     save_judge(judge, tmp_path / "run")
     again, q = load_judge(tmp_path / "run"), judge.predict(texts)
     assert again.bf16 and numpy.array_equal(again.predict(texts), q)
+    again.model.merge_adapter()  # then it is not added a second time
+    assert numpy.abs(again.predict(texts) - q).max() < 0.01
     plain = load_judge(tmp_path / "run", bf16=False)
     assert {w.dtype for w in plain.model.parameters()} == {torch.float32}
     assert 0 < numpy.abs(plain.predict(texts) - q).max() < 0.02
