@@ -2270,7 +2270,8 @@ def train(
     autocast = functools.partial(torch.autocast, judge.device.type, half, enabled=half is not None)
     scaler = torch.amp.GradScaler(judge.device.type, enabled=half == torch.float16)
     optimizer = make_optimizer(judge, config)
-    schedule = get_scheduler(config.schedule, optimizer, whole_steps(0.03, last), last)
+    warm_up = min(whole_steps(0.03, last), last - 1)  # it begins at 0, which must not be all there is
+    schedule = get_scheduler(config.schedule, optimizer, warm_up, last)
     teacher = Teacher(judge) if config.teacher else None
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     parts |= {"teacher": teacher} if teacher else {}

@@ -131,9 +131,9 @@ def test_every_seed_has_orders_and_weights_of_its_own(tiny_model):
 
 
 def test_warm_up_and_schedules_by_hand(tiny_model, votes, tmp_path):
-    def rates(**changes):
+    def rates(epochs=40.0, **changes):
         judge = load_judge(tiny_model, LABELS, lora_rank=2)
-        log = train(judge, votes(2), settings(tmp_path, epochs=40.0, learning_rate=0.8, **changes))
+        log = train(judge, votes(2), settings(tmp_path, epochs=epochs, learning_rate=0.8, **changes))
         return [row["learning_rate"] for row in log]
 
     up = [0.0, 0.4]  # 3% of 40 steps, rounded up
@@ -141,6 +141,8 @@ def test_warm_up_and_schedules_by_hand(tiny_model, votes, tmp_path):
     down = [0.4 * (1 + math.cos(math.pi * k / 38)) for k in range(38)]
     assert rates(schedule="cosine") == pytest.approx([*up, *down])
     assert rates(schedule="constant") == [0.8] * 40
+    short = [rates(epochs=n, schedule="linear") for n in (1.0, 2.0)]
+    assert short == [[0.8], [0.0, 0.8]]  # one step alone has no warm-up
 
 
 def test_the_teacher_is_a_mean_of_weights_and_its_votes_count(tmp_path, tiny_model, votes, monkeypatch):
