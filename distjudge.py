@@ -30,6 +30,7 @@ import json
 import logging
 import math
 import numbers
+import operator
 import os
 import random
 import re
@@ -897,11 +898,7 @@ class Pack:
 
 def common_length(a: Sequence, b: Sequence) -> int:
     """The length of the beginning that two lists share."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:  # bisection on slices: comparing them runs in C
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
+    return sum(itertools.takewhile(bool, map(operator.eq, a, b)))  # runs in C
 
 
 def _cheapest(length: int, cost: Callable[[int], Iterable[tuple[int, int]]]) -> list[tuple[int, int]]:
