@@ -1410,9 +1410,8 @@ class Judge:
         All prompts are checked before the first is judged.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if len(prompts) > 2048:  # of one window stream() checks all
-            for k in range(0, len(prompts), 2048):
-                self.encode(prompts[k : k + 2048], k)
+        for k in range(2048, len(prompts), 2048):  # the first ones stream() checks before it judges
+            self.encode(prompts[k : k + 2048], k)
         rows = list(self.stream(prompts, progress))
         if not rows:
             return torch.empty(0, len(self.labels)), torch.empty(0)
