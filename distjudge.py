@@ -2914,9 +2914,13 @@ def load_data(config: Config) -> tuple[list[Item], list[Item]]:
 
 def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
     """["contradiction=contra,contradict"] -> {"contradiction": ["contra", "contradict"]}."""
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise InputError(f"spellings: '{wrong[0]}' is not LABEL=TEXT,TEXT")
-    return {label: texts.split(",") for label, texts in (pair.split("=", 1) for pair in pairs)}
+    found: dict[str, list[str]] = {}
+    for pair in pairs:
+        label, equals, texts = pair.partition("=")
+        if not equals:
+            raise InputError(f"spellings: '{pair}' is not LABEL=TEXT,TEXT")
+        found.setdefault(label, []).extend(texts.split(","))
+    return found
 
 
 def keep_short(

@@ -398,7 +398,7 @@ def test_where_test_items_come_from(files, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             distjudge.load_data(Config(train=train_files, test=test_files))
-    assert distjudge.parse_spellings(["a=x, y,z"]) == {"a": ["x", " y", "z"]}
+    assert distjudge.parse_spellings(["a=x, y,z", "b=u", "a=w"]) == {"a": ["x", " y", "z", "w"], "b": ["u"]}
 
 
 def pairs(n):
