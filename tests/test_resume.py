@@ -29,7 +29,7 @@ def go(tiny_model, votes, tmp_path):
     items = votes(14)
 
     def run(out, stop=None, items=items, labels=("1", "2", "3"), at=None, dropout=0.0, tested=(), **changes):
-        judge = load_judge(tiny_model, labels, lora_rank=4)
+        judge = load_judge(tiny_model, labels, lora_rank=changes.pop("rank", 4))
         for module in judge.model.modules() if dropout else ():
             if hasattr(module, "lora_dropout"):
                 module.lora_dropout["default"] = torch.nn.Dropout(dropout)
@@ -200,6 +200,7 @@ def test_resuming_another_run_is_refused_by_name(go, stopped, votes, tmp_path):
         ({"tested": votes(3)}, "test items differs"),
         ({"epochs": 3.0}, "epochs differs"),
         ({"labels": four, "items": votes(14, labels=four)}, "labels differs"),
+        ({"rank": 1}, "trained weights differs"),
     ):
         with pytest.raises(InputError, match=message):
             go("run", resume=True, **changes)
