@@ -2180,13 +2180,11 @@ def make_optimizer(judge: Judge, config: Config) -> torch.optim.Optimizer:
     """AdamW on what is trained; vectors (biases, norms) get no weight decay."""
     weights = [w for w in judge.model.parameters() if w.requires_grad]
     matrices, vectors = ([w for w in weights if (w.dim() > 1) == large] for large in (True, False))
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-    groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}]
+    adam = torch.optim.AdamW
     if optimizer_is_8bit(judge):
-        from bitsandbytes.optim import AdamW8bit as AdamW
-    else:
-        from torch.optim import AdamW
-    return AdamW(groups, lr=config.learning_rate)
+        from bitsandbytes.optim import AdamW8bit as adam
+    return adam(groups, lr=config.learning_rate, weight_decay=0.0)
 
 
 def epoch_order(encoded: Sequence[Sequence[int]], config: Config, epoch: int) -> list[int]:
