@@ -758,7 +758,7 @@ class PromptEncoder:
     def _runs(self, prompt: str) -> list[str]:
         """The prompt as runs of text, see _form()."""
         if not is_text(prompt):
-            raise InputError(f"prompt '{short(prompt)!r}' is not text that can be encoded")
+            raise InputError(f"prompt '{short(prompt)}' is not text that can be encoded")
         turns = messages_of(prompt)
         roles = tuple(turn["role"] for turn in turns)
         if roles not in self._forms:
@@ -1320,7 +1320,7 @@ class Judge:
         encoded = self.encoder.many(texts)
         if over := [i for i, ids in enumerate(encoded) if len(ids) > self.max_length]:
             longest = max(map(len, encoded))
-            first = f"the first is number {start + over[0] + 1}, '{short(texts[over[0]], 40)!r}'"
+            first = f"the first is number {start + over[0] + 1}, '{short(texts[over[0]], 40)}'"
             limit = f"longer than max_length {self.max_length} tokens (the longest has {longest}; {first})"
             raise InputError(f"prompts: {len(over)} of {len(texts)} are {limit}")
         return encoded
