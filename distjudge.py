@@ -2252,6 +2252,8 @@ def train(
     for some in filter(None, (items, eval_items)):
         if (labels := labels_of(some)) != judge.labels:
             raise InputError(f"{some[0].where}: {listed(labels)} are not the judge's {listed(judge.labels)}")
+        if unjudged := [item for item in some if not item.votes > 0]:  # NaN is not
+            raise InputError(f"{unjudged[0].named}: has no votes")
     encoded, votes, ids = training_rows(judge, items)
     per_epoch = math.ceil(len(encoded) / config.batch_size)
     last = math.ceil(per_epoch * config.epochs - 1e-9)
