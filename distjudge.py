@@ -1106,10 +1106,10 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        tensors = [t if t is None else t.detach().requires_grad_(need) for t, need in pairs]
+        tensors = [t.detach().requires_grad_(need) for t, need in pairs]
         with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
             ctx.function(*tensors).backward(gradient)
-        return None, *(None if t is None else t.grad for t in tensors)
+        return None, *(t.grad for t in tensors)
 
 
 def half_products(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> torch.Tensor:
@@ -1170,17 +1170,16 @@ def add_label_readout(model: Any) -> None:
         with contextlib.suppress(ValueError, AttributeError):  # some older architectures keep a dense mask
             model.set_attn_implementation(BLOCKS)
 
-    def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def logits_of(hidden: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
         logits = F.linear(hidden, weight.float(), None if bias is None else bias.float()) * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def over_vocabulary(hidden: torch.Tensor) -> torch.Tensor:
         """In slices that are computed again in the backward pass; a float32 layer would be 2 GB at 7B."""
         width = min(SLICE, max(256, SLICE_LOGITS // max(1, len(hidden))))
-        biases = itertools.repeat(None) if head.bias is None else head.bias.split(width)
         norm = lambda *tensors: logits_of(*tensors).logsumexp(1)  # noqa: E731
-        rows = zip(head.weight.split(width), biases, strict=False)
-        return torch.stack([Recomputed.apply(norm, hidden, *some) for some in rows], dim=1).logsumexp(1)
+        slices = zip(*(w.split(width) for w in (head.weight, head.bias) if w is not None), strict=True)
+        return torch.stack([Recomputed.apply(norm, hidden, *some) for some in slices], dim=1).logsumexp(1)
 
     def forward(self, *args, answer_at=None, token_ids=None, vocabulary=False, ends=None, **kwargs):
         if ends is not None and self.two_levels:  # Unsloth drops masks in training, but takes this
