@@ -305,6 +305,8 @@ def read_rows(source: Any) -> Iterator[tuple[str, dict, str]]:
             yield where, row, wrong
         return
     shown = "stdin" if source == "-" else short(source, 1000)
+    if Path(source).suffix.lower() in (".csv", ".tsv", ".xlsx", ".xls", ".ods", ".parquet"):
+        raise InputError(f"{shown}: is a table, not JSON lines: data/prepare.py own makes items of it")
     reader = gzip.open if Path(source).suffix == ".gz" else open
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if source == "-" else reader(source, "rb") as file:

@@ -74,7 +74,8 @@ class PrepareConfig:
     seed: int = 0
     """Seed of the split."""
     min_votes: int | None = None
-    """Leave out items with fewer votes. Default: 2 for snli and mnli, else 1."""
+    """Leave out items with fewer votes. Default: 2 for snli and mnli, else 1. 0 keeps items without votes,
+    for systems.py; training refuses them."""
     without: tuple[str, ...] = ()
     """Files of items, test sets: leave out what shares a prompt, a group or an id with them."""
 
@@ -99,6 +100,8 @@ class PrepareConfig:
     """own: the column of the group, whose items never end up on both sides of the split."""
     rater: str | None = None
     """own: the column with who voted: kept in the item; a person's second vote on it does not count."""
+    keep: tuple[str, ...] = ()
+    """own: columns that become fields of the items, for systems.py and trust.py --by."""
     where: tuple[str, ...] = ()
     """own: only rows with COLUMN=VALUE, or COLUMN!=VALUE; of several values of a column any does."""
     labels: tuple[str, ...] = ()
@@ -135,6 +138,7 @@ class Converted:
     notes: list[str] = dataclasses.field(default_factory=list)
     ids: Counter = dataclasses.field(default_factory=Counter)
     own: dict = dataclasses.field(default_factory=dict)
+    least: int = 1
 
     def add(self, name: str, values: dict[str, str], votes: Any, **more: str | None) -> None:
         """Adds an item, or counts it as dropped: the template's values, and labels or {label: number}.
@@ -153,12 +157,13 @@ class Converted:
 
     def add_item(self, name: str, prompt: str, counts: dict[str, int], **more: Any) -> None:
         """Adds an item with votes, or counts it as dropped. An id that comes again gets -2, -3, ..."""
-        if not any(counts.values()):
+        if not any(counts.values()) and self.least:
             self.dropped["item without votes"] += 1
             return
         self.ids[name] += 1
         name = f"{name}-{self.ids[name]}" if self.ids[name] > 1 else name
-        row = {"id": name, "prompt": distjudge.prompt_field(prompt), "counts": counts}
+        row = {"id": name, "prompt": distjudge.prompt_field(prompt)}
+        row |= {"counts": counts} if any(counts.values()) else {}
         self.rows.append(row | {key: value for key, value in more.items() if value})
 
 
@@ -429,6 +434,18 @@ TASKS = {  # converter, labels in order, licence
 }
 
 
+def least_votes(config: PrepareConfig) -> int:
+    if config.min_votes is None:
+        return 2 if config.task in ("snli", "mnli") else 1
+    if config.min_votes < 0:
+        raise InputError(f"min_votes: must be 0 or more, not {config.min_votes}")
+    return config.min_votes
+
+
+def votes_of(row: dict) -> float:
+    return sum(row.get("counts", {}).values())
+
+
 def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
     """All items of a data set, in the order of its files, and what its card says; not split yet."""
     converter, labels, licence = TASKS[config.task]
@@ -439,7 +456,7 @@ def convert(config: PrepareConfig) -> tuple[list[dict], dict]:
         optional = {"dimension", "low", "high"}.intersection(names)
         template = read_template(path, [name for name in names if name not in optional], optional)
         config.raw = config.raw or sources.fetch_all(config.task)
-    out = Converted(labels, template, chosen_dimensions(config))
+    out = Converted(labels, template, chosen_dimensions(config), least=least_votes(config))
     converter(config, out)
     card = {"task": config.task, "labels": out.labels, "ordered": distjudge.are_numeric(out.labels)}
     if labels in (NLI, PAIR):
@@ -494,16 +511,14 @@ def main(config: PrepareConfig) -> None:
     files = (*config.raw, *config.without)
     if inside := [path for path in files if Path(path).resolve().parent == out.resolve()]:
         raise InputError(f"out: {inside[0]} is in this folder, whose files are replaced; name another")
-    if config.min_votes is not None and config.min_votes < 1:
-        raise InputError(f"min_votes: must be 1 or more, not {config.min_votes}")
-    least = config.min_votes or (2 if config.task in ("snli", "mnli") else 1)
+    least = least_votes(config)
     how = config.split or ("published" if config.task == "emobank" else "group")
     found, card = convert(config)
     dropped = card["dropped"]
-    rows = {row["id"]: row for row in found if sum(row["counts"].values()) >= least}
+    rows = {row["id"]: row for row in found if votes_of(row) >= least}
     if least > 1:
         dropped[f"item with fewer than {least} votes"] = len(found) - len(rows)
-    items = distjudge.load_items(list(rows.values()), labels=card["labels"]) if rows else []
+    items = distjudge.load_items(list(rows.values()), labels=card["labels"], votes=least > 0) if rows else []
     for path in config.without:
         items, shared = distjudge.keep_apart(items, distjudge.load_items(path), overlap="remove")
         where = Path(path).name
@@ -519,7 +534,7 @@ def main(config: PrepareConfig) -> None:
     for name, part in splits.items():
         lines = ({x: y for x, y in row.items() if x != "published" and y is not None} for row in part)
         distjudge.write_lines(out / f"{name}.jsonl", (json.dumps(row, ensure_ascii=False) for row in lines))
-    votes = Counter(sum(row["counts"].values()) for part in splits.values() for row in part)
+    votes = Counter(votes_of(row) for part in splits.values() for row in part)
     card |= {"items": {name: len(part) for name, part in splits.items()}, "split": how, "seed": config.seed}
     card["votes_an_item"] = {str(number): votes[number] for number in sorted(votes)}
     card["groups"] = len({row["group"] for row in kept if "group" in row})

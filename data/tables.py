@@ -126,7 +126,7 @@ def conditions(config: Any) -> list[tuple[str, str, str, str]]:
 
 def columns_named(config: Any) -> dict[str, tuple[str, ...]]:
     """{option: the columns that it names}"""
-    options = "text label counts item group rater optional swap".split()
+    options = "text label counts item group rater keep optional swap".split()
     named = {option: getattr(config, option) or () for option in options}
     named = {option: (given,) if isinstance(given, str) else given for option, given in named.items()}
     return named | {"swap": config.swap[:2], "where": tuple(column for _, column, _, _ in conditions(config))}
@@ -152,6 +152,7 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
             changed[option] = found[0] if is_one else (*found, *getattr(config, option)[len(names) :])
     config = dataclasses.replace(config, **changed)
     used = Counter(config.label + config.counts).most_common(1) or [("", 0)]
+    ours = [c for c in config.keep if c in "id prompt counts annotators group split swap truth where".split()]
     a_text = "name the judged text (--text) or a template (--template); if a row is a person, add --by_column"
     votes = "name the columns of votes, or else those of --counts"
     is_panel = len(config.label) > 1 and not config.by_column
@@ -164,6 +165,7 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
         "rater: with several columns of votes each column is a person": config.rater and is_panel,
         f"text: {a_text}. {there}": not has_text,
         "swap: name two columns, and the labels that trade places, in pairs": len(config.swap) % 2,
+        f"keep: an item has a field {listed(ours)} of its own; rename the column": ours,
     }
     if found := [problem for problem, is_wrong in problems.items() if is_wrong]:
         raise InputError(f"{path}: {found[0]}")
@@ -350,7 +352,7 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
 
 
 # --- from a table to items --------------------------------------------------------------------------------
-Panel = namedtuple("Panel", "number prompts group at")  # an item before its votes are counted
+Panel = namedtuple("Panel", "number prompts group kept at")  # an item before its votes are counted
 # A text that somebody chose. ballot: a number for what one person, or `people` alike, chose in one cell
 Choice = namedtuple("Choice", "item ballot person text people in_list at column")
 
@@ -385,7 +387,7 @@ def own(config: Any, out: Any) -> None:
         name = key if config.item or config.by_column else str(panel.number + 1)
         swap = {"prompt": panel.prompts[1], "labels": traded} if traded else None
         shares = {label: counts.get((panel.number, label), 0) for label in out.labels}
-        more = {"group": panel.group, "swap": swap, "annotators": named.get(panel.number)}
+        more = panel.kept | {"group": panel.group, "swap": swap, "annotators": named.get(panel.number)}
         out.add_item(name, panel.prompts[0], shares, **more)
     say_doubts(config, out, panels, said.person)
 
@@ -434,6 +436,7 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
     keys = []
     for where, row in (rows[k] for k in table.index):
         group = cell(where, config.group, row[config.group]) if config.group else ""
+        kept = {c: cell(where, c, row[c]) for c in config.keep}
         for name, text, vote_columns in items:
             keys.append("")
             if not (prompts := make(where, row, text)):
@@ -444,8 +447,9 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
                 raise InputError(f"{where}: {config.item}: empty, so the vote belongs to no item")
             keys[-1] = key = key or (prompts[0] if by_vote else where)
             is_new = key not in panels
-            panel = panels.setdefault(key, Panel(len(panels), prompts, group, where))
+            panel = panels.setdefault(key, Panel(len(panels), prompts, group, kept, where))
             differs = "group" if panel.group != group else ""
+            differs = next((short(c) for c in kept if kept[c] != panel.kept[c]), differs)
             if panel.prompts != prompts and [*map(visible, panel.prompts)] != [*map(visible, prompts)]:
                 differs = "text"
             problem = f"its {differs} differs from that at {panel.at}" if differs else ""
@@ -612,6 +616,7 @@ def understand(config: Any, texts: Any, notes: list[str]) -> tuple[list[str], di
     if unheard := [word for word in config.no_vote if look(plain(word)) not in heard]:
         log.warning("--no_vote: no cell says %s", quoted(unheard))
     meaning = {t: [NOTHING if look(x) in silent else x for x in labels] for t, labels in meaning.items()}
+    meaning = {t: labels if any(labels) else labels[:1] for t, labels in meaning.items()}
     if config.bins:
         order = bin_labels(config, order, meaning, texts["at"], notes)
     votes = texts.assign(label=texts.index.map(meaning)).explode("label")

@@ -160,7 +160,7 @@ a scale without an end | V, "--labels", "1-5000000000000"         | labels: ... 
 a label named twice  | V, "--labels", "1", "1.0"                | labels: ... or one twice
 labels but for case  | V, "--labels", "a", "A"                  | labels: ... twice (capitals are ignored)
 an empty label       | V, "--labels", "1", " "                  | labels: ... names an empty label
-no number of votes   | V, "--min_votes", "0"                    | min_votes: must be 1 or more, not 0
+no number of votes   | V, "--min_votes", "-1"                   | min_votes: must be 0 or more, not -1
 a template, no text  | V, "--template", "latin.txt"             | latin.txt: the template cannot be read
 no folder            | V, "--out", ""                           | out: name a folder
 surrogate in a text  | '{"text": "\\ud800", "v": 1}', *JSONL    | t.jsonl:1: text: ... lone surrogates

@@ -59,6 +59,25 @@ def test_one_row_a_vote(own, tmp_path):
     assert card["prompt"]["file"] == "prompt.txt" and len(distjudge.load_items("o/items.jsonl")) == 10
 
 
+def test_columns_that_are_kept_and_items_without_votes(own, tmp_path):
+    """A sheet with the systems of its texts, some of them rated, is what systems.py takes."""
+    table = "text,who wrote,a,b\nx,M1,1,2\ny,M2,,\nz,M1,3,3\n"
+    rows = own(table, "--text text --label a b --keep 'who wrote' --min_votes 0 --labels 1-3")
+    assert [row["who wrote"] for row in rows] == ["M1", "M2", "M1"] and "counts" not in rows[1]
+    assert rows[2]["counts"] == {"1": 0, "2": 0, "3": 2}
+    card = json.loads((tmp_path / "o" / "card.json").read_text())
+    assert card["votes_an_item"] == {"0": 1, "2": 2} and card["read"]["votes"] == 4
+    assert len(own(table, "--text text --label a b --keep 'who wrote' --labels 1-3")) == 2
+    votes = "id,text,m,v\n1,x,A,1\n1,x,A,2\n2,y,B,1\n"
+    assert [row["m"] for row in own(votes, "--text text --label v --item id --keep m")] == ["A", "B"]
+    with pytest.raises(InputError, match=r"row 3: item '1': its m differs from that at votes.csv: row 2"):
+        own(votes.replace("A,2", "B,2"), "--text text --label v --item id --keep m")
+    with pytest.raises(InputError, match=r"keep: an item has a field \{id\} of its own; rename the column"):
+        own(votes, "--text text --label v --item id --keep id")
+    with pytest.raises(InputError, match=r"votes.csv: is a table, not JSON lines: data/prepare.py own makes"):
+        distjudge.load_items("votes.csv")
+
+
 def test_a_template_of_several_columns(own, tmp_path):
     (tmp_path / "t.txt").write_text("Q: {the question}\nA: {answer}")
     table = "the question,answer,ok,set\nWhy?,{answer}!,yes,s1\nWhy?,{answer}!,no,s1\n"
@@ -313,6 +332,15 @@ def test_words_for_no_vote_are_told_of(own, caplog, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "left out: 1 row without text; 1 cell named by --no_vote; 1 empty cell\n" in said
     assert "kept: 2 votes on 2 items, 1 an item\n" in said
+
+
+def test_a_cell_of_nothing_but_words_for_no_vote_counts_once(own, capsys):
+    table = "text,v\n" + "".join(
+        f"t{i},{v}\n" for i, v in enumerate(["1", "2", '"skip, none"', '"skip, none"'])
+    )
+    assert len(own(table, "--text text --label v --no_vote skip none")) == 2
+    said = capsys.readouterr().out
+    assert "2 cells named by --no_vote" in said and "do not say their label" not in said
 
 
 def test_a_scale_point_nobody_chose_is_said(own, caplog, tmp_path):
