@@ -50,6 +50,9 @@ class RunConfig(Config):
         if not 0 <= self.card_gib < math.inf or (self.card_gib and not self.dry_run):
             raise InputError(f"card_gib: needs --dry_run, and must be 0 or more, not {self.card_gib}")
 
+    def settle(self, items: int) -> None:
+        """For a recipe whose settings go by the number of training items: fills in what is None."""
+
 
 @dataclasses.dataclass
 class FourBitConfig(RunConfig):
@@ -93,6 +96,7 @@ def run(config: RunConfig) -> dict[str, float | None]:
     say = functools.partial(print, flush=True) if FIRST else lambda *_: None
 
     def look(judge: Judge, items: Sequence[Item], test: Sequence[Item]) -> None:
+        config.settle(len(items))
         if FIRST:
             plan = plan_lines(judge, items, test, config)
             say("\n".join(f"{name:<11} {text}" for name, text in plan.items()))
@@ -138,7 +142,7 @@ def outcome(metrics: dict[str, float | None], out: str) -> str:
     people = worth(*(metrics[name] for name in ("people", "people_low", "people_high")))
     kl, accuracy = f"{metrics['kl']:.3f} nats (beside it: {beside})", f"accuracy {metrics['accuracy']:.3f}"
     mean = worth(*[metrics["people_marginal"]] * 3).partition(" ")[0]
-    few = "no nearer to the votes than that mean: try more --epochs, or --learning_rate 1e-3\n"
+    few = "no nearer to the votes than that mean: more items or --epochs may help, or another rate\n"
     few *= metrics["kl"] >= metrics["kl_marginal"]
     return f"""
 worth {people} people (the mean of the training votes, whatever the item: {mean})
@@ -211,7 +215,7 @@ def plan_lines(judge: Judge, items: list[Item], test: list[Item], config: RunCon
         "tokens": f"{sum(map(len, encoded)):,} an epoch, {sum(passes):,} after packing, in {len(passes):,} "
         f"passes of up to {max(passes):,}",
         "memory": memory_text(judge, estimate_memory(judge, config, largest), config.card_gib),
-        "steps": f"{steps:,}, of {config.batch_size} items each",
+        "steps": f"{steps:,}, of {config.batch_size} items each, in {config.epochs:g} epochs",
     } | ({"fits": fit_text(judge, items, config)} if config.card_gib else {})
 
 

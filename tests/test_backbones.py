@@ -56,9 +56,8 @@ def fast(*names):
 
 
 def settings_of(name):
-    """A recipe's settings: the one class of its page."""
-    (found,) = [value for value in vars(importlib.import_module(name)).values() if isinstance(value, type)]
-    return found
+    """The settings of a recipe's page."""
+    return importlib.import_module(name).Recipe
 
 
 def save_tokenizer(kind, tokenizers_dir, folder):
@@ -313,6 +312,18 @@ def test_gradients_pass_through_4_bit_weights(stored, tmp_path, tiny_tokenizer, 
                 weight += sign * move
             ends.append(loss().item())
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope**0.5, rel=0.02)
+
+
+def test_smollms_epochs_and_rate_go_by_the_number_of_items(nli, tiny_model, call):
+    for items, epochs, rate in ((50, 8, 1e-3), (300, 4, 1e-3), (4000, 2, 1e-3), (4001, 2, 3e-4)):
+        config = settings_of("smollm")()
+        config.settle(items)
+        assert (config.epochs, config.learning_rate) == (epochs, rate)
+        config = settings_of("smollm")(epochs=1.0, learning_rate=0.0)
+        config.settle(items)
+        assert (config.epochs, config.learning_rate) == (1, 0)
+    page = call("smollm", "--train", nli, "--model", tiny_model, "--dry_run")
+    assert "learning rate 0.001, linear" in page["optimizer"] and page["steps"].endswith("in 8 epochs")
 
 
 def test_what_a_run_came_to_beside_the_mean_and_a_stopped_run_that_is_not_lost(tiny_model, nli, tmp_path):
