@@ -1122,8 +1122,8 @@ def half_products(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) 
     rows = x.flatten(0, -2).bfloat16()
     low = F.linear(rows, a.bfloat16()).float()
     # the adapter's part is added in float32, where it is not lost beside the other while it is small
-    out = torch.addmm(F.linear(rows, weight).float(), low, b.T, alpha=scale)
-    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+    out = F.linear(rows, weight).float().addmm_(low, b.T, alpha=scale)
+    return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
 
 
 def multiplies_bf16(device: str | torch.device) -> bool:
