@@ -66,6 +66,22 @@ class FourBitConfig(RunConfig):
     batch_size: int = 16
 
 
+@dataclasses.dataclass
+class BySizeConfig(RunConfig):
+    """A small model, whose epochs and rate go by the number of training items."""
+
+    epochs: float | None = None
+    """Passes over the training items. Default: 1,200 / items, but 2 at least and 8 at most."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW. Default: 1e-3 up to 4,000 training items, 3e-4 for more."""
+
+    def settle(self, items: int) -> None:
+        if self.epochs is None:
+            self.epochs = min(8.0, max(2.0, 1200 / items))
+        if self.learning_rate is None:
+            self.learning_rate = 1e-3 if items <= 4000 else 3e-4
+
+
 def with_defaults(config_class: type[RunConfig], **values: Any) -> type[RunConfig]:
     """The same settings with other defaults."""
     hints = get_type_hints(config_class)

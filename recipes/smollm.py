@@ -14,26 +14,9 @@ paper's 5e-5 is for 7B and 10,000 items. Digits are single tokens: "10" begins l
 read whole. Apache-2.0.
 """
 
-import dataclasses
-
 import common
 
-
-@dataclasses.dataclass
-class SmolConfig(common.RunConfig):
-    epochs: float | None = None
-    """Passes over the training items. Default: 1,200 / items, but 2 at least and 8 at most."""
-    learning_rate: float | None = None
-    """Peak learning rate of AdamW. Default: 1e-3 up to 4,000 training items, 3e-4 for more."""
-
-    def settle(self, items: int) -> None:
-        if self.epochs is None:
-            self.epochs = min(8.0, max(2.0, 1200 / items))
-        if self.learning_rate is None:
-            self.learning_rate = 1e-3 if items <= 4000 else 3e-4
-
-
-Recipe = common.recipe(__file__, "HuggingFaceTB/SmolLM2-135M-Instruct", SmolConfig)
+Recipe = common.recipe(__file__, "HuggingFaceTB/SmolLM2-135M-Instruct", common.BySizeConfig)
 
 if __name__ == "__main__":
     common.main(Recipe)
