@@ -149,6 +149,12 @@ def labels_of(items: Sequence[Item]) -> list[str]:
     return labels
 
 
+def check_voted(items: Sequence[Item]) -> None:
+    """Raises InputError for an item without votes, see load_items(votes=False)."""
+    if unjudged := [item for item in items if not item.votes > 0]:  # NaN is not
+        raise InputError(f"{unjudged[0].named}: has no votes")
+
+
 def counts_of(items: Sequence[Item]) -> torch.Tensor:
     """Votes as a float64 tensor (N, C)."""
     labels_of(items)
@@ -2153,6 +2159,8 @@ class Config:
             value, (low, high, words) = getattr(self, name), ranges.get(name, (0, math.inf, "0 or more"))
             if isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
                 raise InputError(f"{name}: must be {words}, not {value}")
+            if isinstance(value, str) and isinstance(Config.__dataclass_fields__[name].default, tuple):
+                raise InputError(f"{name}: must be a tuple, ({value!r},)")
         if not self.out.strip():
             raise InputError("out: name a folder")
         hints = typing.get_type_hints(Config)
@@ -2253,8 +2261,7 @@ def train(
     for some in filter(None, (items, eval_items)):
         if (labels := labels_of(some)) != judge.labels:
             raise InputError(f"{some[0].where}: {listed(labels)} are not the judge's {listed(judge.labels)}")
-        if unjudged := [item for item in some if not item.votes > 0]:  # NaN is not
-            raise InputError(f"{unjudged[0].named}: has no votes")
+        check_voted(some)
     encoded, votes, ids = training_rows(judge, items)
     per_epoch = math.ceil(len(encoded) / config.batch_size)
     last = math.ceil(per_epoch * config.epochs - 1e-9)
@@ -2810,6 +2817,7 @@ def evaluate(
     """
     if train_items and labels_of(train_items) != (labels := labels_of(items)):
         raise InputError(f"train_items: labels {listed(labels_of(train_items))} are not {listed(labels)}")
+    check_voted([*items, *(train_items or ())])
     scores, p = item_scores(predicted, items, ordered), shares_of(items)
     mean = lambda s: (correlation(s.mean(0)) if s.dim() == 2 else s.mean()).item()  # noqa: E731
     means = {name: mean(s) for name, s in scores.items()}

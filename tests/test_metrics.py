@@ -350,5 +350,8 @@ def test_training_items_with_labels_in_another_order_are_refused():  # else the 
     rows = [{"prompt": "p", "counts": {"a": 3, "b": 1}}]
     items, turned = (distjudge.load_items(rows, labels=labels) for labels in (["a", "b"], ["b", "a"]))
     assert evaluate([[0.5, 0.5]], items, train_items=items, draws=0)["kl_marginal"] == pytest.approx(0)
+    nobody = [*items, distjudge.Item("none", "none", {"a": 0, "b": 0}, where="x.jsonl:9")]
+    with pytest.raises(distjudge.InputError, match=r"x.jsonl:9: item 'none': has no votes"):
+        evaluate([[0.5, 0.5]] * len(nobody), nobody)
     with pytest.raises(distjudge.InputError, match=r"train_items: labels {b, a} are not {a, b}"):
         evaluate([[0.5, 0.5]], items, train_items=turned, draws=0)

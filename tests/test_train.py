@@ -268,6 +268,8 @@ def test_training_refuses_other_labels_long_prompts_and_loggers(tiny_model, vote
     judge = load_judge(tiny_model, LABELS, max_length=20)
     with pytest.raises(InputError, match="are not the judge's"):
         train(judge, votes(4, ("a", "b", "c")), settings(tmp_path))
+    with pytest.raises(InputError, match=r"report_to: must be a tuple, \('wandb',\)"):
+        train(judge, votes(4), settings(tmp_path, report_to="wandb"))
     with pytest.raises(InputError, match="item 'i1': has no votes"):
         unjudged = dataclasses.replace(votes(2)[1], counts={"1": 0, "2": 0, "3": 0})
         train(judge, [*votes(1), unjudged], settings(tmp_path))
