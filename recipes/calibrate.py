@@ -276,9 +276,8 @@ def main(config: CalibrateConfig) -> None:
     scores = pandas.DataFrame([distjudge.evaluate(q, items) for q in (before, after)], ["before", "after"]).T
     scores = scores[scores.index.isin(SHOWN.split())].astype(float).round(4)
     tables = {"metrics, on votes not fitted on": scores, "sets": sets(items, logq, config.draws)}
-    tables[
-        "kept: the items it is surest of; squared errors less the votes' noise, so they can be below 0"
-    ] = table
+    surest = "kept: the items it is surest of; squared errors less the votes' noise, so they can be below 0"
+    tables[surest] = table
     pairs = zip(distjudge.labels_of(items), calibration["bias"], strict=True)
     bias = ", ".join(f"{distjudge.short(label, 20)} {b:+.2f}" for label, b in pairs)
     what = "calibrated on {votes:,g} votes on {items:,} items in {groups:,} groups: temperature "

@@ -157,7 +157,7 @@ def outcome(metrics: dict[str, float | None], out: str) -> str:
     beside += f", {floor:.3f} of the truth" if (floor := metrics["kl_noise_floor"]) else ""
     people = worth(*(metrics[name] for name in ("people", "people_low", "people_high")))
     kl, accuracy = f"{metrics['kl']:.3f} nats (beside it: {beside})", f"accuracy {metrics['accuracy']:.3f}"
-    mean = worth(*[metrics["people_marginal"]] * 3).partition(" ")[0]
+    mean = "–" if metrics["people_marginal"] is None else f"{metrics['people_marginal']:.1f}"
     few = "no nearer to the votes than that mean: more items or --epochs may help, or another rate\n"
     few *= metrics["kl"] >= metrics["kl_marginal"]
     return f"""

@@ -164,7 +164,7 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
         out["shifts"][name] = row | {"shift": mean(q @ column, p @ column)}
     # few groups' p are too small: with two of them twelve times as often under 0.008 as by chance
     is_tested = out["groups"] >= TESTED
-    single = [row["shift"]["p"] if is_tested else 1.0 for row in out["shifts"].values()]
+    single = [(is_tested and row["shift"]["p"]) or 1.0 for row in out["shifts"].values()]
     for row, p_holm in zip(out["shifts"].values(), holm(single), strict=True):
         row["p_holm"] = p_holm
     out["slices"] = slices(distance, group, fields)
@@ -261,7 +261,7 @@ def main(config: TrustConfig) -> None:
     lines = [f"How far may it be trusted? {short(path, 1000)}", *page(found)]
     if (groups := found["groups"]) < 30:
         lines.append(
-            f"These are {groups} groups: intervals are too narrow, and under {TESTED} there is no verdict."
+            f"These are {groups} groups: intervals are too narrow. Under {TESTED} there is no verdict."
         )
     lines += [f"{left} items without votes or without a prediction are left out."] if left else []
     publish(config, FILES, lines, found | {"left_out": left}, draw)
