@@ -39,7 +39,8 @@ with open(sys.argv[1] + "/rank" + rank + ".json", "w") as file:
                "weights": weights.tolist()}}, file)
 """
 RUN = """
-config = distjudge.Config(train=("items.jsonl",), model={model!r}, out=sys.argv[1], epochs=1.0, batch_size=6)
+one = dict(train=("items.jsonl",), epochs=1.0, batch_size=6, bf16=False)  # bfloat16 rounds by the pass
+config = distjudge.Config(**one, model={model!r}, out=sys.argv[1])
 found = distjudge.run(config)
 print("metrics", len(found))
 """
