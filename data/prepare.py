@@ -157,13 +157,14 @@ class Converted:
 
     def add_item(self, name: str, prompt: str, counts: dict[str, int], **more: Any) -> None:
         """Adds an item with votes, or counts it as dropped. An id that comes again gets -2, -3, ..."""
-        if not any(counts.values()) and self.least:
+        voted = any(counts.values())
+        if self.least and not voted:
             self.dropped["item without votes"] += 1
             return
         self.ids[name] += 1
         name = f"{name}-{self.ids[name]}" if self.ids[name] > 1 else name
         row = {"id": name, "prompt": distjudge.prompt_field(prompt)}
-        row |= {"counts": counts} if any(counts.values()) else {}
+        row |= {"counts": counts} if voted else {}
         self.rows.append(row | {key: value for key, value in more.items() if value})
 
 

@@ -352,7 +352,7 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
 
 
 # --- from a table to items --------------------------------------------------------------------------------
-Panel = namedtuple("Panel", "number prompts group kept at")  # an item before its votes are counted
+Panel = namedtuple("Panel", "number prompts fields at")  # an item before its votes are counted
 # A text that somebody chose. ballot: a number for what one person, or `people` alike, chose in one cell
 Choice = namedtuple("Choice", "item ballot person text people in_list at column")
 
@@ -387,7 +387,7 @@ def own(config: Any, out: Any) -> None:
         name = key if config.item or config.by_column else str(panel.number + 1)
         swap = {"prompt": panel.prompts[1], "labels": traded} if traded else None
         shares = {label: counts.get((panel.number, label), 0) for label in out.labels}
-        more = panel.kept | {"group": panel.group, "swap": swap, "annotators": named.get(panel.number)}
+        more = panel.fields | {"swap": swap, "annotators": named.get(panel.number)}
         out.add_item(name, panel.prompts[0], shares, **more)
     say_doubts(config, out, panels, said.person)
 
@@ -435,8 +435,8 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
         items = [(c, getattr(c, "question", "") or c, (c,)) for c in config.label]
     keys = []
     for where, row in (rows[k] for k in table.index):
-        group = cell(where, config.group, row[config.group]) if config.group else ""
-        kept = {c: cell(where, c, row[c]) for c in config.keep}
+        named = {c: c for c in config.keep} | ({"group": config.group} if config.group else {})
+        fields = {name: cell(where, c, row[c]) for name, c in named.items()}
         for name, text, vote_columns in items:
             keys.append("")
             if not (prompts := make(where, row, text)):
@@ -447,9 +447,8 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
                 raise InputError(f"{where}: {config.item}: empty, so the vote belongs to no item")
             keys[-1] = key = key or (prompts[0] if by_vote else where)
             is_new = key not in panels
-            panel = panels.setdefault(key, Panel(len(panels), prompts, group, kept, where))
-            differs = "group" if panel.group != group else ""
-            differs = next((short(c) for c in kept if kept[c] != panel.kept[c]), differs)
+            panel = panels.setdefault(key, Panel(len(panels), prompts, fields, where))
+            differs = next((short(name) for name in fields if fields[name] != panel.fields[name]), "")
             if panel.prompts != prompts and [*map(visible, panel.prompts)] != [*map(visible, prompts)]:
                 differs = "text"
             problem = f"its {differs} differs from that at {panel.at}" if differs else ""
