@@ -377,7 +377,7 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
     if is_table:
         rows = list(rows)
         frame = sheets.frame_of(rows, out, sheets.added(collections.defaultdict(dict), labels))
-    else:
+    elif not columns:  # those of a table were looked at
         rows = refuse_ours(rows)
     asks = work.read(rows, tally, template, bool(columns))
     if is_table:

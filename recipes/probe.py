@@ -113,12 +113,12 @@ def probe(judge: Judge, items: list[Item]) -> dict[str, dict[str, float]]:
 def main(config: ProbeConfig) -> None:
     if config.limit < 0:
         raise InputError("limit: must be 0 or more")
-    is_run = (Path(config.run) / "judge.json").is_file()
-    judge = distjudge.load_judge(config.run) if is_run else None
-    items = distjudge.load_items(config.items, labels=judge and judge.labels)
+    saved = Path(config.run) / "judge.json"
+    labels = distjudge.read_json(saved).get("labels") if saved.is_file() else None
+    items = distjudge.load_items(config.items, labels=labels)
     if config.limit and len(items) > config.limit:
         items = random.Random(config.seed).sample(items, config.limit)
-    judge = judge or distjudge.load_judge(config.run, distjudge.labels_of(items))
+    judge = distjudge.load_judge(config.run, distjudge.labels_of(items))
 
     def longest(item: Item) -> int:
         prompts = [changed(item.prompt, name, label) for name in CHANGES | CLAIMS for label in judge.labels]
@@ -131,7 +131,7 @@ def main(config: ProbeConfig) -> None:
     if not short:
         raise InputError(f"{config.items}: no item has room for a probe within max_length {judge.max_length}")
     found = probe(judge, short)
-    out = Path(config.out or (Path(config.run) / "probe" if is_run else "runs/probe"))
+    out = Path(config.out or (saved.with_name("probe") if saved.is_file() else "runs/probe"))
     out.mkdir(parents=True, exist_ok=True)
     about = {"run": config.run, "items": len(short), "seed": config.seed, "labels": judge.labels}
     distjudge.write_json(out / "probe.json", about | {"versions": distjudge.versions(), "probes": found})

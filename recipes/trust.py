@@ -154,7 +154,7 @@ def measure(q: np.ndarray, items: Sequence[Item], fields: Fields, draws: int = 2
     constant = distjudge.survey_equivalence(np.tile(p.mean(0), (len(p), 1)), items, 0)["mean"]
     out["people_mean"] = NO_END if constant == math.inf else constant
     out["brier"] = {"judge": mean(distance + apart), "one person": mean(2 * apart), "everybody": mean(apart)}
-    share = lambda hit: {end: x and min(1.0, max(0.0, x)) for end, x in mean(hit).items()}  # noqa: E731
+    share = lambda hit: {end: x and distjudge.within("accuracy", x) for end, x in mean(hit).items()}  # noqa: E731
     out["accuracy"] = {"judge": share(hits[:, 0]), "one person": share(hits[:, 1]), "gain": mean(*hits.T)}
     columns = {"mean rating": np.array(labels, dtype=float)} if distjudge.are_numeric(labels) else {}
     columns |= {f"share of {label}": np.eye(len(labels))[k] for k, label in enumerate(labels)}
