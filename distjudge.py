@@ -1641,7 +1641,7 @@ def _fingerprint(path: str) -> str:
             for key in file.keys():
                 some = file.get_tensor(key).flatten()[:64]  # the rest is not read
                 samples[key] = some.to(torch.bfloat16).float().tolist()
-    return _digest(sorted(samples.items()))
+    return digest_of(sorted(samples.items()))
 
 
 def choose_backend(wanted: str = "auto", device: str | None = None, trained: bool = False) -> tuple[str, str]:
@@ -1833,10 +1833,11 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
 
 def write_saved(folder: Path, about: dict[str, Any]) -> None:
     """Writes judge.json, with a digest by which read_saved() knows that nothing has changed."""
-    write_json(folder / "judge.json", about | {"digest": _digest(about)})
+    write_json(folder / "judge.json", about | {"digest": digest_of(about)})
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """SHA-256 of plain values."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -1865,7 +1866,7 @@ def read_saved(folder: Path, labels: Sequence[str] | None = None) -> dict[str, A
     saved, fault = parse_json(about.read_bytes())
     if not (digest := saved.pop("digest", None)):
         raise InputError(f"{about}: not a judge written by distjudge ({fault or 'no digest'})")
-    if digest != _digest(saved):
+    if digest != digest_of(saved):
         raise InputError(f"{about}: has changed, {since}")
     here, then = checksums(folder), saved["sha256"]
     for name in sorted({**here, **then}):
@@ -2473,7 +2474,7 @@ class Progress:
         """The error, with the newest checkpoint whose weights a later step has used, to a finite loss."""
         names = list(dict.fromkeys(map(short, ids)))
         items = f"item{'s' * (len(names) > 1)} {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
-        good = [path for path in checkpoints_in(self.folder) if int(path.name[5:14]) < self.done]
+        good = [path for path in checkpoints_in(self.folder) if step_of(path) < self.done]
         return FloatingPointError(f"{what} {items}; last good checkpoint: {good[0] if good else 'none'}")
 
     def save(self, ids: Sequence[str]) -> None:
@@ -2511,6 +2512,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """Finished checkpoints, the newest first."""
     named = [path for path in folder.glob("*") if re.fullmatch(r"step-\d{9}-\w{64}\.pt", path.name)]
     return sorted(named, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:14])
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -2573,9 +2578,9 @@ def _made_from(judge: Judge, items: Sequence[Item], tested: Sequence[Item], conf
     named |= {"prompt template": judge.encoder.frame, "device": judge.device.type, "versions": versions()}
     named |= {"base weights": getattr(judge.model, "fingerprint", None)}
     trained = [(name, *w.shape) for name, w in judge.model.named_parameters() if w.requires_grad]
-    named["trained weights"] = _digest(trained)  # a judge need not be made with the settings of `config`
+    named["trained weights"] = digest_of(trained)  # a judge need not be made with the settings of `config`
     for name, some in (("training items", items), ("test items", tested)):
-        named[name] = _digest([dataclasses.astuple(dataclasses.replace(item, where="")) for item in some])
+        named[name] = digest_of([dataclasses.astuple(dataclasses.replace(item, where="")) for item in some])
     return json.loads(json.dumps(named | {"processes": int(os.environ.get("WORLD_SIZE", 1))}))
 
 
@@ -3028,7 +3033,7 @@ def write_results(
     metrics = evaluate(q, items, train_items=train_items, label_mass=mass) | orders
     write_json(folder / "metrics.json", metrics)
     about = {"labels": judge.labels, "versions": versions()}
-    about |= {"prompt_hash": _digest([judge.encoder.frame, judge.tokens.sequences])}
+    about |= {"prompt_hash": digest_of([judge.encoder.frame, judge.tokens.sequences])}
     about |= {"items": {"train": len(train_items), "test": len(items)}}
     about |= {"votes": {"train": sum(i.votes for i in train_items), "test": sum(i.votes for i in items)}}
     write_json(folder / "config.json", dataclasses.asdict(config) | about)

@@ -137,7 +137,7 @@ def refuse_stopped(config: RunConfig) -> None:
     out = Path(config.out)
     left = distjudge.checkpoints_in(out / "checkpoints")
     if left and not config.resume and not (out / "judge.json").exists():
-        after = f"holds a run that was stopped after step {int(left[0].name[5:14])}"
+        after = f"holds a run that was stopped after step {distjudge.step_of(left[0])}"
         raise InputError(f"out: {out}: {after}: --resume goes on; or name another --out, or remove it")
 
 

@@ -30,7 +30,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,8 +86,7 @@ def export_of(folder: Path, name: str) -> dict[str, Any]:
 def identity(folder: Path) -> str:
     """A hash of the judge of a run folder, whatever its calibration, which no export carries."""
     saved = read(folder / "judge.json")
-    own = {name: saved[name] for name in sorted({*saved} - {"digest", "calibration"})}
-    return sha256(json.dumps(own).encode()).hexdigest()
+    return distjudge.digest_of({name: saved[name] for name in saved if name not in ("digest", "calibration")})
 
 
 # --- before the work: what cannot be done -----------------------------------------------------------------
