@@ -2577,8 +2577,8 @@ def _made_from(judge: Judge, items: Sequence[Item], tested: Sequence[Item], conf
     named |= {"labels": judge.labels, "label tokens": judge.tokens.sequences, "base model": judge.base}
     named |= {"prompt template": judge.encoder.frame, "device": judge.device.type, "versions": versions()}
     named |= {"base weights": getattr(judge.model, "fingerprint", None)}
-    trained = [(name, *w.shape) for name, w in judge.model.named_parameters() if w.requires_grad]
-    named["trained weights"] = digest_of(trained)  # a judge need not be made with the settings of `config`
+    weights = [(name, *w.shape, str(w.dtype), w.requires_grad) for name, w in judge.model.named_parameters()]
+    named["kinds of weights"] = digest_of(weights)  # a judge need not be made with the settings of `config`
     for name, some in (("training items", items), ("test items", tested)):
         named[name] = digest_of([dataclasses.astuple(dataclasses.replace(item, where="")) for item in some])
     return json.loads(json.dumps(named | {"processes": int(os.environ.get("WORLD_SIZE", 1))}))

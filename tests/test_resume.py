@@ -29,7 +29,8 @@ def go(tiny_model, votes, tmp_path):
     items = votes(14)
 
     def run(out, stop=None, items=items, labels=("1", "2", "3"), at=None, dropout=0.0, tested=(), **changes):
-        judge = load_judge(tiny_model, labels, lora_rank=changes.pop("rank", 4))
+        made = {"lora_rank": changes.pop("rank", 4), "bf16": changes.pop("bf16", None)}
+        judge = load_judge(tiny_model, labels, **made)
         for module in judge.model.modules() if dropout else ():
             if hasattr(module, "lora_dropout"):
                 module.lora_dropout["default"] = torch.nn.Dropout(dropout)
@@ -190,7 +191,8 @@ def test_no_code_of_a_planted_checkpoint_is_run(go, stopped, tmp_path, caplog, b
     assert sprung.exists()  # the trap does work
 
 
-def test_resuming_another_run_is_refused_by_name(go, stopped, votes, tmp_path):
+def test_resuming_another_run_is_refused_by_name(go, stopped, votes, tmp_path, monkeypatch):
+    monkeypatch.setattr(distjudge, "multiplies_bf16", lambda device: True)
     stopped("run", 6)
     four = ("1", "2", "4")
     for changes, message in (
@@ -200,7 +202,8 @@ def test_resuming_another_run_is_refused_by_name(go, stopped, votes, tmp_path):
         ({"tested": votes(3)}, "test items differs"),
         ({"epochs": 3.0}, "epochs differs"),
         ({"labels": four, "items": votes(14, labels=four)}, "labels differs"),
-        ({"rank": 1}, "trained weights differs"),
+        ({"rank": 1}, "kinds of weights differs"),
+        ({"bf16": True}, "kinds of weights differs"),
     ):
         with pytest.raises(InputError, match=message):
             go("run", resume=True, **changes)
