@@ -2088,7 +2088,7 @@ class Config:
     test: tuple[str, ...] = ()
     """Test items. Without any, the training file's "split" field decides, or else an 8:2 split by group."""
     labels: tuple[str, ...] = ()
-    """Label order. Default: numeric order, or the order of the first item's counts."""
+    """Label order. Default: by number, or as in the first item that has the commonest set of labels."""
     spellings: tuple[str, ...] = ()
     """More spellings of a label, as LABEL=TEXT,TEXT (no=no,nope); their probabilities add up."""
     overlong: Literal["error", "drop"] = "error"

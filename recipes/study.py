@@ -2,7 +2,7 @@
 
     python recipes/study.py main                                  # the embedded sample, a model from nothing
     python recipes/study.py ablation --votes 5 --seeds 3          # the paper's Table 2
-    python recipes/study.py methods --train a.jsonl --test b.jsonl --model Qwen/Qwen3-4B --lora_rank 16 \
+    python recipes/study.py methods --train a.jsonl --test b.jsonl --model Qwen/Qwen3-4B --lora_rank 16 \\
         --methods distribution teacher untrained "raw, calibrated" frozen
 
     main        Table 1: untrained, single-point, distributional judge; label smoothing, temperature scaling

@@ -7,8 +7,8 @@
 Makes a small Qwen2 model with random weights, and a tokenizer from the training prompts. Trains all weights
 on the same items, for the same number of steps, by each of METHODS. Writes into --out:
 
-    table.json, table.md    a row a method and seed: how many people the judge is worth, KL to the votes, KL
-                            to the truth if known (in nats), accuracy
+    table.json, table.md    a row a method and seed, and a row a method: how many people the judge is worth,
+                            KL to the votes, KL to the truth if known (in nats), accuracy
     METHOD-SEED/            a run folder each: judge, predictions, metrics, log
     plots/                  the four judges of the first seed in one figure; more of the full method
 """
