@@ -480,8 +480,9 @@ class Table:
         foot += f"{config.seed}; not the defaults: {changed or 'none'}."
         cells = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(out.glob("cells/*/cell.json"))]
         minutes = sum(cell["seconds"] for cell in cells) / 60
-        foot += f" {minutes:.0f} minutes for the {len(cells)} cells of the folder on {cells[0]['device']}; "
-        foot += ", ".join(f"{k} {v}" for k, v in cells[0]["versions"].items()) + "."
+        made = {", ".join([c["device"], *(f"{k} {v}" for k, v in c["versions"].items())]) for c in cells}
+        foot += f" {minutes:.0f} minutes for the {len(cells)} cells of the folder, on "
+        foot += "; and on ".join(sorted(made)) + "."
         distjudge.write_lines(Path(f"{name}.md"), [*lines, "", foot])
         print("\n".join([*lines, "", foot]))
         print(f"\nwrote {name}.csv, {name}.md, {figures.draw(f'{name}.csv')}")
