@@ -434,9 +434,9 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))  # NaN: an empty cell of pandas
 
 
-def is_text(value: str) -> bool:
-    """False for lone surrogates, which no tokenizer takes."""
-    return not re.search("[\ud800-\udfff]", value)
+def is_text(value: Any) -> bool:
+    """A string, and without lone surrogates, which no tokenizer takes."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 # The parsers of a row's fields. Each raises ValueError with what is wrong.
@@ -672,7 +672,7 @@ class PromptEncoder:
         self._plain, self._forms = _tokenizer_of(plain), {}
         self._runs("")
 
-    def _apply(self, turns: list[dict[str, str]], seconds: float = 5.0) -> str:
+    def _apply(self, turns: list[dict[str, str]]) -> str:
         """What the chat template makes of messages, up to where the judge answers the last of the user's.
 
         A template is a program: it can raise what its author chose, and loop; then its thread is left behind.
@@ -689,9 +689,9 @@ class PromptEncoder:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        thread.join(seconds)
+        thread.join(5.0)
         if not shown or not isinstance(shown[0], str):
-            fault = short(shown[0], 200) if shown else f"takes more than {seconds:g} seconds"
+            fault = short(shown[0], 200) if shown else "takes more than 5 seconds"
             raise InputError(f"{self.name}: chat template: {fault}")
         return shown[0]
 
@@ -845,7 +845,8 @@ def label_tokens(
     token or merges with the prompt's end, and if whole labels have no end-of-turn token to close them.
     """
     encoder = encoder or PromptEncoder(tokenizer)
-    labels, spellings = [str(label) for label in labels], dict(spellings or {})
+    labels = [str(label) for label in labels]
+    spellings = {str(label): texts for label, texts in (spellings or {}).items()}
     if unknown := sorted(set(spellings) - set(labels)):
         raise InputError(f"spellings: unknown label {listed(unknown)}; the labels are {listed(labels)}")
     if len(set(labels)) != len(labels) or len(labels) < 2:
@@ -1506,7 +1507,7 @@ def load_judge(
     lora_rank: int = 16,
     four_bit: bool = False,
     max_length: int | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     seed: int = 0,
     backend: str = "auto",
     gradient_checkpointing: bool = False,
@@ -1523,6 +1524,7 @@ def load_judge(
     judge's, changed files of it, and where check_model() does.
     """
     folder, path, base, adapter, saved = Path(path), str(path), str(path), None, {}
+    labels = None if labels is None else [str(label) for label in labels]
     if (folder / "judge.json").is_file():
         if not weights:
             raise InputError(f"{path}: model: an outline is made of a model, not of a trained judge")
@@ -1551,7 +1553,6 @@ def load_judge(
         raise InputError(f"{path}: model: has {rows} tokens, its tokenizer {len(tokenizer)}")
     if adapter and saved.get("base_sample") not in (None, model.fingerprint):
         raise InputError(f"{path}: base: the weights of {base} are not those the judge was trained on")
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
     about = {"base": base, "max_length": max_length, "spellings": spellings, "bf16": bool(bf16)}
     made = {"lora_rank": lora_rank, "seed": seed, "gradient_checkpointing": gradient_checkpointing}
     judge = make_judge(model, tokenizer, labels, encoder=encoder, adapter=adapter, **made, **about)
@@ -1576,8 +1577,11 @@ def make_judge(
 ) -> Judge:
     """load_judge() of a causal LM in memory, which is changed in place; adapter: a trained one's folder.
 
-    about: base, max_length and spellings, see Judge; bf16: see load_judge().
+    about: base (by default what the model says it was loaded from), max_length and spellings, see Judge;
+    bf16: see load_judge().
     """
+    base = about.get("base") or model.name_or_path
+    about["base"] = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     encoder = encoder or PromptEncoder(tokenizer)
     tokens = label_tokens(tokenizer, labels, about.get("spellings"), encoder)
     add_label_readout(model)
@@ -1644,7 +1648,7 @@ def _fingerprint(path: str) -> str:
     return digest_of(sorted(samples.items()))
 
 
-def choose_backend(wanted: str = "auto", device: str | None = None, trained: bool = False) -> tuple[str, str]:
+def choose_backend(wanted: str = "auto", device: Any = None, trained: bool = False) -> tuple[str, str]:
     """Which library loads and runs the model, and why: ("unsloth" or "transformers", reason).
 
     Unsloth patches what it imports, so it is imported here, before transformers. Raises InputError where it
@@ -1742,7 +1746,7 @@ def load_model(
     path: str,
     *,
     four_bit: bool = False,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     backend: str = "transformers",
     max_length: int = 2048,
     weights: bool = True,
@@ -1755,7 +1759,8 @@ def load_model(
         device = "cuda"  # 4-bit runs are planned for a card, also without one
     elif not device:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or (torch.float32 if device == "cpu" else half_precision(device))
+    device = str(device)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else half_precision(device))
     try:
         fingerprint = _fingerprint(path) if weights else ""
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -1792,6 +1797,7 @@ def load_model(
             raise ValueError("it was not loaded in 4 bits; bitsandbytes does not work here")
         if getattr(model, "_hf_peft_config_loaded", False):  # of a hub's repository
             raise ValueError("it holds a PEFT adapter, not a model by itself; merge it into its base first")
+        model = model.to(device) if weights and not four_bit else model
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged or contradictory folder can fail in any way
@@ -1804,15 +1810,20 @@ def load_model(
             # such a CPU would pack 4-bit weights, when judging, into a form that no gradient flows through
             module.support_avx512bf16_for_cpu = False
     model.backend, model.fingerprint = backend, fingerprint
-    return model.to(device) if weights and not four_bit else model
+    return model
 
 
 def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     """Writes judge.json, tokenizer/, adapter/ (or model/, when all weights were trained).
 
-    What another judge left there goes first, for it would be taken for this one's.
+    What another judge left there goes first, for it would be taken for this one's. InputError for an adapter
+    to a model that has no name.
     """
     folder, adapter = Path(folder), hasattr(judge.model, "peft_config")
+    if adapter and not judge.base:
+        raise InputError(
+            f"{folder}: base: an adapter needs its model; set judge.base to its folder or hub id"
+        )
     check_out(folder, *RUN_FILES)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("judge.json", "config.json", "metrics.json"):
@@ -1875,7 +1886,7 @@ def read_saved(folder: Path, labels: Sequence[str] | None = None) -> dict[str, A
             wrong.append(f"{folder / name}: {change}, {since}")
     if wrong:
         raise InputError("\n".join(wrong))
-    if labels and [str(label) for label in labels] != saved["labels"]:
+    if labels and labels != saved["labels"]:
         raise InputError(f"{folder}: labels: trained for {listed(saved['labels'])}, not {listed(labels)}")
     return saved
 
@@ -2151,6 +2162,12 @@ class Config:
     report_to: tuple[str, ...] = ()
     """Loggers that accelerate knows: tensorboard, wandb, trackio, ..."""
 
+    def __post_init__(self) -> None:
+        self.model, self.out = os.fspath(self.model), os.fspath(self.out)
+        for name in ("train", "test"):
+            if not isinstance(paths := getattr(self, name), str):  # which check() refuses
+                setattr(self, name, tuple(map(os.fspath, paths)))
+
     def check(self) -> None:
         """Raises InputError naming the field for a value outside its range."""
         ranges = {"alpha": (0, 1, "between 0 and 1"), "epochs": (1e-9, math.inf, "more than 0")}
@@ -2260,8 +2277,7 @@ def train(
     config.check()
     check_out(config.out, *RUN_FILES)
     for some in filter(None, (items, eval_items)):
-        if (labels := labels_of(some)) != judge.labels:
-            raise InputError(f"{some[0].where}: {listed(labels)} are not the judge's {listed(judge.labels)}")
+        _check_labels(judge, some)
         check_voted(some)
     encoded, votes, ids = training_rows(judge, items)
     per_epoch = math.ceil(len(encoded) / config.batch_size)
@@ -2274,13 +2290,14 @@ def train(
     half = autocast_type(judge)
     autocast = functools.partial(torch.autocast, judge.device.type, half, enabled=half is not None)
     scaler = torch.amp.GradScaler(judge.device.type, enabled=half == torch.float16)
+    scaler.scale(torch.zeros((), device=judge.device))  # of several processes one may have no item in a step
     optimizer = make_optimizer(judge, config)
     warm_up = min(whole_steps(0.03, last), last - 1)  # it begins at 0, which must not be all there is
     schedule = get_scheduler(config.schedule, optimizer, warm_up, last)
     teacher = Teacher(judge) if config.teacher else None
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     parts |= {"teacher": teacher} if teacher else {}
-    made_from = _made_from(judge, items, eval_items, config)
+    made_from = _made_from(judge, items, eval_items, config) | {"processes": processes}
     progress = Progress(judge, config, accelerator, parts, made_from, last)
     order: list[int] = []
     adversary, hybrid = inspect.unwrap(worst_case), inspect.unwrap(hybrid_loss)  # without their checks
@@ -2483,10 +2500,11 @@ class Progress:
             raise self._diverged(f"the weights are not finite after step {self.done}, of", ids)
         if not self.writes or not self.config.save_every:
             return
-        states = [random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all()]
+        device = self.judge.device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state["weights"] = {name: w.detach() for name, w in self.weights.items()}
-        state |= {"made_from": self.made_from, "random": states}
+        state |= {"made_from": self.made_from, "random": [random.getstate(), torch.get_rng_state(), cuda]}
         state |= {"step": self.done, "rows": self.rows, "pack_tokens": self.judge.pack_tokens}
         save_checkpoint(self.folder, self.done, state)
         for old in checkpoints_in(self.folder)[2:]:
@@ -2501,8 +2519,8 @@ class Progress:
         python, cpu, cuda = state["random"]
         random.setstate(python)
         torch.set_rng_state(cpu)
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(cuda)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self.judge.device)
         self.done, self.rows, self.judge.pack_tokens = state["step"], state["rows"], state["pack_tokens"]
 
 
@@ -2572,7 +2590,7 @@ def newest_checkpoint(folder: Path, made_from: dict[str, Any]) -> dict[str, Any]
 
 def _made_from(judge: Judge, items: Sequence[Item], tested: Sequence[Item], config: Config) -> dict[str, Any]:
     """What a run depends on, by name: resuming with anything else is refused."""
-    free = "train test labels out resume report_to save_every eval_every".split()
+    free = "train test labels model out resume report_to save_every eval_every".split()  # or named below
     named = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in free}
     named |= {"labels": judge.labels, "label tokens": judge.tokens.sequences, "base model": judge.base}
     named |= {"prompt template": judge.encoder.frame, "device": judge.device.type, "versions": versions()}
@@ -2581,7 +2599,7 @@ def _made_from(judge: Judge, items: Sequence[Item], tested: Sequence[Item], conf
     named["kinds of weights"] = digest_of(weights)  # a judge need not be made with the settings of `config`
     for name, some in (("training items", items), ("test items", tested)):
         named[name] = digest_of([dataclasses.astuple(dataclasses.replace(item, where="")) for item in some])
-    return json.loads(json.dumps(named | {"processes": int(os.environ.get("WORLD_SIZE", 1))}))
+    return json.loads(json.dumps(named))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2611,8 +2629,9 @@ def noise_floor(items: Sequence[Item]) -> float | None:
     Exact where every item's `truth` is known. Else the mean entropy of the unknown truths less that of the
     votes. The former is estimated: for each label a mixture of 30 Beta distributions is fitted to its counts,
     and each item has its posterior mean of -p log p (empirical Bayes, Robbins 1956). None where no item has
-    two votes: then nothing tells disagreement from noise. On simulated panels it was off by up to 0.15 nats
-    with two votes an item, 0.06 with three, 0.025 with five, 0.01 with twenty.
+    two votes: then nothing tells disagreement from noise. On simulated panels of up to five labels it was off
+    by up to 0.15 nats with two votes an item, 0.06 with three, 0.025 with five, 0.01 with twenty; of ten
+    labels by about twice that.
     """
     counts, p, truth = counts_of(items), shares_of(items), truths_of(items)
     if truth is not None:
@@ -2718,9 +2737,9 @@ def bootstrap(
     """
     methods = [scores] if other is None else [scores, other]
     shapes = [list(method.shape) for method in methods]
-    if scores.dim() not in (2, 3) or shapes[0] != shapes[-1]:
+    if scores.dim() < 2 or scores.shape[2:] not in ((), (2,), (5,)) or shapes[0] != shapes[-1]:
         raise ValueError(f"scores: (S, N), (S, N, 2) or (S, N, 5), two methods alike, not {shapes}")
-    at = group_numbers(groups or [None] * scores.shape[1])
+    at = group_numbers([None] * scores.shape[1] if groups is None else groups)
     weight = at.bincount().double()
     runs, size = len(scores), len(weight)
     by_item = [torch.atleast_3d(method.double()).movedim(1, 0) for method in methods]  # (N, S, 1, 2 or 5)
@@ -2828,10 +2847,15 @@ def evaluate(
     means = {name: mean(s) for name, s in scores.items()}
     floor = noise_floor(items) if draws else None
     marginal = shares_of(train_items or items).mean(0).expand_as(p)
-    people = [*survey_equivalence(predicted, items, draws).values()]
-    people = [None if n == math.inf else n for n in (*people, survey_equivalence(marginal, items, 0)["mean"])]
-    names = ("people", "people_low", "people_high", "people_marginal")
-    out = {"items": len(items), **dict(zip(names, people, strict=True))}
+    worth = survey_equivalence(predicted, items, draws)
+    out = {
+        "items": len(items),
+        "people": worth["mean"],
+        "people_low": worth["low"],
+        "people_high": worth["high"],
+    }
+    out["people_marginal"] = survey_equivalence(marginal, items, 0)["mean"]
+    out = {name: None if n == math.inf else n for name, n in out.items()}
     out |= {"kl": means["kl"], "kl_noise_floor": floor}
     out["kl_corrected"] = None if floor is None else means["kl"] - floor
     out |= {"kl_marginal": kl_divergence(p, marginal).mean().item(), "kl_truth": None}
@@ -2964,7 +2988,7 @@ def keep_short(
     if len(over) == len(items):
         raise InputError(f"no {what} items are left within max_length {most}")
     if over:
-        print(f"dropped {found} longer than {most} tokens")
+        log.warning("dropped %s longer than %d tokens", found, most)
     return [item for item, length in zip(items, lengths, strict=True) if length <= most]
 
 
@@ -2977,6 +3001,12 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def _check_labels(judge: Judge, items: Sequence[Item]) -> None:
+    """Raises InputError unless the items' labels are the judge's, in its order, as the columns are."""
+    if items and (labels := labels_of(items)) != judge.labels:
+        raise InputError(f"{items[0].where}: {listed(labels)} are not the judge's {listed(judge.labels)}")
 
 
 def average_orders(first: torch.Tensor, second: torch.Tensor, back: Sequence) -> tuple[torch.Tensor, bool]:
@@ -3004,7 +3034,11 @@ def average_items(items: Sequence[Item], logq: torch.Tensor) -> tuple[torch.Tens
 def judge_items(
     judge: Judge, items: Sequence[Item], progress: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-    """Probabilities (N, C), label masses (N,) and what the order of pairs did: see average_items()."""
+    """Probabilities (N, C), label masses (N,) and what the order of pairs did: see average_items().
+
+    Raises InputError if the items' labels are not the judge's, in its order.
+    """
+    _check_labels(judge, items)
     logq, mass = judge.score([prompt for item in items for prompt in item.prompts], progress)
     q, orders = average_items(items, logq)
     return q, torch.stack([part.mean() for part in mass.split([len(item.prompts) for item in items])]), orders
@@ -3089,7 +3123,7 @@ def cli(main: Callable[[Any], Any], config: type, failures: tuple[type[Exception
     handler = logging.StreamHandler()
     handler.format = lambda record: printable(record.getMessage())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    failures, about = (FloatingPointError, *failures), sys.modules["__main__"].__doc__
+    failures, about = (FloatingPointError, torch.OutOfMemoryError, *failures), sys.modules["__main__"].__doc__
     grouped = issubclass(config, Config)
     try:
         given = tyro.cli(_grouped(config) if grouped else config, description=about, use_underscores=True)

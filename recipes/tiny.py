@@ -74,6 +74,7 @@ class TinyConfig(Config):
     """Tokens of the tokenizer, at most."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.train = self.train or (SAMPLE,)
 
     def check(self) -> None:

@@ -25,6 +25,7 @@ import judge as judge_recipe
 import prepare
 import pytest
 import tiny
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {  # a command, and the flags before those of a case, which win
@@ -463,6 +464,16 @@ def test_what_a_file_brings_cannot_steer_a_terminal(tiny_model, capsys, monkeypa
     said += capsys.readouterr().err
     odd = set(marks.replace("[31m", "").replace(" ", ""))
     assert not set(said) & odd and "no such file\nand more" in said
+
+
+def test_memory_that_does_not_suffice_is_one_line(capsys, monkeypatch):
+    def main(config):
+        raise torch.OutOfMemoryError("one prompt alone does not fit")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as stopped:
+        distjudge.cli(main, dataclasses.make_dataclass("Nothing", []))
+    assert stopped.value.code == 1 and capsys.readouterr().err == "error: one prompt alone does not fit\n"
 
 
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"

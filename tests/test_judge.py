@@ -255,6 +255,35 @@ def test_a_judge_from_a_model_in_memory_is_the_one_from_its_folder(tiny_model):
     assert numpy.allclose(judge.predict(TEXTS), load_judge(tiny_model, YES_NO).predict(TEXTS), atol=1e-6)
 
 
+def test_an_adapter_is_saved_with_the_name_of_its_model(tiny_model, tmp_path):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    judge = distjudge.make_judge(model, tokenizer, YES_NO, lora_rank=2)
+    distjudge.save_judge(judge, tmp_path / "run")
+    assert numpy.array_equal(load_judge(tmp_path / "run").predict(TEXTS), judge.predict(TEXTS))
+    judge.base = ""
+    with pytest.raises(InputError, match=r"set judge\.base"):
+        distjudge.save_judge(judge, tmp_path / "run")
+    assert (tmp_path / "run" / "judge.json").exists()
+
+
+def test_devices_and_labels_are_taken_as_libraries_give_them(tiny_model):
+    judge = load_judge(tiny_model, numpy.array(YES_NO), device=torch.device("cpu"))
+    assert judge.labels == YES_NO and judge.model.get_input_embeddings().weight.dtype == torch.float32
+    spelled = load_judge(tiny_model, [1, 2], spellings={1: ["one", "1"]})
+    assert spelled.labels == ["1", "2"] and len(spelled.tokens.sequences) == 3
+    with pytest.raises(InputError, match="label '1': '7' is not text"):
+        load_judge(tiny_model, [1, 2], spellings={1: [7]})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is there")
+def test_a_device_that_is_not_there_is_one_line(tiny_model):
+    with pytest.raises(InputError, match=r"model: cannot be loaded: .*CUDA"):
+        load_judge(tiny_model, YES_NO, device="cuda")
+
+
 def test_label_scores_stay_float32_under_bfloat16_autocast(tiny_model):
     judge = load_judge(tiny_model, YES_NO)
     batch = {k: v for k, v in judge.batch(judge.encode(TEXTS)).items() if k != "reads"}

@@ -341,7 +341,8 @@ def test_bootstrap_without_two_groups_or_with_other_shapes():
     assert bootstrap(one, groups=[None, "a", "a"])["low"] == 1.0
     constant = item_scores([[0.5, 0.5]] * 3, panel([[1, 1], [2, 0], [0, 2]]))["entropy_correlation"]
     assert bootstrap(constant[None])["mean"] is None
-    for wrong in ((torch.ones(3),), (one, torch.ones(2, 4))):
+    assert bootstrap(one, groups=numpy.array(["a", "a", "b"]))["low"] == 1.0
+    for wrong in ((torch.ones(3),), (one, torch.ones(2, 4)), (torch.ones(2, 5, 3),)):
         with pytest.raises(ValueError, match="scores"):
             bootstrap(*wrong)
 

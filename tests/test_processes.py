@@ -128,6 +128,21 @@ def test_trouble_of_one_process_is_that_of_all(launch, tmp_path):
     assert len(list((tmp_path / "signal/checkpoints").glob("step-000000003*"))) == 1
 
 
+HALF = """
+for name, weight in judge.model.named_parameters():
+    weight.data = weight.data if weight.requires_grad else weight.data.half()
+settings["batch_size"] = 1
+assert distjudge.autocast_type(judge) == torch.float16
+log = distjudge.train(judge, items[:3], distjudge.Config(out=sys.argv[1], **settings))
+print("steps", len(log))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_items_takes_part_in_float16(launch):
+    assert launch(HALF, "half", 2).count("steps 6") == 2
+
+
 @pytest.mark.slow
 def test_a_run_of_two_processes_writes_one_folder(launch, tmp_path):
     assert sorted(launch(RUN, "two", 2).split("metrics ")[1:])[0].strip() == "0"

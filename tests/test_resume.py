@@ -207,6 +207,7 @@ def test_resuming_another_run_is_refused_by_name(go, stopped, votes, tmp_path, m
     ):
         with pytest.raises(InputError, match=message):
             go("run", resume=True, **changes)
+    go("run", resume=True, model="the same, spelled otherwise")  # the folder and its weights are compared
     made_from = distjudge.load_checkpoint(checkpoints(tmp_path / "run")[0])["made_from"]
     assert made_from["versions"] == distjudge.versions() and made_from["prompt template"]["before"]
 

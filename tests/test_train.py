@@ -268,6 +268,9 @@ def test_training_refuses_other_labels_long_prompts_and_loggers(tiny_model, vote
     judge = load_judge(tiny_model, LABELS, max_length=20)
     with pytest.raises(InputError, match="are not the judge's"):
         train(judge, votes(4, ("a", "b", "c")), settings(tmp_path))
+    turned = [dataclasses.replace(item, counts=dict(reversed(item.counts.items()))) for item in votes(4)]
+    with pytest.raises(InputError, match=r"{3, 2, 1} are not the judge's {1, 2, 3}"):
+        distjudge.judge_items(judge, turned)
     with pytest.raises(InputError, match=r"report_to: must be a tuple, \('wandb',\)"):
         train(judge, votes(4), settings(tmp_path, report_to="wandb"))
     with pytest.raises(InputError, match="item 'i1': has no votes"):
@@ -371,7 +374,7 @@ def test_a_run_folder_holds_everything(tiny_model, files, tmp_path):
     assert (out / "predictions.jsonl").read_bytes() == first
 
 
-def test_overlong_items_stop_the_run_or_are_dropped_on_request(tiny_model, files, tmp_path, capsys):
+def test_overlong_items_stop_the_run_or_are_dropped_on_request(tiny_model, files, tmp_path, caplog):
     path = tmp_path / "with_long.jsonl"
     long = {"id": "long", "prompt": "soup " * 60, "counts": {"1": 1, "2": 0, "3": 0}}
     path.write_text(open(files[0]).read() + json.dumps(long) + "\n")
@@ -380,7 +383,7 @@ def test_overlong_items_stop_the_run_or_are_dropped_on_request(tiny_model, files
     with pytest.raises(InputError, match=said + "max_length 50"):
         run(config)
     run(dataclasses.replace(config, overlong="drop"))
-    assert "dropped 1 of 15 training items longer than 50 tokens" in capsys.readouterr().out
+    assert "dropped 1 of 15 training items longer than 50 tokens" in caplog.text
     with pytest.raises(InputError, match="no training items are left"):
         run(dataclasses.replace(config, overlong="drop", max_length=2))
 
