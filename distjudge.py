@@ -1555,7 +1555,8 @@ def load_judge(
         raise InputError(f"{path}: base: the weights of {base} are not those the judge was trained on")
     about = {"base": base, "max_length": max_length, "spellings": spellings, "bf16": bool(bf16)}
     made = {"lora_rank": lora_rank, "seed": seed, "gradient_checkpointing": gradient_checkpointing}
-    judge = make_judge(model, tokenizer, labels, encoder=encoder, adapter=adapter, **made, **about)
+    known = {"encoder": encoder, "tokens": tokens, "adapter": adapter}
+    judge = make_judge(model, tokenizer, labels, **known, **made, **about)
     judge.calibration = saved.get("calibration")
     if fitted := judge.calibration:
         log.warning("%s: calibrated on %g votes on %d items", path, fitted["votes"], fitted["items"])
@@ -1571,19 +1572,21 @@ def make_judge(
     seed: int = 0,
     gradient_checkpointing: bool = False,
     encoder: PromptEncoder | None = None,
+    tokens: LabelTokens | None = None,
     adapter: Path | None = None,
     bf16: bool = False,
     **about: Any,
 ) -> Judge:
     """load_judge() of a causal LM in memory, which is changed in place; adapter: a trained one's folder.
 
+    encoder, tokens: of this tokenizer and these labels, where they are known.
     about: base (by default what the model says it was loaded from), max_length and spellings, see Judge;
     bf16: see load_judge().
     """
     base = about.get("base") or model.name_or_path
     about["base"] = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     encoder = encoder or PromptEncoder(tokenizer)
-    tokens = label_tokens(tokenizer, labels, about.get("spellings"), encoder)
+    tokens = tokens or label_tokens(tokenizer, labels, about.get("spellings"), encoder)
     add_label_readout(model)
     if adapter or lora_rank:
         model = _with_adapters(model, lora_rank, seed, gradient_checkpointing, adapter)
@@ -1759,8 +1762,8 @@ def load_model(
         device = "cuda"  # 4-bit runs are planned for a card, also without one
     elif not device:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = str(device)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else half_precision(device))
+    device = str(torch.device(device))
+    dtype = dtype or (torch.float32 if device.startswith("cpu") else half_precision(device))
     try:
         fingerprint = _fingerprint(path) if weights else ""
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -1871,7 +1874,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return found
 
 
-def read_saved(folder: Path, labels: Sequence[str] | None = None) -> dict[str, Any]:
+def read_saved(folder: Path, labels: list[str] | None = None) -> dict[str, Any]:
     """judge.json of a saved judge. Raises InputError, a line for each file that is not as it was saved."""
     about, since, wrong = folder / "judge.json", "compared with when the judge was saved", []
     saved, fault = parse_json(about.read_bytes())

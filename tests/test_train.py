@@ -388,6 +388,11 @@ def test_overlong_items_stop_the_run_or_are_dropped_on_request(tiny_model, files
         run(dataclasses.replace(config, overlong="drop", max_length=2))
 
 
+def test_paths_are_taken_as_text():  # they go into config.json
+    paths = Config(train=(Path("a"),), test=[Path("b")], model=Path("m"), out=Path("o"))
+    assert paths == Config(train=("a",), test=("b",), model="m", out="o")
+
+
 def test_where_test_items_come_from(files, tmp_path):
     items, test = distjudge.load_data(Config(train=files[:1]))
     assert (len(items), len(test)) == (11, 3)
