@@ -282,6 +282,10 @@ def _read_excel(path: str, how: How) -> Iterator[Any]:
             raise InputError(f"{path}: sheet: no '{short(how.sheet)}'; there are {listed(names)}")
         name = how.sheet or names[0]
         table = book.parse(name, header=None, keep_default_na=False, dtype=object)
+        if kind:  # a carriage return stands there as _x000D_
+            from openpyxl.utils.escape import unescape
+
+            table = table.map(lambda cell: unescape(cell) if isinstance(cell, str) else cell)
         lines = book.book[name].row_dimensions if kind else {}
         filled = ~table.map(is_empty).all(axis=1).to_numpy()
         unseen = [k for k, line in lines.items() if line.hidden and filled[k - 1 : k].any()]
