@@ -155,7 +155,7 @@ class Converted:
             swap = {"prompt": fill(self.template, turned), "labels": {"a": "b", "b": "a"}}
         self.add_item(name, fill(self.template, values), counts, swap=swap, **more)
 
-    def add_item(self, name: str, prompt: str, counts: dict[str, int], **more: Any) -> None:
+    def add_item(self, name: str, prompt: str, counts: dict[str, int], /, **more: Any) -> None:
         """Adds an item with votes, or counts it as dropped. An id that comes again gets -2, -3, ..."""
         voted = any(counts.values())
         if self.least and not voted:

@@ -152,7 +152,8 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
             changed[option] = found[0] if is_one else (*found, *getattr(config, option)[len(names) :])
     config = dataclasses.replace(config, **changed)
     used = Counter(config.label + config.counts).most_common(1) or [("", 0)]
-    ours = [c for c in config.keep if c in "id prompt counts annotators group split swap truth where".split()]
+    ours = "id prompt counts annotations distribution annotators group split swap truth where".split()
+    ours = [c for c in config.keep if c in ours]
     a_text = "name the judged text (--text) or a template (--template); if a row is a person, add --by_column"
     votes = "name the columns of votes, or else those of --counts"
     is_panel = len(config.label) > 1 and not config.by_column
@@ -295,7 +296,8 @@ def people_in(where: str, row: dict[str, Any], column: str) -> list[list[str] | 
     value = parsed(where, column, row[column])
     if isinstance(value, str):
         return [[cell(where, column, value)]]
-    if isinstance(value, dict) and len(value) > 1 and all(isinstance(one, list) for one in value.values()):
+    lists = [one for one in value.values() if isinstance(one, list)] if isinstance(value, dict) else []
+    if len(lists) > 1 and len(lists) == len(value) and len(set(map(len, lists))) == 1:
         value = pandas.DataFrame(value).to_dict("records")  # Argilla's {"value": [...], "status": [...]}
     if isinstance(value, dict) and value and all(map(A_PERSON.fullmatch, map(str, value))):
         value = list(value.values())
@@ -558,7 +560,8 @@ def traded_labels(swap: tuple[str, ...], order: list[str]) -> dict[str, str]:
     if unknown := [label for label in swap[2:] if label not in order]:
         raise InputError(f"swap: '{short(unknown[0])}' is not one of {listed(order)}")
     mirrored = dict(zip(order, order[::-1], strict=True))
-    if not swap[2:] and all(plain(f"-{label}") == other for label, other in mirrored.items()):
+    is_signed = distjudge.are_numeric(order) and "-" in order[0]  # from -2 to 2, say
+    if is_signed and not swap[2:] and all(float(one) == -float(other) for one, other in mirrored.items()):
         return mirrored
     every, columns = list(itertools.permutations(order, 2)), tuple(map(look, swap[:2]))
     pairs = list(zip(swap[2::2], swap[3::2], strict=True))

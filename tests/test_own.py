@@ -72,6 +72,10 @@ def test_columns_that_are_kept_and_items_without_votes(own, tmp_path):
     assert [row["m"] for row in own(votes, "--text text --label v --item id --keep m")] == ["A", "B"]
     with pytest.raises(InputError, match=r"row 3: item '1': its m differs from that at votes.csv: row 2"):
         own(votes.replace("A,2", "B,2"), "--text text --label v --item id --keep m")
+    named = own(votes.replace(",m,", ",name,"), "--text text --label v --item id --keep name")
+    assert [row["name"] for row in named] == ["A", "B"]
+    with pytest.raises(InputError, match=r"keep: an item has a field \{annotations\} of its own"):
+        own(votes.replace(",m,", ",annotations,"), "--text text --label v --item id --keep annotations")
     with pytest.raises(InputError, match=r"keep: an item has a field \{id\} of its own; rename the column"):
         own(votes, "--text text --label v --item id --keep id")
     with pytest.raises(InputError, match=r"votes.csv: is a table, not JSON lines: data/prepare.py own makes"):
@@ -303,6 +307,7 @@ REFUSED = [  # cells of one item, flags, words
     (["{1, 2}", "5"], "", f"row 2: v: {SEVERAL}{{1, 2}}"),
     (["[1, 2", "5"], "", "row 2: v: mixed scales"),
     (['{"ann": "yes"}', "5"], "", "is an object, not a vote; --counts reads"),
+    (['{"a": ["x"], "b": ["y", "z"]}', "5"], "", "is an object, not a vote"),
     (["good", "bad", "NULL"], "--labels good bad", "'NULL' is not one of {good, bad}; --no_vote NULL leaves"),
     (["3", "50"], "--labels 1-3", "'50' is not one of {1, 2, 3}; --no_vote 50 leaves such"),
     (["4", "k.A.", "4.5"], "--labels 1-5 --no_vote k.A.", "not one of {1, 2, 3, 4, 5}; --no_vote 4.5 leaves"),
@@ -479,6 +484,9 @@ def test_what_excel_makes_of_cells(own, tmp_path, caplog):
     book.save(tmp_path / "v.xlsx")
     assert counts_of(own("v.xlsx", "--text text --label v --item id")) == [{"a": 1, "b": 2}, {"a": 1, "b": 0}]
     assert "v.xlsx: 2 hidden rows of the sheet 'Sheet' are read too, row 4 first" in caplog.text
+    book.active["B5"] = "a_x000D_\nb"
+    book.save(tmp_path / "w.xlsx")
+    assert own("w.xlsx", "--text text --label v --item id")[1]["prompt"] == "a\r\nb"
     for value in (datetime.time(3, 4), datetime.datetime(2024, 3, 4), datetime.timedelta(hours=3)):
         book.active["C5"] = value
         book.save(tmp_path / "v.xlsx")
@@ -617,6 +625,8 @@ def test_every_label_of_a_pair_s_scale_trades_places(own, tmp_path):
         own(table, flags)
     with pytest.raises(InputError, match="name them in pairs"):
         own(table, f"{flags} 1 5")
+    signed = own("a,b,vote\nx,y,-1\nx,y,1\nz,y,0\n", "--label vote --template p.txt --swap a b")
+    assert signed[0]["swap"]["labels"] == {"-1": "1", "0": "0", "1": "-1"}
     (first, second) = own(table, f"{flags} 1 5 2 4 3 3")
     mirror = {"1": "5", "2": "4", "3": "3", "4": "2", "5": "1"}
     assert first["swap"] == {"prompt": "y or x?", "labels": mirror} == second["swap"] | {"prompt": "y or x?"}
