@@ -545,7 +545,7 @@ def main(config: PrepareConfig) -> None:
 
 def counted(number: int, thing: str) -> str:
     """ "1 row without text", "1,207 rows without text": `thing` begins with a noun that takes an s."""
-    plural = re.sub(r"\b(row|item|cell|vote|person)\b", r"\1s", thing, count=1) if number != 1 else thing
+    plural = re.sub(r"\b(row|item|cell|vote)\b", r"\1s", thing, count=1) if number != 1 else thing
     return f"{number:,} {plural}"
 
 

@@ -243,7 +243,11 @@ def _read_csv(path: str, how: How) -> Iterator[Any]:
         if first and NAMED_MARK.fullmatch(first[0]):
             first[0] = "\n"
         grid = csv.reader(itertools.chain(first, lines), strict=True, delimiter=mark)
-        yield from _from_grid(path, grid, how, f" (fields end at {mark!r})")
+        try:
+            yield from _from_grid(path, grid, how, f" (fields end at {mark!r})")
+        except csv.Error as error:
+            remedy = "within quotes a quote is written twice"
+            raise InputError(f"{path}: line {grid.line_num}: {error}; {remedy}") from None
 
 
 def _text_lines(path: str, file: Any) -> Iterator[str]:

@@ -91,7 +91,8 @@ def prompts_of(own: dict[str, Any], columns: Iterable[str]) -> Callable[..., lis
     column_of = {name: column for name, column in column_of.items() if column in known}
 
     def make(where: str, row: dict[str, Any], about: str | None = None) -> list[str]:
-        said = {c: text_of(where, c, row[c]) if c in row else about for c in column_of.values()}
+        said = {c: text_of(where, c, row[c]) if c in row else "" for c in column_of.values()}
+        said |= {"text": about} if about is not None else {}  # not what a column of this name holds
         if any(not value and name not in own["optional"] for name, value in said.items()):
             return []
         if template == "{text}" and isinstance(said[column_of["text"]], list):
@@ -141,7 +142,7 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
         found: list[str] = []
         for name in map(sources.tidy, names):
             start = (name[:-1].rstrip(),) if name.endswith("*") else ()
-            some = [c for key, c in tidied.items() if key == name or key.startswith(start)]
+            some = [tidied[name]] if name in tidied else [c for k, c in tidied.items() if k.startswith(start)]
             if not some:
                 close = difflib.get_close_matches(name, columns, 1)
                 meant = f", did you mean '{short(close[0])}'?" if close else "."
@@ -149,10 +150,13 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
             found += some
         if option != "where" and found:
             is_one = isinstance(getattr(config, option), str)
+            if is_one and len(found) > 1:
+                raise InputError(f"{path}: {option}: '{short(names[0])}' is {listed(found)}; name one column")
             changed[option] = found[0] if is_one else (*found, *getattr(config, option)[len(names) :])
     config = dataclasses.replace(config, **changed)
     used = Counter(config.label + config.counts).most_common(1) or [("", 0)]
-    ours = "id prompt counts annotations distribution annotators group split swap truth where".split()
+    ours = "id prompt counts annotations distribution annotators group split swap truth where published"
+    ours = ours.split()
     ours = [c for c in config.keep if c in ours]
     a_text = "name the judged text (--text) or a template (--template); if a row is a person, add --by_column"
     votes = "name the columns of votes, or else those of --counts"
@@ -282,7 +286,7 @@ def parsed(where: str, column: str, text: Any) -> Any:
             raise ValueError
         value = ast.literal_eval(re.sub(r"(?<=[\[,(:\s])(nan|null|NaN)(?=\s*[,\])}])", "None", inner))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        if re.search(r"['\":]|\d\s*,", inner) or inner[:2] in ("[[", "{{"):
+        if re.match(r"[\[({]\s*['\"\[{(]|.*\d\s*,|\{.*:", inner, re.DOTALL):
             raise InputError(f"{at} is neither JSON nor a list or dict of Python") from None
         return [part.strip() for part in inner[1:-1].split(",")] if "," in inner and inner[0] == "[" else text
     return value if isinstance(value, (list, dict, tuple, set)) else text
@@ -427,11 +431,17 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
     for c in filter(TOTAL_COLUMN.fullmatch, several if len(several) > 1 else ()):
         log.warning("column '%s' counts like the others; if it sums them up, name those without it", short(c))
     own = {c: (re.findall(r"\d+", c) or [""])[-1] for c in config.counts}
-    numbers = {c: {x for x in map(plain, said_in(c)) if x.isdigit() and x != "0"} for c in own}
+    marks = table[[*own]].map(lambda x: "" if distjudge.is_missing(x) else plain(str(x)))
+    marks = marks.where(marks.map(str.isdigit) & (marks != "0"))
+    numbers = {c: set(marks[c].dropna()) for c in own}
     only_own = all(numbers[c] <= {number} for c, number in own.items())
+    only_own &= bool(config.item) or marks.notna().sum(axis=1).max() < 2  # else they may be counts
     if only_own and len(set().union(*numbers.values()) - {"1"}) > 1:
         out.notes.append("columns of counts say their own number: each such cell is one vote")
         rows = [(where, row | {c: 1 for c in own if plain(str(row[c])) == own[c]}) for where, row in rows]
+    if config.decimal == "comma":  # a number, of Excel say, is one already: 0.125 is no 125
+        number = lambda x: str(x).replace(".", ",") if type(x) is float and x == x else x  # noqa: E731
+        rows = [(where, row | {c: number(row[c]) for c in several}) for where, row in rows]
     items = [("", None, config.label)]
     if config.by_column:
         items = [(c, getattr(c, "question", "") or c, (c,)) for c in config.label]
@@ -566,8 +576,9 @@ def traded_labels(swap: tuple[str, ...], order: list[str]) -> dict[str, str]:
     every, columns = list(itertools.permutations(order, 2)), tuple(map(look, swap[:2]))
     pairs = list(zip(swap[2::2], swap[3::2], strict=True))
     wanted = {columns, apart(columns)}
-    pairs = pairs or [pair for pair in every if tuple(map(look, pair)) in wanted]
-    pairs = pairs or [pair for pair in every if apart(tuple(map(look, pair))) in wanted]
+    if not (distjudge.are_numeric(order) and len(order) > 2):  # 1, 2, 3 may be "a", "the same", "b"
+        pairs = pairs or [pair for pair in every if tuple(map(look, pair)) in wanted]
+        pairs = pairs or [pair for pair in every if apart(tuple(map(look, pair))) in wanted]
     traded = dict(pairs) | {other: one for one, other in pairs}
     # one label may be its own mirror, a tie; of two or more nobody can tell
     if (len(pairs) != 1 and not swap[2:]) or len(set(order) - set(traded)) > 1:

@@ -74,8 +74,9 @@ def test_columns_that_are_kept_and_items_without_votes(own, tmp_path):
         own(votes.replace("A,2", "B,2"), "--text text --label v --item id --keep m")
     named = own(votes.replace(",m,", ",name,"), "--text text --label v --item id --keep name")
     assert [row["name"] for row in named] == ["A", "B"]
-    with pytest.raises(InputError, match=r"keep: an item has a field \{annotations\} of its own"):
-        own(votes.replace(",m,", ",annotations,"), "--text text --label v --item id --keep annotations")
+    for name in ("annotations", "published"):
+        with pytest.raises(InputError, match=rf"keep: an item has a field \{{{name}\}} of its own"):
+            own(votes.replace(",m,", f",{name},"), f"--text text --label v --item id --keep {name}")
     with pytest.raises(InputError, match=r"keep: an item has a field \{id\} of its own; rename the column"):
         own(votes, "--text text --label v --item id --keep id")
     with pytest.raises(InputError, match=r"votes.csv: is a table, not JSON lines: data/prepare.py own makes"):
@@ -152,6 +153,8 @@ def test_named_labels_of_datasets(own, tmp_path):
 
 RATING, LABEL = "--text answer --label rating", "--text text --label v"
 MISTAKES = [  # rows behind VOTES, or a whole table, or a file; arguments, words
+    ("text_a,text_b,v\nx,y,1\n", "--text 'text*' --label v", "text: 'text*' is {text_a, text_b}; name one"),
+    ('text,v\nx,1\n"Say "hi" to",2\n', LABEL, "votes.csv: line 3: ',' expected after '\"'; within quotes"),
     ("", "--text answr --label rating", "text: no column 'answr', did you mean 'answer'? The columns are"),
     ("", "--text answer --label stars", "votes.csv: label: no column 'stars'. The columns are id, answer"),
     ("", "", "label: name the columns of votes, or else those of --counts. The columns are"),
@@ -249,6 +252,8 @@ SAYS = [  # cells of one item, flags, its votes
     (["1", "\u20131", "0.30000001192"], "--labels -1 0.3 1", "-1:1 0.3:1 1:1"),
     (["yes", "'yes'", "(no)", "[no]", "R&amp;D", "r&d"], "--labels yes no R&D", "yes:2 no:2 R&D:2"),
     (["a", "b", "(blank)", "[no answer]"], "--no_vote blank 'no answer'", "a:1 b:1"),
+    (["a", "b", "(don't know)", "[other: me]"], "--no_vote \"don't know\" '[other: me]'", "a:1 b:1"),
+    (["good", "(it's ok)"], "", "(it's ok):1 good:1"),
     ([":)", ":("], "", ":(:1 :):1"),
     (["3", "50"], "--labels 1-3 --no_vote 50", "3:1"),
 ]
@@ -308,6 +313,7 @@ REFUSED = [  # cells of one item, flags, words
     (["[1, 2", "5"], "", "row 2: v: mixed scales"),
     (['{"ann": "yes"}', "5"], "", "is an object, not a vote; --counts reads"),
     (['{"a": ["x"], "b": ["y", "z"]}', "5"], "", "is an object, not a vote"),
+    (["{'a'; 'b'}", "5"], "", "is neither JSON nor a list"),
     (["good", "bad", "NULL"], "--labels good bad", "'NULL' is not one of {good, bad}; --no_vote NULL leaves"),
     (["3", "50"], "--labels 1-3", "'50' is not one of {1, 2, 3}; --no_vote 50 leaves such"),
     (["4", "k.A.", "4.5"], "--labels 1-5 --no_vote k.A.", "not one of {1, 2, 3, 4, 5}; --no_vote 4.5 leaves"),
@@ -487,6 +493,13 @@ def test_what_excel_makes_of_cells(own, tmp_path, caplog):
     book.active["B5"] = "a_x000D_\nb"
     book.save(tmp_path / "w.xlsx")
     assert own("w.xlsx", "--text text --label v --item id")[1]["prompt"] == "a\r\nb"
+    numbers = openpyxl.Workbook()
+    for row in (["text", "v"], ["x", 0.125], ["x", "0,5"]):
+        numbers.active.append(row)
+    numbers.save(tmp_path / "n.xlsx")
+    assert (
+        votes_of(own("n.xlsx", "--text text --label v --decimal comma --labels 0.125 0.5")) == "0.125:1 0.5:1"
+    )
     for value in (datetime.time(3, 4), datetime.datetime(2024, 3, 4), datetime.timedelta(hours=3)):
         book.active["C5"] = value
         book.save(tmp_path / "v.xlsx")
@@ -537,6 +550,8 @@ def test_columns_of_marks(own, capsys):
         own(table.format(1, 1, 1), flags)
     assert votes_of(own(table.format(1, 1, 1), f"{flags} --labels 1-3 --multi split")) == "1:2 2:2 3:1"
     assert votes_of(own(table.format(1, 1, 4), f"{flags} --labels 1-3")) == "1:2 2:2 3:4"  # true counts
+    counts = own("text,1,2,3\nx,0,2,3\ny,1,2,0\n", "--text text --counts 1 2 3")  # two in a row are no marks
+    assert counts_of(counts) == [{"1": 0, "2": 2, "3": 3}, {"1": 1, "2": 2, "3": 0}]
 
 
 def test_a_list_of_names_is_of_as_many_people(own, tmp_path):
@@ -569,6 +584,10 @@ def test_a_row_a_person(own, caplog):
     own("When,Q1\nMay,a\nAverage,b\n", "--label Q1 --by_column")
     assert "1 rows count whose When is 'Average'; --where 'When!=Average' leaves them out" in caplog.text
     asked = 'id,Q_1,Q_2\nID,Clear? - Soup,"Clear? -\n Tea"\n' + ",".join(['"{""ImportId"":""x""}"'] * 3)
+    (row,) = own("text,Rate *,Rate how\nx,1,2\n", "--text text --label 'Rate *' --labels 1-2")
+    assert row["counts"] == {"1": 1, "2": 0}  # a column of just this name is meant alone
+    items = own("text,Q1,Q2\nfine,1,2\n,2,1\n", "--label Q* --by_column")  # what people wrote is no question
+    assert [item["prompt"] for item in items] == ["Q1", "Q2"]
     soup, tea = own(f"{asked}\n1,Yes,No\n2,No,No\n", "--label Q* --by_column")
     assert (soup["id"], soup["prompt"], soup["counts"]) == ("Q_1", "Clear? - Soup", {"No": 1, "Yes": 1})
     assert (tea["id"], tea["prompt"], tea["counts"]) == ("Q_2", "Clear? - Tea", {"No": 2, "Yes": 0})
@@ -625,6 +644,13 @@ def test_every_label_of_a_pair_s_scale_trades_places(own, tmp_path):
         own(table, flags)
     with pytest.raises(InputError, match="name them in pairs"):
         own(table, f"{flags} 1 5")
+    named = "answer_1,answer_2,vote\nx,y,1\nx,y,3\n"  # 1, 2, 3 may be the first, neither, the second
+    (tmp_path / "n.txt").write_text("{answer_1} or {answer_2}?")
+    pair = "--label vote --template n.txt --labels 1-3 --swap answer_1 answer_2"
+    (row,) = own(named, f"{pair} 1 3 2 2")
+    assert row["swap"]["labels"] == {"1": "3", "2": "2", "3": "1"}
+    with pytest.raises(InputError, match=r"of the labels {1, 2, 3} trade places cannot be told"):
+        own(named, pair)
     signed = own("a,b,vote\nx,y,-1\nx,y,1\nz,y,0\n", "--label vote --template p.txt --swap a b")
     assert signed[0]["swap"]["labels"] == {"-1": "1", "0": "0", "1": "-1"}
     (first, second) = own(table, f"{flags} 1 5 2 4 3 3")
