@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import re
@@ -169,7 +170,7 @@ def frame_of(rows: Sequence[Row], out: Path, added: Iterable[str]) -> Any:
         raise InputError(f"out: {len(frame)} rows are more than an Excel sheet holds; name a .csv file")
     for where, row, _ in rows:
         for name, cell in row.items():
-            if len(str(cell)) > 32_767 or ILLEGAL_CHARACTERS_RE.search(str(cell)):
+            if len(str(cell)) > 32_767 or ILLEGAL_CHARACTERS_RE.search(f"{name}{cell}"):
                 problem = "has more than 32,767 characters or a control character; name a .csv file"
                 raise InputError(f"{where}: {short(name)}: {problem}, for Excel cannot hold it")
     return frame
@@ -197,7 +198,7 @@ def csv_form(items: str, columns: Sequence[str], suffix: str) -> dict[str, Any]:
     sep = "," if kind == ".tsv" else sources.delimiter(text.splitlines(), frozenset(columns))
     form = {"sep": "\t" if suffix == ".tsv" else sep, "decimal": "," if sep == ";" else "."}
     form["lineterminator"] = "\r\n" if b"\r\n" in head else "\n"
-    marked = head.startswith(codecs.BOM_UTF8) or "\ufffd" in text[:-3] or kind.startswith(".xls")
+    marked = head.startswith(codecs.BOM_UTF8) or kind.startswith(".xls")
     return form | {"encoding": "utf-8-sig" if marked else "utf-8", "errors": "backslashreplace"}
 
 
@@ -216,6 +217,7 @@ def write_table(frame: Any, added: Sequence[dict[str, Any]], out: Path, form: di
     it is marked as text.
     """
     import pandas
+    import pyarrow
 
     more = pandas.DataFrame(added).dropna(axis=1, how="all")
     with contextlib.suppress(ValueError, TypeError):  # labels that are numbers
@@ -228,8 +230,13 @@ def write_table(frame: Any, added: Sequence[dict[str, Any]], out: Path, form: di
             frame = frame.replace("", None)
             for name in frame.columns:
                 kinds = {type(cell) for cell in frame[name].dropna()}
-                if len(kinds) > 1 and not kinds <= {int, float}:
-                    frame[name] = frame[name].map(str, na_action="ignore")
+                is_mixed = len(kinds) > 1 and not kinds <= {int, float}
+                try:
+                    frame[[name]].to_parquet(io.BytesIO())
+                except (pyarrow.ArrowException, OverflowError):  # what its lists or objects hold is mixed
+                    is_mixed = True
+                if is_mixed:
+                    frame[name] = frame[name].map(lambda cell: str(plain(cell)), na_action="ignore")
             frame.to_parquet(file, index=False)
         elif kind == ".xlsx":
             with pandas.ExcelWriter(file, engine="openpyxl") as book:

@@ -122,6 +122,16 @@ def test_excel_in_and_every_form_out(judge, tmp_path, suffix):
         assert [cell.quotePrefix for cell in cells] == [True, True, False, True, True, False]
 
 
+def test_what_is_mixed_in_a_parquet_column_is_text(tmp_path):
+    cells = {"list": [[4, 5], [4, "N/A"]], "large": [1, 2**64], "empty": [{}, {}], "same": [[1], [2, 3]]}
+    frame = pandas.DataFrame(cells, dtype=object)
+    sheets.write_table(frame, [{"judge_mode": "1"}] * 2, tmp_path / "t.parquet", {})
+    table = pandas.read_parquet(tmp_path / "t.parquet")
+    assert table["list"].tolist() == ["[4, 5]", '[4, "N/A"]'] and table["large"].tolist() == ["1", str(2**64)]
+    assert table["empty"].tolist() == ["{}"] * 2 and [[*x] for x in table["same"]] == [[1], [2, 3]]
+    assert table["judge_mode"].tolist() == [1, 1] and not (tmp_path / "t.parquet.part").exists()
+
+
 def test_a_whole_number_stays_one_beside_an_empty_cell(judge, tmp_path):
     write_excel(tmp_path / "in.xlsx", [["Frage", "Antwort", "Jahr"], ["a", "b", "5"], ["c", "d", ""]])
     judge("in.xlsx", "out.csv", item="Frage")
@@ -162,6 +172,7 @@ def test_templates_and_columns(judge, run, tmp_path):
     assert filled["prompt"] == "A: 1 B: 2"
     assert filled["swap"] == {"prompt": "A: 2 B: 1", "labels": {"a": "b", "b": "a"}}
     write_csv(tmp_path / "bare.csv", [["a", "judge_mode"], ["soup", "1"]])
+    (tmp_path / "bell.csv").write_text("Antwort,Frage,no\ate\nx,y,z\n")
     (tmp_path / "long.csv").write_text("Antwort,Frage\n" + "x" * 40_000 + ",\n")
     untrained = {"run": ".", "labels": ("1", "2")}
     for items, out, settings, words in (
@@ -172,6 +183,7 @@ def test_templates_and_columns(judge, run, tmp_path):
         ("bare.csv", "x.csv", untrained, "no column 'prompt', and no template"),
         ("bare.csv", "x.csv", untrained | {"text": "a"}, "column 'judge_mode': judging adds"),
         ("long.csv", "x.xlsx", {}, "long.csv: row 2: Antwort: has more than 32,767 characters"),
+        ("bell.csv", "x.xlsx", {}, "bell.csv: row 2: .*a control character; name a .csv file"),
     ):
         with pytest.raises(InputError, match=words):
             judge(items, out, **settings)
@@ -193,3 +205,5 @@ def test_the_delimiter_is_the_inputs_own(tmp_path, mark):
     assert (form["sep"], form["decimal"]) == (mark, "," if mark == ";" else ".")
     assert (form["encoding"], form["lineterminator"]) == ("utf-8", "\n")
     assert sheets.csv_form(str(tmp_path / "x.csv"), rows[0], ".tsv")["sep"] == "\t"
+    (tmp_path / "y.csv").write_text("Nr,Text\n1,bad \ufffd sign\n", encoding="utf-8")
+    assert sheets.csv_form(str(tmp_path / "y.csv"), rows[0], ".csv")["encoding"] == "utf-8"  # no mark
