@@ -85,7 +85,7 @@ def krippendorff_alpha(counts: torch.Tensor, ordered: bool) -> float | str:
 
 
 def some_groups(items: list[Item], most: int, seed: int = 0) -> list[Item]:
-    """At most `most` items, of whole groups drawn at random, so that what they share can be seen."""
+    """At most `most` items, group by group at random, to show what they share; the last is cut."""
     if len(items) <= most:
         return items
     groups = distjudge.group_numbers([item.group for item in items])
@@ -149,7 +149,9 @@ def draw(data: Look) -> plt.Figure:
     labels.set(title="labels", ylabel="share", ylim=(0, 1.22 * max(map(max, data.shares.values()))))
     labels.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", columnspacing=1, handlelength=1.2)
     low, high = round(given.min().item()), round(given.max().item())
-    votes.hist(given, min(30, high - low + 1), range=(low - 0.5, high + 0.5), rwidth=0.8, color=HUMAN)
+    width = math.ceil((high - low + 1) / 30)  # whole: bins of one and of two numbers would look like a comb
+    edges = [low - 0.5 + width * k for k in range((high - low) // width + 2)]
+    votes.hist(given, edges, rwidth=0.8, color=HUMAN)
     votes.set_xlim(low - 1, high + 1)
     votes.xaxis.get_major_locator().set_params(integer=True)
     votes.set(title="votes an item", ylabel="items")

@@ -3,8 +3,8 @@
     python plots/study.py runs/study/sweep.csv                    # writes sweep.png beside it
     python plots/study.py runs/study/*.csv --out paper --latex    # and sweep.tex: its tables for a paper
 
-recipes/study.py calls this. Error bars are the 95 % intervals of the table. The .tex file is made of the .md
-file beside the .csv file, and needs the LaTeX package booktabs.
+recipes/study.py calls this. Error bars are the 95 % intervals of the table (of cost: from the least time to
+the most). The .tex file is made of the .md file beside the .csv file, and needs the LaTeX package booktabs.
 """
 
 import dataclasses
@@ -192,6 +192,8 @@ DRAW = dict.fromkeys(("main", "ablation", "ood", "methods"), draw_methods) | {
 def title_of(rows: pd.DataFrame) -> str:
     """Study, data and seeds, with a warning where intervals over seeds are rough."""
     seeds = len(set(rows["seed"]) - {"all"})
+    if rows["study"][0] == "cost":
+        return f"cost on {short(rows['data'][0], 40)}, {seeds} turns: median, least and most"
     few = ": intervals leave out chance in training" if seeds == 1 else ": intervals are rough" * (seeds < 5)
     return f"{rows['study'][0]} on {short(rows['data'][0], 40)}, {seeds} seed{'s' * (seeds > 1)}{few}"
 

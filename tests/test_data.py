@@ -96,6 +96,15 @@ def test_one_vote_an_item_is_shown_too():
     data.plt.close(data.draw(found))
 
 
+def test_a_bar_of_votes_an_item_is_of_whole_numbers():
+    rows = [{"prompt": f"{n} {k}", "counts": {"a": n, "b": 0}} for n in range(1, 46) for k in range(2)]
+    figure = data.draw(data.Look(distjudge.load_items(rows)))
+    (votes,) = [axes for axes in figure.axes if axes.get_title() == "votes an item"]
+    heights = [bar.get_height() for bar in votes.patches]
+    assert heights == [4] * 22 + [2]  # two numbers a bar, but for the last
+    data.plt.close(figure)
+
+
 def test_lengths_in_tokens(tiny_model):
     found = data.Look(distjudge.load_items(ROWS), model=str(tiny_model))
     encode = PromptEncoder(distjudge.load_tokenizer(str(tiny_model)))
