@@ -246,8 +246,8 @@ def _read_csv(path: str, how: How) -> Iterator[Any]:
         try:
             yield from _from_grid(path, grid, how, f" (fields end at {mark!r})")
         except csv.Error as error:
-            remedy = "within quotes a quote is written twice"
-            raise InputError(f"{path}: line {grid.line_num}: {error}; {remedy}") from None
+            problem = f"{distjudge.first_line(error)}; within quotes a quote is written twice"
+            raise InputError(f"{path}: line {grid.line_num}: {problem}") from None
 
 
 def _text_lines(path: str, file: Any) -> Iterator[str]:
