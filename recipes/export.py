@@ -211,8 +211,8 @@ def export_judge(judge: Judge, config: ExportConfig, folder: Path, out: Path, de
 
 def prompts_of(folder: Path, judge: Judge) -> list[str]:
     path = folder / "predictions.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()[:32] if path.is_file() else []
-    found = [distjudge.prompt_text(json.loads(line)["prompt"]) for line in lines]
+    rows = distjudge.rows_of(path)[:32] if path.is_file() else []
+    found = [distjudge.prompt_text(row["prompt"]) for row in rows]
     return [prompt for prompt in found if len(judge.encoder(prompt)) <= judge.max_length] or PROBES
 
 
@@ -494,7 +494,7 @@ def metrics_section(folder: Path) -> str:
     """The metrics, with 95 % intervals where predictions.jsonl is there to draw from."""
     metrics, path, ends = read(folder / "metrics.json"), folder / "predictions.jsonl", {}
     if path.is_file():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = distjudge.rows_of(path)
         items = [distjudge.Item(r["id"], "", r["counts"], r.get("group"), truth=r.get("truth")) for r in rows]
         scores = distjudge.item_scores([list(r["predicted"].values()) for r in rows], items)
         for name, values in scores.items():

@@ -73,6 +73,7 @@ class Actor:
         where += f": '{distjudge.short(row.get('text') or row.get('prompt'), 40)}'"
         row, problem = distjudge.parse_json(row["text"]) if set(row) == {"text"} else (without_nulls(row), "")
         try:
+            ((where, row, problem),) = judge.refuse_ours([(where, row, problem)])
             return f"{where}: {problem}" if problem else self.work.ask(row, where)
         except InputError as error:
             return str(error)
@@ -157,6 +158,8 @@ def main(config: RayConfig) -> None:
         judge.find_run(config)
     if Path(config.out).suffix not in (".jsonl", ".parquet"):
         raise InputError(f"out: must end with .jsonl or .parquet, not '{config.out}'")
+    if Path(config.out).resolve() in [Path(path).resolve() for path in config.items]:
+        raise InputError("out: is the file of the items")
     if config.judges < 1 or config.batch_size < 1 or min(config.blocks, config.gpus) < 0:
         raise InputError("judges and batch_size must be 1 or more, blocks and gpus 0 or more")
     if Path(config.run).is_dir():

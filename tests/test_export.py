@@ -102,6 +102,15 @@ def test_a_merged_model_is_the_judge_and_says_how_far_it_is_off(run):
     assert report[TO_JUDGE]["bound"] == 1e-4 and not (folder / "merged.part").exists()
 
 
+def test_a_prompt_may_hold_any_line_separator(copy, tiny_model):
+    row = {"id": "1", "prompt": "One\u2028two\u0085three", "counts": {"1": 1, "2": 1}}
+    row |= {"predicted": {"1": 0.5, "2": 0.5}}
+    (copy / "predictions.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    judge = distjudge.load_judge(tiny_model, ["1", "2"], lora_rank=0)
+    assert export.prompts_of(copy, judge) == [row["prompt"]]
+    assert "| `kl` |" in export.metrics_section(copy)
+
+
 def test_16_bits_are_allowed_their_rounding_and_no_more(copy, tiny_model, tmp_path):
     """A judge in float32 of a base stored in 16 bits; as on a GPU, a judge in 16 bits of one in float32."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)

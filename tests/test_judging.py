@@ -18,6 +18,8 @@ import numpy
 import pytest
 import torch
 
+from recipes import judge_ray
+
 LABELS = ["a", "b", "tie"]
 FLOATS = ("predicted", "entropy", "label_mass")
 load_once = functools.cache(load_judge)
@@ -324,3 +326,16 @@ def test_a_run_that_is_not_there_is_answered_with_those_that_are(judged, run_fol
     for run, words in (("runs/first", "no such folder"), ("runs/tiny", "no judge in this folder")):
         with pytest.raises(InputError, match=rf"^{run}: {words}; judges here: runs/tiny/full-0 \("):
             judged(soups(1), run=run)
+
+
+def test_ray_s_judges_refuse_what_would_be_lost(tmp_path, monkeypatch):
+    """The rest of recipes/judge_ray.py is tested where Ray is."""
+    actor = object.__new__(judge_ray.Actor)
+    actor.work = types.SimpleNamespace(ask=lambda row, where: "asked")
+    assert "mean: judging adds a field of this name" in actor.ask({"text": '{"prompt": "x", "mean": 3}'})
+    assert actor.ask({"text": '{"prompt": "x", "note": 3}'}) == "asked"
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    (tmp_path / "i.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="out: is the file of the items"):
+        judge_ray.main(judge_ray.RayConfig(run="r", items=("i.jsonl",), out="./i.jsonl", address="auto"))
