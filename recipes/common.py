@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,8 +136,9 @@ def run(config: RunConfig) -> dict[str, float | None]:
 def refuse_stopped(config: RunConfig) -> None:
     """InputError where config.out holds a run that was stopped, whose checkpoints would be lost."""
     out = Path(config.out)
-    left = distjudge.checkpoints_in(out / "checkpoints")
-    if left and not config.resume and not (out / "judge.json").exists():
+    left, last = distjudge.checkpoints_in(out / "checkpoints"), out / "metrics.json"  # which a run ends with
+    is_done = left and last.exists() and last.stat().st_mtime >= left[0].stat().st_mtime
+    if left and not config.resume and not is_done:
         after = f"holds a run that was stopped after step {distjudge.step_of(left[0])}"
         raise InputError(f"out: {out}: {after}: --resume goes on; or name another --out, or remove it")
 
@@ -164,7 +166,7 @@ def outcome(metrics: dict[str, float | None], out: str) -> str:
 worth {people} people (the mean of the training votes, whatever the item: {mean})
 KL to the votes of {metrics["items"]} test items: {kl}; {accuracy}
 {few}wrote {out}: the judge, predictions.jsonl, metrics.json, log.jsonl
-next: python recipes/judge.py --run {out} --items new.csv --out judged.csv"""
+next: python recipes/judge.py --run {shlex.quote(out)} --items new.csv --out judged.csv"""
 
 
 def check_mass(judge: Judge, items: Sequence[Item], answer: float, least: float = 0.0) -> str:

@@ -114,7 +114,7 @@ def main(config: ScalingConfig) -> None:
         raise InputError("repeats, batch_size, processes: must be 1 or more")
     if len(items) < 3 * config.batch_size:
         raise InputError(f"items: {len(items)} are under three steps of {config.batch_size}")
-    distjudge.check_out(out, "scaling.json")
+    distjudge.check_out(out, "scaling.json", "base")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     base = tiny.build_base(out / "base", items, size, 0)

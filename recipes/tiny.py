@@ -15,6 +15,7 @@ on the same items, for the same number of steps, by each of METHODS. Writes into
 
 import dataclasses
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -218,8 +219,8 @@ def main(config: TinyConfig) -> None:
     drawn = [figures.compare(runs, out / "plots"), *figures.draw_all(runs["full"], out / "plots")]
     print(f"\n{len(items):,} items to train on, {len(test):,} to test on; KL in nats\n\n" + "\n".join(lines))
     print(f"\n{meaning(cells)}\n\nwrote {out / 'table.md'}, a folder for each judge, and {drawn[0]}")
-    judged = os.path.relpath((config.test or config.train)[0])
-    print(f"next: python recipes/judge.py --run {runs['full']} --items {judged} --out judged.jsonl")
+    run, judged = map(shlex.quote, (str(runs["full"]), os.path.relpath((config.test or config.train)[0])))
+    print(f"next: python recipes/judge.py --run {run} --items {judged} --out judged.jsonl")
 
 
 if __name__ == "__main__":

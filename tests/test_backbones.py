@@ -8,6 +8,7 @@ have stand-ins, so that their counts of tokens are not the real ones.
 import dataclasses
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -341,7 +342,11 @@ def test_what_a_run_came_to_beside_the_mean_and_a_stopped_run_that_is_not_lost(t
     with pytest.raises(InputError, match="holds a run that was stopped after step 12: --resume goes on; or"):
         common.run(config)
     assert left.exists()
-    (tmp_path / "judge.json").touch()  # a whole run is made again
+    (tmp_path / "metrics.json").touch()
+    os.utime(tmp_path / "metrics.json", (0, 0))  # an earlier run was whole, and one after it was stopped
+    with pytest.raises(InputError, match="holds a run that was stopped after step 12"):
+        common.run(config)
+    (tmp_path / "metrics.json").touch()  # a whole run is made again
     assert common.run(config)["items"] and not left.exists()
 
 
