@@ -31,7 +31,7 @@ import pandas
 import scipy.optimize
 import torch
 
-from recipes.systems import matched, read_predictions
+from recipes.systems import matched, read_predictions, refuse_trained_on
 
 LEVELS, KEPT = (50, 80, 90, 95), (100, 95, 90, 80, 70, 60, 50)  # percent
 SHOWN = "people kl kl_corrected accuracy total_variation brier emd entropy_correlation mean_correlation"
@@ -195,16 +195,7 @@ def judge_items(config: CalibrateConfig) -> tuple[list[Item], torch.Tensor]:
     judge = distjudge.load_judge(config.run)
     judge.calibration = None
     items = distjudge.load_items(*config.items, labels=judge.labels)
-    about, names = Path(config.run, "config.json"), [f.name for f in dataclasses.fields(distjudge.Config)]
-    try:
-        settings = distjudge.parse_json(about.read_bytes())[0]
-        trained_by = distjudge.Config(**{name: settings[name] for name in names if name in settings})
-        trained = distjudge.load_data(trained_by)[0]
-    except (InputError, OSError) as error:
-        why = distjudge.first_line(error)
-        print(f"not checked that the judge was trained on none of these items: {why}", file=sys.stderr)
-    else:
-        distjudge.keep_apart(trained, items)
+    refuse_trained_on(config.run, items)
     distjudge.keep_short(judge, items, "error", "calibration", "leave such items out")
     return items, judge.score([prompt for item in items for prompt in item.prompts], progress=True)[0]
 

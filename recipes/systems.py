@@ -7,7 +7,7 @@ A line of --items is an item with "system", the name of what wrote it, and votes
 names what was asked (an article, a question): items of one group count as one draw. Writes table.txt,
 table.json and forest.png into --out: estimates by votes alone, by the judge alone (biased), and by both
 (PPI++), with 95 % intervals. Two things must be true: the rated items are a random draw, and the judge was
-trained on none of the items. recipes/README.md says what is estimated and how.
+trained on none of the items (which is checked with --run). recipes/README.md says what is estimated and how.
 """
 
 import dataclasses
@@ -208,6 +208,14 @@ def interval(e: Estimate, slope: np.ndarray, least: float, most: float, value: f
     return {name: float(x) for name, x in found}
 
 
+def p_of_zero(found: dict[str, float], width: float) -> float:
+    """Two-sided p of "it is 0", of what interval() found within bounds so far apart: under 0.05 where its
+    interval, not yet cut, leaves out 0."""
+    if found["se"]:
+        return 2 * stdtr(found["df"], -abs(found["estimate"]) / found["se"])
+    return min(1.0, 2 * (1 - abs(found["estimate"]) / width) ** (found["df"] + 1))
+
+
 def win(e: Estimate, a: int, b: int, values: np.ndarray) -> dict[str, float]:
     """The win probability from shares of labels of these values: sum of a_k b_l ([k > l] + [k = l] / 2)."""
     above = np.heaviside(np.subtract.outer(values, values), 0.5)
@@ -248,9 +256,9 @@ def compare(panel: Panel) -> dict[str, Any]:
     for a, b in itertools.combinations(range(len(names)), 2):
         pairs.append({"a": names[a], "b": names[b]} | {m: found(m, units[a] - units[b]) for m in tested})
         pairs[-1] |= {"win": {how: win(e, a, b, values) for how, e in shares.items()}} if numeric else {}
-    gaps = [(pair, pair[measure]["ppi"]) for pair in pairs for measure in tested]
-    single = [2 * stdtr(g["df"], -abs(g["estimate"]) / g["se"]) if g["se"] else 1.0 for _, g in gaps]
-    for (pair, gap), p in zip(gaps, holm(single), strict=True):
+    gaps = [(pair, pair[measure]["ppi"], measures[measure]) for pair in pairs for measure in tested]
+    single = [p_of_zero(gap, 2 * (most - least)) for _, gap, (_, _, least, most) in gaps]
+    for (pair, gap, _), p in zip(gaps, holm(single), strict=True):
         gap["p_holm"] = p
         if numeric and p < 1 - LEVEL:
             better, worse = (pair["a"], pair["b"]) if gap["estimate"] > 0 else (pair["b"], pair["a"])
@@ -263,6 +271,9 @@ def compare(panel: Panel) -> dict[str, Any]:
 # --- what is read -----------------------------------------------------------------------------------------
 def read_predictions(path: str) -> dict[str, Item]:
     """Predictions by id, as items with shares_of(); the prompt is "-" where a line has none."""
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".xlsx", ".parquet"):
+        remedy = "judge again with --out judged.jsonl, and name that"
+        raise InputError(f"{short(path, 1000)}: is a table, not predictions; {remedy}")
     made = []
     for row in distjudge.rows_of(path, prompt="-"):
         if distjudge.is_missing(row.get("id")) or not isinstance(row.get("predicted"), dict):
@@ -284,6 +295,20 @@ def matched(items: Sequence[Item], predicted: dict[str, Item], path: str) -> np.
             text = "has no prediction of this id and prompt; judge all items"
             raise InputError(f"{item.named}: {short(path, 1000)} {text}")
     return distjudge.shares_of([predicted[item.id] for item in items]).numpy()
+
+
+def refuse_trained_on(run: str, items: Sequence[Item]) -> None:
+    """InputError if a run's judge was trained on some of the items; says so where that cannot be checked."""
+    about, names = Path(run, "config.json"), [f.name for f in dataclasses.fields(distjudge.Config)]
+    try:
+        settings = distjudge.parse_json(about.read_bytes())[0]
+        trained_by = distjudge.Config(**{name: settings[name] for name in names if name in settings})
+        trained = distjudge.load_data(trained_by)[0]
+    except (InputError, OSError) as error:
+        why = distjudge.first_line(error)
+        print(f"not checked that the judge was trained on none of these items: {why}", file=sys.stderr)
+    else:
+        distjudge.keep_apart(trained, items)
 
 
 def read_panel(config: SystemsConfig) -> Panel:
@@ -308,6 +333,7 @@ def read_panel(config: SystemsConfig) -> Panel:
             few = f"has rated items in {n} groups, and an interval needs two"
             raise InputError(f"{short(config.items, 1000)}: {config.field} '{short(name)}' {few}")
     if judge:
+        refuse_trained_on(config.run, items)
         distjudge.keep_short(judge, items, "error", "given", "leave such items out")
         panel.q = distjudge.judge_items(judge, items, progress=True)[0].numpy().astype(float)
     else:

@@ -167,7 +167,7 @@ def test_a_hand_made_panel():
     pair = table["pairs"][0]
     gap = pair["mean"]["votes"]  # -2 in each group: no spread, so 1 - 0.025^(1/3) of the scale's 8
     assert gap["high"] == pytest.approx(-2 + 8 * (1 - 0.025 ** (1 / 3))) and gap["low"] == -4
-    assert pair["mean"]["ppi"]["p_holm"] == 1 and table["systems"]["a"]["rank"] == [1, 2]
+    assert pair["mean"]["ppi"]["p_holm"] == 2 * (1 - 2 / 8) ** 3 and table["systems"]["a"]["rank"] == [1, 2]
     assert pair["win"]["votes"]["estimate"] == pytest.approx((0 + 0 + 0.5) / 9)  # 3 against 3 is the only tie
     assert pair["win"]["judge"]["estimate"] == pytest.approx(0.5)
     assert list(table["systems"]) == ["b", "a"]
@@ -204,6 +204,17 @@ def write(folder, **files):
         distjudge.write_lines(folder / f"{name}.jsonl", map(json.dumps, rows))
 
 
+def test_a_difference_in_which_all_groups_agree_is_sure():
+    """The interval is the rule of three's. p is under 0.05 where it leaves out 0."""
+    for n in range(2, 20):
+        group, system = np.repeat(np.arange(n), 2), np.tile([0, 1], n)
+        counts = np.where(system[:, None] == [0, 1], 3, 0)  # A always yes, B always no
+        panel = Panel(["yes", "no"], ["A", "B"], system, group, counts, np.full((2 * n, 2), 0.5))
+        gap = compare(panel)["pairs"][0]["share of yes"]["ppi"]
+        assert gap["se"] == 0 and gap["p_holm"] == pytest.approx(min(1, 2 * 0.5**n))
+        assert (gap["p_holm"] < 0.05) == (gap["high"] < 0 or gap["low"] > 0)
+
+
 def test_the_command(tmp_path):
     panel = simulated(np.random.default_rng(0), groups=40, rated=12)
     items, judged = rows_of(panel)
@@ -224,6 +235,8 @@ def test_the_command(tmp_path):
     assert (tmp_path / "out" / "forest.png").stat().st_size > 10_000
     with pytest.raises(distjudge.InputError, match="holds other files, such as "):
         systems.main(SystemsConfig("items.jsonl", str(tmp_path), predictions="judged.jsonl"))
+    with pytest.raises(distjudge.InputError, match=r"judged.csv: is a table, .* --out judged.jsonl"):
+        systems.read_predictions("judged.csv")
 
 
 def test_labels_that_are_no_numbers_and_a_judge_that_is_run(tmp_path, saved_run):
