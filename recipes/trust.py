@@ -11,6 +11,7 @@ too lenient; and where it fails: slices by what it says, how sure it is, groups,
 of one group count as one draw. The judge must not have been trained on these items.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -99,7 +100,10 @@ def excess(error: np.ndarray, inside: np.ndarray, cluster: np.ndarray) -> tuple[
 
 def slices_of(values: Sequence[Any]) -> dict[str, np.ndarray]:
     """{name: which of the N items} for each value of a field; numbers of more than 8 kinds in quarters."""
-    column = pandas.Series(list(values), dtype=object).convert_dtypes()
+    column = pandas.Series(list(values), dtype=object)
+    with contextlib.suppress(ValueError, TypeError):  # a table's numbers are text in its items
+        column = pandas.to_numeric(column)
+    column = column.convert_dtypes()
     if pandas.api.types.is_numeric_dtype(column) and column.nunique() > 8:
         column = column.astype(float)
         quarter = pandas.qcut(column, 4, labels=False, duplicates="drop")
@@ -198,7 +202,9 @@ def page(found: Mapping[str, Any]) -> list[str]:
             worst.append(where | {"people": said(row["people"], ".1f")} | numbers)
     if "mean rating" in found["shifts"]:
         row, words = found["shifts"]["mean rating"], "neither lenient nor strict, as far as votes tell"
-        if row["p_holm"] < SURE:
+        if found["groups"] < TESTED:
+            words = "lenient, strict or neither: so few groups cannot tell"
+        elif row["p_holm"] < SURE:
             words = "too lenient" if row["shift"]["mean"] > 0 else "too strict"
         verdict = f"If a high rating is a good one, the judge is {words}.\n"
     told = {"worth": said(found["people"], ".1f"), "gain": said(found["accuracy"]["gain"], "+.3f")}
