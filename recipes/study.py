@@ -541,6 +541,9 @@ def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, ab
         about = f"{what} by the entropy of people's answers over log C, the most disputed last: {sizes} items"
         lines += ["", f"{about}, no column where they are fewer than 10"]
         lines += ["", *markdown(binned, keys, "entropy")]
+        if METRICS["kl"] == what:
+            biased = "sure judges look better in the first columns than they are, and worse in the last"
+            lines += ["", f"The votes that choose a column also score it: {biased}."]
     if "noise floor (estimated)" in set(rows["method"]):
         lines += ["", "KL to votes less its noise floor estimates KL to the unknown truth."]
     table.write(lines)
@@ -626,6 +629,8 @@ def cost(shop: Workshop) -> None:
     """Cells of their own. Methods take turns, so that a busy minute is shared; the first warms up."""
     config, table = shop.config, Table(shop)
     some, medians = (config.seed, shop.votes[0], config.train_items), {}
+    if idle := [m for m in shop.methods if METHODS[m].get("untrained")]:
+        raise InputError(f"methods: cost times training, and {idle[0]} has none")
     turns = range(1, config.seeds + 2)
     found = shop.made([Cell(m, *some, repeat=turn) for turn in turns for m in shop.methods])
     for k, m in enumerate(shop.methods):
@@ -649,6 +654,8 @@ def main(config: StudyConfig) -> None:
     config.check()
     if config.teacher:
         raise InputError("teacher: each row has its own; --methods names rows")
+    if (config.alpha, config.eps) != (StudyConfig.alpha, StudyConfig.eps):
+        raise InputError("alpha, eps: each row has its own; sweep takes --alphas and --epsilons")
     distjudge.check_out(config.out, "cells", "base")
     shop = Workshop(config)
     (shop.out / "cells").mkdir(parents=True, exist_ok=True)

@@ -328,9 +328,12 @@ def test_what_does_not_fit_is_refused(folder):
         ("lengths", (4.0, 4.0), "lengths: must be different"),
         ("draws", 9, "draws: must be 100"),
         ("teacher", 5.0, "teacher: each row has its own"),
+        ("alpha", 0.1, "alpha, eps: each row has its own; sweep takes"),
     ):
         with pytest.raises(InputError, match=words):
             study.main(config_of(folder, **{name: value}))
+    with pytest.raises(InputError, match="methods: cost times training, and untrained has none"):
+        study.main(config_of(folder, "cost", methods=("distribution", "untrained")))
     (folder / "other.csv").write_text("study,method,seed,metric,value\nmagic,a,0,kl,1\n")
     (folder / "words.csv").write_text("study,method,seed,metric,value\nmain,a,0,kl,many\n")
     for name in ("few.jsonl", "other.csv", "words.csv", "nowhere.csv"):
