@@ -146,7 +146,8 @@ class ApiConfig:
         if self.render and (self.answers or self.spellings):
             raise InputError("render: goes without samples, percent and spellings of this command")
         host = r"https?://([^\[\]/?#]*@)?(\[[0-9a-f:.]+\]|[^\[\]/?#:@]+)(:\d{1,5})?([/?]|$)"
-        if not re.match(host, self.base_url):
+        place = re.match(host, self.base_url)
+        if not place or int((place[3] or ":0")[1:]) > 65_535:
             raise InputError(f"base_url: must be like http://localhost:8000/v1, not '{self.base_url}'")
         extra, wrong = distjudge.parse_json(self.extra or "{}")
         if wrong or {"stream", "logprobs"} & set(extra):

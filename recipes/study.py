@@ -567,6 +567,8 @@ def sweep(shop: Workshop) -> None:
 
 def perturb(p: torch.Tensor, delta: float, draw: torch.Generator) -> torch.Tensor:
     """Moves each row of p by delta in l2 toward a random point of the simplex at least so far away."""
+    if delta and (1 - 2 * p.min(1).values + (p**2).sum(1)).sqrt().min() <= delta:  # of the furthest corner
+        raise InputError(f"deltas: nothing is {delta:g} away from some item's votes; name smaller ones")
     target, left = p.clone(), torch.full((len(p),), delta > 0)
     while left.any():
         z = -torch.rand(p.shape, generator=draw, dtype=p.dtype).clamp_min(1e-12).log()

@@ -182,6 +182,7 @@ REFUSED = [
     ({"extra": '{"stream": true}'}, "stream and logprobs cannot be changed"),
     ({"base_url": "http://[::1/v1"}, "base_url: must be like"),
     ({"base_url": "http://localhost:x/v1"}, "base_url: must be like"),
+    ({"base_url": "http://localhost:65536/v1"}, "base_url: must be like"),
     ({"min_mass": 1.5}, "min_mass: must be between 0 and 1"),
     ({"concurrency": 0}, "concurrency: must be 1 or more"),
     ({"retries": -1}, "retries: must be 0 or more"),

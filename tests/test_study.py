@@ -276,6 +276,13 @@ def test_perturbed_targets_lie_in_the_simplex_at_their_distance():
     assert torch.equal(study.perturb(p, 0.0, torch.Generator()), p)
 
 
+def test_a_target_that_is_nowhere_is_refused():
+    draw, even = torch.Generator().manual_seed(0), torch.tensor([[0.5, 0.5]]).double()
+    assert (study.perturb(even, 0.7, draw) - even).norm() == pytest.approx(0.7)  # 0.707 is as far as it goes
+    with pytest.raises(InputError, match=r"deltas: nothing is 0.75 away"):
+        study.perturb(even, 0.75, draw)
+
+
 def test_temperature_smoothing_and_seconds():
     logq = torch.randn(400, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(1)
     counts = 100 * (logq / 2.5).softmax(1)  # people as if the judge were too sure by a factor of 2.5
