@@ -155,9 +155,8 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
             changed[option] = found[0] if is_one else (*found, *getattr(config, option)[len(names) :])
     config = dataclasses.replace(config, **changed)
     used = Counter(config.label + config.counts).most_common(1) or [("", 0)]
-    ours = "id prompt counts annotations distribution annotators group split swap truth where published"
-    ours = ours.split()
-    ours = [c for c in config.keep if c in ours]
+    taken = "id prompt counts annotations distribution annotators group split swap truth where published"
+    ours = [c for c in config.keep if c in taken.split()]
     a_text = "name the judged text (--text) or a template (--template); if a row is a person, add --by_column"
     votes = "name the columns of votes, or else those of --counts"
     is_panel = len(config.label) > 1 and not config.by_column
@@ -300,8 +299,8 @@ def people_in(where: str, row: dict[str, Any], column: str) -> list[list[str] | 
     value = parsed(where, column, row[column])
     if isinstance(value, str):
         return [[cell(where, column, value)]]
-    lists = [one for one in value.values() if isinstance(one, list)] if isinstance(value, dict) else []
-    if len(lists) > 1 and len(lists) == len(value) and len(set(map(len, lists))) == 1:
+    lists = [*value.values()] if isinstance(value, dict) else []
+    if len(lists) > 1 and all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
         value = pandas.DataFrame(value).to_dict("records")  # Argilla's {"value": [...], "status": [...]}
     if isinstance(value, dict) and value and all(map(A_PERSON.fullmatch, map(str, value))):
         value = list(value.values())

@@ -217,7 +217,6 @@ def write_table(frame: Any, added: Sequence[dict[str, Any]], out: Path, form: di
     it is marked as text.
     """
     import pandas
-    import pyarrow
 
     more = pandas.DataFrame(added).dropna(axis=1, how="all")
     with contextlib.suppress(ValueError, TypeError):  # labels that are numbers
@@ -227,6 +226,8 @@ def write_table(frame: Any, added: Sequence[dict[str, Any]], out: Path, form: di
     part.unlink(missing_ok=True)
     with open(part, "xb") as file:
         if kind == ".parquet":  # a column has one type
+            import pyarrow
+
             frame = frame.replace("", None)
             for name in frame.columns:
                 kinds = {type(cell) for cell in frame[name].dropna()}

@@ -26,6 +26,8 @@ import numpy as np
 import pandas
 from scipy.special import stdtr, stdtrit
 
+from recipes import sheets
+
 FILES = ("table.txt", "table.json", "forest.png")
 METHODS = {"votes": "votes alone", "judge": "judge alone (biased)", "ppi": "votes and judge (PPI++)"}
 LEVEL = 0.95
@@ -209,8 +211,10 @@ def interval(e: Estimate, slope: np.ndarray, least: float, most: float, value: f
 
 
 def p_of_zero(found: dict[str, float], width: float) -> float:
-    """Two-sided p of "it is 0", of what interval() found within bounds so far apart: under 0.05 where its
-    interval, not yet cut, leaves out 0."""
+    """Two-sided p of "it is 0", of what interval() found; width: how far apart its bounds are.
+
+    It is under 0.05 where the interval, not yet cut to the bounds, leaves out 0.
+    """
     if found["se"]:
         return 2 * stdtr(found["df"], -abs(found["estimate"]) / found["se"])
     return min(1.0, 2 * (1 - abs(found["estimate"]) / width) ** (found["df"] + 1))
@@ -271,7 +275,7 @@ def compare(panel: Panel) -> dict[str, Any]:
 # --- what is read -----------------------------------------------------------------------------------------
 def read_predictions(path: str) -> dict[str, Item]:
     """Predictions by id, as items with shares_of(); the prompt is "-" where a line has none."""
-    if Path(path).suffix.lower() in (".csv", ".tsv", ".xlsx", ".parquet"):
+    if sheets.kind_of(path) in sheets.SUFFIXES:
         remedy = "judge again with --out judged.jsonl, and name that"
         raise InputError(f"{short(path, 1000)}: is a table, not predictions; {remedy}")
     made = []
