@@ -1134,9 +1134,9 @@ def half_products(x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) 
 
 
 def multiplies_bf16(device: str | torch.device) -> bool:
-    """Whether a device is a CPU with matrix units for bfloat16 (AMX): several times as fast as float32."""
+    """Whether a device is a CPU that multiplies bfloat16 faster than float32, by AMX or AVX512-BF16."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.device(device).type == "cpu" and bool(known.get("amx_bf16"))
+    return torch.device(device).type == "cpu" and bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 def _halve_products(model: Any) -> None:
@@ -1517,11 +1517,11 @@ def load_judge(
     """A judge from a run folder of save_judge() or run(), or from a model (folder or hub id) and its labels.
 
     Weights are float32 on a CPU, 16-bit on CUDA, or with four_bit NF4. LoRA adapters go on all linear layers
-    of the decoder; with lora_rank=0 all weights are trained, in float32. bf16: on a CPU with AMX, products
-    with what carries an adapter are in bfloat16. max_length, bf16: 2048 tokens and False, or as a saved judge
-    was trained. Only safetensors are read, no code of a repository is run. weights=False: an outline on
-    PyTorch's meta device, for dry runs. Raises InputError for what is no model, labels other than a saved
-    judge's, changed files of it, and where check_model() does.
+    of the decoder; with lora_rank=0 all weights are trained, in float32. bf16: on a CPU with AMX or
+    AVX512-BF16, products with what carries an adapter are in bfloat16. max_length, bf16: 2048 tokens and
+    False, or as a saved judge was trained. Only safetensors are read, no code of a repository is run.
+    weights=False: an outline on PyTorch's meta device, for dry runs. Raises InputError for what is no model,
+    labels other than a saved judge's, changed files of it, and where check_model() does.
     """
     folder, path, base, adapter, saved = Path(path), str(path), str(path), None, {}
     labels = None if labels is None else [str(label) for label in labels]
@@ -2113,7 +2113,7 @@ class Config:
     four_bit: bool = False
     """Load the weights in 4 bits (NF4)."""
     bf16: bool = True
-    """On a CPU that multiplies bfloat16 several times as fast (AMX): hold what adapters are put on in it, and
+    """On a CPU that multiplies bfloat16 faster (AMX, AVX512-BF16): hold what adapters are put on in it, and
     compute products with it so. The rest is float32."""
     lora_rank: int = 16
     """Rank of the LoRA adapters, whose scale is 2; 0 trains all weights."""

@@ -10,7 +10,7 @@ Parts:
                 trl.SFTTrainer (single-point, loss on the label only) with the rows a pass that suit it best;
                 what packs save; the adversary's share
     judge       seconds to judge the same items: ours, padded batches, one at a time, generating one token
-                (both parts on a CPU with AMX: also ours with products in bfloat16, as recipes run there)
+                (both parts on a CPU with AMX or AVX512-BF16: also ours in bfloat16, as recipes run there)
     rate        the part of the machine's own matrix rate that a forward and backward pass of ours reaches
 
 All ways take turns within one run. Figures are medians with the smallest and largest. Prompts come from the

@@ -540,6 +540,13 @@ def test_products_in_bfloat16_against_float64(bias):
     assert (small - none - part).norm() < 0.05 * part.norm()
 
 
+@pytest.mark.parametrize("has, faster", [("amx_bf16", True), ("avx512_bf16", True), ("avx512_f", False)])
+def test_a_processor_says_whether_it_multiplies_bfloat16_faster(has, faster, monkeypatch):
+    known = {"avx512_bf16": False} | {has: True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert distjudge.multiplies_bf16("cpu") is faster and not distjudge.multiplies_bf16("cuda:0")
+
+
 def test_a_judge_computes_in_bfloat16_where_the_processor_does(tiny_model, votes, tmp_path, monkeypatch):
     items, texts = votes(24), [item.prompt for item in votes(24)]
     exact = load_judge(tiny_model, ["1", "2", "3"], lora_rank=4)
