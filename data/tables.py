@@ -560,7 +560,8 @@ def say_doubts(config: Any, out: Any, panels: dict[str, Panel], people: Any) -> 
         pairs = ", ".join(f"'{short(one, 20)}' and '{short(other, 20)}'" for one, other in same[:5])
         text = "names of --rater that look alike count as several people, %d times: %s; write each in one way"
         log.warning(text, len(same), pairs)
-    if out.rows and all(sum(row["counts"].values()) < 2 for row in out.rows):
+    votes = [sum(row["counts"].values()) for row in out.rows if "counts" in row]
+    if votes and max(votes) < 2:
         log.warning("every item has one vote only: nothing shows how far people disagree on one item")
 
 

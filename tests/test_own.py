@@ -68,6 +68,8 @@ def test_columns_that_are_kept_and_items_without_votes(own, tmp_path):
     card = json.loads((tmp_path / "o" / "card.json").read_text())
     assert card["votes_an_item"] == {"0": 1, "2": 2} and card["read"]["votes"] == 4
     assert len(own(table, "--text text --label a b --keep 'who wrote' --labels 1-3")) == 2
+    late = "text,a\nx,\ny,2\nz,1\n"  # the first one without votes, and the others have one each
+    assert "counts" not in own(late, "--text text --label a --min_votes 0 --labels 1-3")[0]
     votes = "id,text,m,v\n1,x,A,1\n1,x,A,2\n2,y,B,1\n"
     assert [row["m"] for row in own(votes, "--text text --label v --item id --keep m")] == ["A", "B"]
     with pytest.raises(InputError, match=r"row 3: item '1': its m differs from that at votes.csv: row 2"):
