@@ -143,8 +143,9 @@ class ApiConfig:
             raise InputError("min_mass: must be between 0 and 1")
         if self.max_cost and not self.price_in + self.price_out:
             raise InputError("max_cost: needs price_in and price_out")
-        if self.render and (self.answers or self.spellings):
-            raise InputError("render: goes without samples, percent and spellings of this command")
+        own = "samples percent spellings match top temperature".split()  # what render settles
+        if self.render and any(getattr(self, name) != getattr(ApiConfig, name) for name in own):
+            raise InputError(f"render: goes without {distjudge.listed(own)} of this command")
         host = r"https?://([^\[\]/?#]*@)?(\[[0-9a-f:.]+\]|[^\[\]/?#:@]+)(:\d{1,5})?([/?]|$)"
         place = re.match(host, self.base_url)
         if not place or int((place[3] or ":0")[1:]) > 65_535:
@@ -427,6 +428,8 @@ class Endpoint:
                 why = distjudge.short(f"{status}: {message or content.decode(errors='replace')}", 300)
                 said = f"{code} {error.get('param')} {message}"
                 hint = next(hint for words, hint in HINTS.items() if re.search(words, said, re.I | re.S))
+                if config.render and "logprob" in said:
+                    hint = "let the server give as many as labels have tokens (vLLM's --max-logprobs)"
                 if status in BY_ITEM:
                     raise Refused(f"{why}; {hint}")
                 if status not in (408, 409, 425, 429) and status < 500:
@@ -543,10 +546,9 @@ def check_readings(readings: Sequence[Reading], wheres: Sequence[str], config: A
         raise InputError(f"{refused[0]}; so it is for {len(refused)} of {len(readings)} prompts")
     if all(reading.alone for reading in readings if not reading.refused):
         sure = "here and in every other answer one token has all the probability, or is given alone"
-        after = (
-            "--temperature 1, or vLLM's --logprobs-mode raw_logprobs, if the server takes them after sampling"
-        )
-        raise InputError(f"{wheres[0]}: {sure}: use {after}; else a greater --top, --samples n or --percent")
+        mode = "vLLM's --logprobs-mode raw_logprobs, if the server takes them after sampling"
+        way = f"--temperature 1, or {mode}; else a greater --top, --samples n or --percent"
+        raise InputError(f"{wheres[0]}: {sure}: use {mode if config.render else way}")
     low = [i for i, reading in enumerate(readings) if reading.mass < config.min_mass and not reading.refused]
     if low and config.low_mass == "refuse":
         first, way, what = readings[low[0]], "use --samples n", "of the probability is on labels"
@@ -558,6 +560,8 @@ def check_readings(readings: Sequence[Reading], wheres: Sequence[str], config: A
         said = f"only {first.mass:.1%} {what} ('{distjudge.short(''.join(first.unread[-1:]))}')"
         said += f"; so it is for {len(low)} of the {len(readings)} prompts judged so far"
         remedy = f"let the prompt ask for the label only, name --spellings, {way}, or use --low_mass"
+        if config.render:
+            remedy = "train with --answer 1, which teaches to answer with a label, or use --low_mass keep"
         raise InputError(f"{wheres[low[0]]}: {said} (min_mass {config.min_mass:g}): {remedy}")
 
 

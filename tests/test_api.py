@@ -191,6 +191,9 @@ REFUSED = [
     ({"base_url": "localhost:8000"}, "base_url: must be like"),
     ({"split": "test"}, "no item has test"),
     ({"render": "x", "samples": 2}, "render: goes without"),
+    ({"render": "x", "temperature": 1.0}, "render: goes without"),
+    ({"render": "x", "match": "whole"}, "render: goes without"),
+    ({"render": "x", "top": 5}, "render: goes without"),
 ]
 
 
