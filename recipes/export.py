@@ -94,8 +94,11 @@ def check(config: ExportConfig, folder: Path, out: Path) -> str:
     """Raises InputError for what cannot work. Returns where the merged model fits: cuda or cpu."""
     form, base, device = config.export, read(folder / "judge.json")["base"], "cpu"
     adapters = (folder / "adapter").is_dir()
-    if config.llama_cpp and "gguf" not in form:
-        raise InputError(f"llama_cpp: is for --export gguf, not {form}")
+    if "gguf" not in form and (config.llama_cpp or config.quantization != ExportConfig.quantization):
+        name = "llama_cpp" if config.llama_cpp else "quantization"
+        raise InputError(f"{name}: is for --export gguf, not {form}")
+    if config.out and form == "none":
+        raise InputError("out: the model card goes into the run folder; --export says what goes elsewhere")
     if form != "none":
         if out.exists():
             raise InputError(f"{out}: exists already")
@@ -104,7 +107,8 @@ def check(config: ExportConfig, folder: Path, out: Path) -> str:
         device = check_base(base, adapters)
     if config.push_to_hub and adapters and Path(base).is_dir():
         if out != folder / "merged" and not export_of(folder, "merged"):
-            raise InputError(f"push_to_hub: others do not have the base model, {base}: add --export merged")
+            remedy = "leave out --out" if form == "merged" else "add --export merged"
+            raise InputError(f"push_to_hub: others do not have the base model, {base}: {remedy}")
     return device
 
 
@@ -406,12 +410,12 @@ What stands for `{{prompt}}` is encoded as text: control tokens written in it st
 
 ## How to load
 
-The folder of this card, here `RUN`, is all it takes (`huggingface_hub.snapshot_download` fetches one):
+{needed} (`huggingface_hub.snapshot_download` fetches one):
 
 ```python
 import distjudge
 
-judge = distjudge.load_judge("RUN")
+judge = distjudge.load_judge({load})
 judge.predict([prompt])      # (1, {n}) probabilities, in the order of the labels above
 ```
 
@@ -429,7 +433,7 @@ METRICS = """## Metrics
 truth. `kl_marginal` is that of the training votes' mean. Intervals: a bootstrap over groups of items.
 
 """
-PEFT = """or, with PEFT alone, the model whose last position gives the labels' logits:
+PEFT = """or, with PEFT alone and the base model, the model whose last position gives the labels' logits:
 
 ```python
 from peft import PeftModel
@@ -461,6 +465,13 @@ def model_card(folder: Path) -> str:
     about = f"base model: {shown}{' (a local folder)' * local}, {how}"
     about += f"{', on 4-bit (NF4) weights' * saved['four_bit']}\nlabels: {', '.join(labels)}"
     reading = "where the answer begins, by a softmax over their first tokens; spellings are added up"
+    load, needed = '"RUN"', "The folder of this card, here `RUN`, is all it takes"
+    if local and adapter:
+        needed = "The folder of this card is `RUN`. Its base model must be where it was in training"
+        if export_of(folder, "merged"):
+            needed = "`merged`, in the folder of this card, is all it takes"
+            more = f", spellings={saved['spellings']}" if saved["spellings"] else ""
+            load = f'"RUN/merged", {labels}{more}'
     if any(len(ids) > 1 for _, ids in saved["sequences"]):
         reading = "as a whole, each closed by the end of the turn"
     piece, tokens = lambda token: repr(tokenizer.decode([token])), []
@@ -484,8 +495,10 @@ def model_card(folder: Path) -> str:
         metrics=metrics_section(folder),
         frame=fenced(saved["frame"]["before"] + "{prompt}" + saved["frame"]["after"]),
         reading=reading,
+        needed=needed,
+        load=load,
         tokens=fenced("\n".join(tokens)),
-        peft=PEFT.format(json.dumps(shown)) * adapter,
+        peft=PEFT.format(json.dumps("BASE" if local else shown)) * adapter,
         more=more,
     )
 

@@ -175,10 +175,13 @@ CANNOT = {
     "--export gguf": "export: gguf needs llama-cpp-python, not installed here",
     "--export gguf-unchecked": "llama_cpp: gguf needs a clone of llama.cpp: git clone https://",
     "--export merged --llama_cpp .": "llama_cpp: is for --export gguf, not merged",
+    "--export merged --quantization f16": "quantization: is for --export gguf, not merged",
+    "--out elsewhere": "out: the model card goes into the run folder",
     "--export gguf-unchecked --llama_cpp .": "convert_hf_to_gguf.py is not there: git clone",
     "--export merged --out {run}": "exists already",
     "--export onnx": "onnx",
     "--push_to_hub me/judge": "push_to_hub: others do not have the base model",
+    "--push_to_hub me/judge --export merged --out {run}/m": "base: leave out --out",
     "--push_to_hub me/judge --export merged": "push_to_hub: no token",
     "--run {run}/adapter": "not a run folder: there is no judge.json",
 }
@@ -398,8 +401,14 @@ def test_the_card_says_what_the_folder_holds_and_its_code_runs(run, monkeypatch)
     scope = {"prompt": PROMPTS[0]}
     blocks = [block.split("```")[0] for block in card.split("```python\n")[1:]]
     for block in blocks:
-        exec(block.replace('"RUN', f'"{folder}').replace('"base"', f'"{folder.parent / "base"}"'), scope)
-    own = torch.as_tensor(scope["judge"].predict(PROMPTS))
+        exec(block.replace('"RUN', f'"{folder}').replace('"BASE"', f'"{folder.parent / "base"}"'), scope)
+    own = torch.as_tensor(judge.predict(PROMPTS))
+    # others lack the base: without the merged model the card says so
+    assert "`merged`, in the folder of this card, is" in card and scope["judge"].base != judge.base
+    assert (torch.as_tensor(scope["judge"].predict(PROMPTS)) - own).abs().max() < 1e-5
+    monkeypatch.setattr(export, "export_of", lambda folder, name: {})
+    alone = export.model_card(folder)
+    assert "Its base model must be where it was" in alone and 'load_judge("RUN")' in alone
     assert len(blocks) == 2 and (plain(scope["model"], scope["judge"]) - own).abs().max() < 1e-5
     with scope["model"].disable_adapter():
         assert (plain(scope["model"], scope["judge"]) - own).abs().max() > 0.05
