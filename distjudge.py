@@ -850,7 +850,8 @@ def label_tokens(
     if unknown := sorted(set(spellings) - set(labels)):
         raise InputError(f"spellings: unknown label {listed(unknown)}; the labels are {listed(labels)}")
     if len(set(labels)) != len(labels) or len(labels) < 2:
-        raise InputError(f"labels: two different labels or more are needed, not {listed(labels)}")
+        way = "name each: 1 2 3"
+        raise InputError(f"labels: two different labels or more are needed, not {listed(labels)}; {way}")
     question, found = "Is this so?", []
     prompt = encoder(question)
     for i, label in enumerate(labels):
@@ -1829,7 +1830,7 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
         )
     check_out(folder, *RUN_FILES)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("judge.json", "config.json", "metrics.json"):
+    for name in ("judge.json", "config.json", "metrics.json", "predictions.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for part in ("tokenizer", "adapter", "model"):
         if (folder / part).resolve() != Path(judge.base).resolve():
@@ -2102,7 +2103,8 @@ class Config:
     test: tuple[str, ...] = ()
     """Test items. Without any, the training file's "split" field decides, or else an 8:2 split by group."""
     labels: tuple[str, ...] = ()
-    """Label order. Default: by number, or as in the first item that has the commonest set of labels."""
+    """Label order, each by itself (1 2 3). Default: by number, or as in the first item that has the commonest
+    set of labels."""
     spellings: tuple[str, ...] = ()
     """More spellings of a label, as LABEL=TEXT,TEXT (no=no,nope); their probabilities add up."""
     overlong: Literal["error", "drop"] = "error"
