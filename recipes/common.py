@@ -149,7 +149,7 @@ def outline(config: RunConfig, labels: Sequence[str]) -> Judge:
 
 
 def worth(people: float | None, low: float | None, high: float | None) -> str:
-    """evaluate()'s: "31.5 [17.2, 152.0]"; inf: votes cannot tell the judge from the truth; "–": unknown."""
+    """evaluate()'s "31.5 [17.2, 152.0]"; inf: votes cannot tell the judge from the truth; "–": unknown."""
     return "–" if low is None else f"{people or math.inf:.1f} [{low:.1f}, {high or math.inf:.1f}]"
 
 
@@ -159,7 +159,7 @@ def outcome(metrics: dict[str, float | None], out: str) -> str:
     beside += f", {floor:.3f} of the truth" if (floor := metrics["kl_noise_floor"]) else ""
     people = worth(*(metrics[name] for name in ("people", "people_low", "people_high")))
     kl, accuracy = f"{metrics['kl']:.3f} nats (beside it: {beside})", f"accuracy {metrics['accuracy']:.3f}"
-    mean = "–" if metrics["people_marginal"] is None else f"{metrics['people_marginal']:.1f}"
+    mean = "–" if metrics["people_low"] is None else f"{metrics['people_marginal'] or math.inf:.1f}"
     few = "no nearer to the votes than that mean: more items or --epochs may help, or another rate\n"
     few *= metrics["kl"] >= metrics["kl_marginal"]
     return f"""

@@ -394,9 +394,10 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
             file.write(line_of(row))
             file.flush()
     if not (items := tally.number["items"]):
-        if is_table:
+        if out:
             journal.unlink()
-        raise InputError(f"{config.items}: no items")
+        why = f"none of its {bad} rows can be judged" if (bad := tally.number["bad"]) else "no items"
+        raise InputError(f"{config.items}: {why}")
     if is_table:
         with open(journal, encoding="utf-8", newline="\n") as file:  # a line for each row but the bad ones
             bad = tally.problems

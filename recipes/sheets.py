@@ -115,6 +115,7 @@ def for_columns(found: Template | None, path: str, columns: Sequence[str], item:
     needed = [*template.columns(columns), *(template.swap or ()), *filter(None, [item])]
     if missing := [name for name in needed if name not in columns]:
         why = "which the template needs" if found else "and no template: name one, or the text (--text)"
+        why = "which --item names" if missing == [item] else why
         there = ", ".join(short(name, 30) for name in columns)
         raise InputError(f"{path}: no column '{short(missing[0])}', {why}; the columns are {there}")
     return template

@@ -333,6 +333,10 @@ def test_what_a_run_came_to_beside_the_mean_and_a_stopped_run_that_is_not_lost(t
     said = common.outcome(metrics, "runs/x")
     assert "worth 5.0 [3.0, inf] people (the mean of the training votes, whatever the item: 2.0)" in said
     assert "no nearer" not in said and "no nearer to the votes" in common.outcome(metrics | {"kl": 0.6}, "x")
+    # the mean is as near as the votes can tell; or there is one vote an item, and nothing is known
+    assert "the item: inf)" in common.outcome(metrics | {"people_marginal": None}, "x")
+    unknown = dict.fromkeys(("people", "people_low", "people_marginal"))
+    assert "worth – people" in (said := common.outcome(metrics | unknown, "x")) and "the item: –)" in said
     config = common.RunConfig(
         train=(nli,), model=str(tiny_model), out=str(tmp_path), min_mass=0, batch_size=9
     )

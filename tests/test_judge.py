@@ -179,6 +179,7 @@ def test_labels_on_real_tokenizers(real_tokenizer):
     [
         (["a"], None, "two different labels"),
         (["a", "a"], None, "two different labels"),
+        (["1-5"], None, r"not \{1-5\}; name each: 1 2 3"),
         (["yes", "no"], {"yes": "yes,yeah"}, "label 'yes': a list of texts is needed, not one text"),
     ],
 )

@@ -157,6 +157,10 @@ def test_bad_lines_stop_the_run_or_are_skipped_on_request(judged, tmp_path, caps
     for k, (line, words) in enumerate(zip(said, BAD.values(), strict=True)):
         assert re.match(f"skipped: in.jsonl:{2 * k + 2}: .*{words}", line)
     assert f"judged {len(BAD)} items; skipped {len(BAD)} bad rows" in last
+    (tmp_path / "out.jsonl").unlink()
+    with pytest.raises(InputError, match=r"in.jsonl: none of its 2 rows can be judged$"):
+        judged(bad[:2], skip_bad=True)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_stopped(judged, tmp_path, monkeypatch, capsys):

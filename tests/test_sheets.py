@@ -178,7 +178,7 @@ def test_templates_and_columns(judge, run, tmp_path):
     for items, out, settings, words in (
         ("bare.csv", "x.csv", {}, "bare.csv: no column 'Frage', .* the columns are a, judge_mode$"),
         ("in.csv", "x.csv", {"text": "c"}, "in.csv: no column '(Frage|c)'"),
-        ("in.csv", "x.csv", {"item": "id"}, "in.csv: no column 'id'"),
+        ("in.csv", "x.csv", {"item": "id"}, "in.csv: no column 'id', which --item names"),
         ("bare.csv", "x.csv", {"text": "a", "template": "t.txt"}, "bare.csv: no column 'b'"),
         ("bare.csv", "x.csv", untrained, "no column 'prompt', and no template"),
         ("bare.csv", "x.csv", untrained | {"text": "a"}, "column 'judge_mode': judging adds"),
