@@ -149,7 +149,7 @@ FIELDS = [  # a field of a row in the place of the right one, what the refusal n
     ({"counts": None, "annotations": [1.5]}, "annotations", "not 1.5"),
     ({"counts": None, "annotations": ["yes", [2]]}, "annotations", "must be text"),
     ({"counts": None, "distribution": {"yes": 0.5, "no": 0.5}}, "votes", "the number of people"),
-    ({"counts": None, "distribution": {"yes": 0.5}, "votes": 3}, "distribution", "add up to 1, not to 0.5"),
+    ({"counts": None, "distribution": {"yes": 0.9}, "votes": 3}, "distribution", "add up to 1, not to 0.9"),
     ({"counts": None, "distribution": {"yes": 1.5, "no": -0.5}, "votes": 3}, "distribution", "0 or more"),
     ({"counts": None, "distribution": {"yes": 1}, "votes": 2.5}, "votes", "not 2.5"),
     ({"counts": None, "distribution": {"yes": 1}, "votes": 0}, "votes", "not 0"),
@@ -246,6 +246,8 @@ def test_split_with_equal_prompts_across_groups_and_with_large_groups():
         rows = [{"id": i, "prompt": f"p{i}", "group": f"g{i % n}", "counts": ONE} for i in range(16 * n)]
         train, test = split_items(load_items(rows))
         assert len(test) == 16 * max(1, round(0.2 * n)) and len(train) + len(test) == 16 * n
+    rows = [{"id": i, "prompt": f"p{i}", "group": f"g{i < 11}", "counts": ONE} for i in range(27)]
+    assert len(split_items(load_items(rows))[1]) == 11  # no group brings the test side nearer: the smallest
 
 
 def test_a_pair_and_its_other_order_stay_on_one_side():

@@ -226,21 +226,12 @@ def test_whole_labels_are_read_exactly(tiny_model):
         assert torch.allclose(mass[i], scores.exp().sum(), atol=1e-6)
 
 
-def test_label_rows_equal_the_architectures_own_logits(architecture):
-    judge = load_judge(architecture, ["yes", "no", "maybe"])
-    tokenizer, after = stock_logprobs(architecture)
-    ids = [i[0] for _, i in judge.tokens.sequences]
-    expected = torch.stack([after(render(tokenizer, text))[ids].log_softmax(0) for text in TEXTS])
-    assert (judge.score(TEXTS)[0] - expected).abs().max() < 1e-5
-    assert expected.std() > 0.05
-
-
 def test_a_model_whose_logits_we_cannot_reproduce_is_refused(tiny_model, monkeypatch):
     plain = distjudge.add_label_readout
 
     def wrong(model):
         plain(model)
-        model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)  # more than we know of
+        model.lm_head.register_forward_hook(lambda module, args, out: out + 0.02)  # more than we know of
 
     monkeypatch.setattr(distjudge, "add_label_readout", wrong)
     with pytest.raises(InputError, match="cannot be read exactly"):
@@ -328,22 +319,6 @@ def test_no_tensor_of_positions_times_vocabulary(qwen2, tiny_tokenizer, labels):
     assert trained.numel == judged.numel if judge.tokens.whole else trained.numel < 100 * 1000
 
 
-@pytest.mark.parametrize("labels", [YES_NO, ["1", "10"]])
-def test_slices_of_the_vocabulary_add_up(tiny_model, labels, monkeypatch):
-    """Scores, mass and gradients with the vocabulary cut into many slices, against a plain logsumexp."""
-    results = []
-    for width in (10**6, 50):
-        monkeypatch.setattr(distjudge, "SLICE", width)
-        judge = load_judge(tiny_model, labels, lora_rank=0)
-        batch = judge.batch(judge.encode(TEXTS))
-        logq, mass = label_logprobs(judge.model, batch, judge.tokens, with_mass=True)
-        (logq[:, 0].sum() + mass.sum()).backward()
-        grads = torch.cat([w.grad.flatten() for w in judge.model.parameters()])
-        results.append((logq.detach(), mass.detach(), grads))
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
-
-
 def test_four_bit_weights_on_a_cpu(tmp_path, qwen2, tiny_tokenizer):
     pytest.importorskip("bitsandbytes")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -353,6 +328,7 @@ def test_four_bit_weights_on_a_cpu(tmp_path, qwen2, tiny_tokenizer):
     judge = load_judge(tmp_path / "m", ["yes", "no", "maybe"], four_bit=True)
     linear = judge.model.base_model.model.model.layers[0].mlp.up_proj
     assert linear.base_layer.weight.dtype == torch.uint8
+    assert linear.base_layer.weight.quant_state.quant_type == "nf4"
     assert linear.lora_A["default"].weight.dtype == torch.float32
     four = judge.predict(TEXTS)
     assert 0 < numpy.abs(four - exact).max() < 0.3 and numpy.allclose(four.sum(1), 1, atol=1e-6)
@@ -492,9 +468,24 @@ def test_the_saved_template_is_used_and_not_rendered_again(tiny_model, tmp_path,
     assert load_judge(tmp_path / "run").encode(["Hi"]) == judge.encode(["Hi"])
 
 
-def test_a_model_needs_labels(tiny_model):
+def test_a_model_needs_labels_and_a_backend_that_is_there(tiny_model, monkeypatch):
     with pytest.raises(InputError, match="needs labels"):
         load_judge(tiny_model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for backend, words in (
+        ("unsloth", "Unsloth cannot be used: no CUDA device"),
+        ("keras", "must be auto, "),
+    ):
+        with pytest.raises(InputError, match=f"^backend: {words}"):
+            load_judge(tiny_model, YES_NO, backend=backend)
+
+
+def test_judging_leaves_a_model_in_training_as_it_was(tiny_model):
+    judge = load_judge(tiny_model, YES_NO)
+    for training in (True, False):
+        judge.model.train(training)
+        judge.predict(["Hi"])
+        assert judge.model.training is training
 
 
 def test_a_folder_of_another_judge_leaves_nothing_in_the_new_one(tiny_model, tiny_tokenizer, tmp_path):
@@ -511,8 +502,13 @@ def test_a_folder_of_another_judge_leaves_nothing_in_the_new_one(tiny_model, tin
     again = load_judge(tmp_path / "run")
     first = load_judge(tiny_model, YES_NO)
     assert again.encode(["Hi"]) == other.encode(["Hi"]) != first.encode(["Hi"])
+    for name in ("metrics.json", "config.json", "predictions.jsonl"):
+        (tmp_path / "run" / name).touch()
     save_judge(load_judge(tiny_model, ["yes", "no"], lora_rank=2), tmp_path / "run")
-    assert not (tmp_path / "run" / "model").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"adapter", "judge.json", "tokenizer"}
+    base = shutil.copytree(tiny_model, tmp_path / "own" / "model")  # but for the model that it needs itself
+    save_judge(load_judge(base, ["yes", "no"], lora_rank=2), tmp_path / "own")
+    assert load_judge(tmp_path / "own").labels == ["yes", "no"]
 
 
 # --- products in bfloat16 on CPUs made for them ------------------------------------------------------------

@@ -130,6 +130,17 @@ def test_people_by_hand():
         survey_equivalence([[0.5, 0.5], [0.7, 0.7], [1, 0]], items)
 
 
+def test_people_of_groups_are_as_sure_as_their_groups():
+    """Each item three times in a group says no more than once alone; three times in no group says more."""
+    rows = [{"prompt": f"p{i}", "counts": {"1": 10 + 10 * (i % 3), "2": 20}} for i in range(12)] * 3
+    grouped = load_items([row | {"id": i, "group": row["prompt"]} for i, row in enumerate(rows)])
+    q = [[0.1 + 0.02 * (i % 12), 0.9 - 0.02 * (i % 12)] for i in range(36)]
+    alone = [dataclasses.replace(item, group=None) for item in grouped]
+    low = lambda some: 1 / survey_equivalence(q[: len(some)], some)["low"]  # noqa: E731
+    once, groups, apart = map(low, (alone[:12], grouped, alone))
+    assert groups == pytest.approx(once) and apart < 0.95 * once
+
+
 def test_people_where_votes_cannot_say():
     nothing = {"mean": None, "low": None, "high": None}
     half = [[0.5, 0.5], [0.5, 0.5]]
@@ -205,27 +216,6 @@ def test_what_is_no_distribution_is_refused():
     assert rounded["kl"] == pytest.approx(0)  # predictions rounded a little are normalised
 
 
-def test_kl_corrected_estimates_kl_to_the_unknown_truth():
-    draw = numpy.random.default_rng(5)
-    truth = draw.dirichlet([0.8, 1.2, 2.0], size=4000)
-    counts = numpy.array([draw.multinomial(3, t) for t in truth])
-    q = 0.7 * truth + 0.3 * draw.dirichlet([1, 1, 1], size=4000)
-    actual = stats.entropy(truth, q, axis=1).mean()
-    got = evaluate(q, panel(counts.tolist()), draws=50)
-    assert got["kl"] > 3 * actual and got["kl_corrected"] == pytest.approx(actual, abs=0.012)
-    assert got["kl_corrected"] == got["kl"] - got["kl_noise_floor"]
-    assert evaluate(q[:5], panel(counts[:5].tolist()), draws=0)["kl_corrected"] is None
-
-
-def test_item_scores_average_to_the_metrics(case):
-    items, _, q = case
-    scores, metrics = item_scores(q, items), evaluate(q, items, draws=0)
-    assert {"kl", "accuracy", "emd", "rps"} <= set(scores)
-    assert all(score.shape[0] == len(items) for score in scores.values())
-    for name, score in scores.items():
-        assert bootstrap(score[None], draws=100)["mean"] == pytest.approx(metrics[name], abs=1e-9), name
-
-
 def bootstrap_t(x, statistic, error, draws=1500):
     """Bootstrap-t in NumPy: an interval of a statistic of rows x with a given standard error."""
     draw, whole, t = numpy.random.default_rng(0), statistic(x), []
@@ -264,6 +254,15 @@ def test_two_groups_by_hand():
     """Draws are 0, 1/2 and 1. One item twice has no error of its own: a fifth of the sample's."""
     found = bootstrap(torch.tensor([[0.0, 1.0]]))
     assert (found["low"], found["high"]) == pytest.approx((0.5 - 2.5, 0.5 + 2.5), abs=1e-12)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+def test_few_runs_are_as_uncertain_as_student_says(runs):
+    """Items all alike: only the runs differ, and the interval is that of a t test of their means."""
+    means = torch.arange(runs, dtype=torch.float64) ** 2
+    found = bootstrap(means[:, None].expand(runs, 40), draws=20_000)
+    half = stats.t.ppf(0.975, runs - 1) * means.std() / math.sqrt(runs)
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(half.item(), rel=0.06)
 
 
 @pytest.mark.parametrize("draws", [50, 99, 300, 1999])

@@ -292,18 +292,6 @@ def test_running_out_of_memory_in_the_check_is_not_an_architecture(tiny_model):
         distjudge.check_model(judge)
 
 
-def test_layers_that_mix_full_and_sliding_attention(tmp_path, tiny_tokenizer):
-    layers = ["full_attention", "sliding_attention", "full_attention"]
-    changes = {"num_hidden_layers": 3, "layer_types": layers, "sliding_window": 8, "use_sliding_window": True}
-    more = {"head_dim": 16, "num_key_value_heads": 1, "initializer_range": 0.1}
-    folder = save_random(tmp_path, tiny_tokenizer, "Qwen3", **changes, **more)
-    judge = load_judge(folder, ["yes", "no"], lora_rank=0)
-    assert judge.packs
-    packed, judge.packs = judge.score(EVERYTHING)[0], False
-    single = torch.cat([judge.score([text])[0] for text in EVERYTHING])
-    assert (single - packed).abs().max() < 1e-5
-
-
 def test_position_codes_that_depend_on_the_longest_prompt_bound_the_length(tmp_path, tiny_tokenizer, caplog):
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
     options = {"max_position_embeddings": 512, "rope_parameters": rope}
@@ -411,18 +399,3 @@ def test_a_list_is_checked_before_anything_is_judged(tiny_model, monkeypatch):
     for wrong, message in cases:
         with pytest.raises(distjudge.InputError, match=message):
             judge.predict(["soup"] * 3000 + [wrong])
-
-
-def test_a_shared_rubric_is_computed_once(tiny_model):
-    judge = load_judge(tiny_model, ["yes", "no"])
-    texts = ["Rate this soup by these rules: " + "good is good " * 20 + f"Soup {n}" for n in range(16)]
-    sizes, plain = [], judge.batch
-
-    def watched(encoded):
-        batch = plain(encoded)
-        sizes.append(batch["input_ids"].numel())
-        return batch
-
-    judge.batch = watched
-    judge.score(texts)
-    assert len(sizes) == 1 and sizes[0] < 0.2 * sum(map(len, judge.encode(texts)))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -33,22 +32,6 @@ def test_the_embedded_sample_is_what_its_generator_writes():
     train, test = distjudge.load_data(distjudge.Config(train=(tiny.SAMPLE,)))
     assert (len(train), len(test)) == (1200, 300) and all(item.votes == 5 for item in train + test)
     assert distjudge.labels_of(train) == list("12345") and len({item.prompt for item in train + test}) == 1500
-
-
-def test_the_truth_of_the_sample_is_what_its_raters_do():
-    """Simulates raters one by one, without the mixture formula, and compares."""
-    rng, words, noise, counts = random.Random(0), ["spicy", "lovely", "loud"], make_panel.WIDE_NOISE, [0] * 5
-    for _ in range(100_000):
-        leaning = 3.0
-        for word in words:
-            if word in make_panel.DISPUTED:
-                share, liked, disliked = make_panel.DISPUTED[word]
-                leaning += liked if rng.random() < share else disliked
-            else:
-                leaning += make_panel.CLEAR[word]
-        counts[min(5, max(1, round(rng.gauss(leaning, noise)))) - 1] += 1
-    shares = [count / 100_000 for count in counts]
-    assert shares == pytest.approx(make_panel.true_distribution(words, noise), abs=0.006)
 
 
 def test_tiny_trains_four_ways_and_draws_its_figures(tmp_path):

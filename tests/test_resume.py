@@ -191,6 +191,10 @@ def test_no_code_of_a_planted_checkpoint_is_run(go, stopped, tmp_path, caplog, b
     assert sprung.exists()  # the trap does work
 
 
+OTHER = {"eps": 0.1, "teacher": 1.0, "answer": 0.5, "steps": 2, "learning_rate": 1e-3}
+OTHER |= {"batch_size": 2, "pack_tokens": 64, "schedule": "cosine", "weight_decay": 0.1}
+
+
 def test_resuming_another_run_is_refused_by_name(go, stopped, votes, tmp_path, monkeypatch):
     monkeypatch.setattr(distjudge, "multiplies_bf16", lambda device: True)
     stopped("run", 6)
@@ -204,6 +208,7 @@ def test_resuming_another_run_is_refused_by_name(go, stopped, votes, tmp_path, m
         ({"labels": four, "items": votes(14, labels=four)}, "labels differs"),
         ({"rank": 1}, "kinds of weights differs"),
         ({"bf16": True}, "kinds of weights differs"),
+        *(({name: value}, f"{name} differs") for name, value in OTHER.items()),
     ):
         with pytest.raises(InputError, match=message):
             go("run", resume=True, **changes)
