@@ -1214,37 +1214,6 @@ def add_label_readout(model: Any) -> None:
     model.forward = types.MethodType(forward, model)  # bound, as those who wrap it and unwrap it expect
 
 
-def collate(
-    prompts: TokenLists, tokens: LabelTokens, pad_id: int, packed: bool, two_levels: bool = False
-) -> dict[str, torch.Tensor]:
-    """One forward pass over prompts, as one pack or as right-padded rows, a row a prompt and branch.
-
-    Returns input_ids with position_ids and ends (1, L), or with attention_mask (R, L); answer_at (M, 2), the
-    positions to read; token_ids (T,), the tokens to read there; and reads (B * S, 2): for every prompt the
-    rows of answer_at and the columns of token_ids whose log-probabilities make up its labels', in the order
-    of `tokens.sequences`.
-    """
-    branches = tokens.branches
-    if packed:
-        pack = build_pack(prompts, range(len(prompts)), branches, two_levels)
-        batch = {"input_ids": [pack.ids], "position_ids": [pack.positions], "ends": [pack.ends]}
-    else:
-        rows = [[*ids, *branch] for ids in prompts for branch in branches]
-        width = max(map(len, rows))
-        batch = {"input_ids": [row + [pad_id] * (width - len(row)) for row in rows]}
-        batch["attention_mask"] = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-    reads, at, column = [], {}, {token: k for k, token in enumerate(tokens.token_ids)}
-    spelled = [(branches.index(sequence[:-1]), sequence) for _, sequence in tokens.sequences]
-    for i, ids in enumerate(prompts):
-        for branch, sequence in spelled:
-            row = i * len(branches) + branch
-            for k, token in enumerate(sequence, len(ids) - 1):
-                place = (0, pack.paths[row][k]) if packed else (row, k)
-                reads.append((at.setdefault(place, len(at)), column[token]))
-    batch |= {"answer_at": list(at), "token_ids": tokens.token_ids, "reads": reads}
-    return {name: torch.tensor(value) for name, value in batch.items()}
-
-
 def label_logprobs(
     model: Any, batch: dict[str, torch.Tensor], tokens: LabelTokens, with_mass: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -1348,11 +1317,34 @@ class Judge:
         return groups
 
     def batch(self, encoded: Sequence[list[int]], device: Any = None) -> dict[str, torch.Tensor]:
-        """The tensors of one forward pass, for label_logprobs(); on the judge's device or another."""
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        pad_id = next(i for i in ids if i is not None)
-        batch = collate(encoded, self.tokens, pad_id, self.packs, self.model.two_levels)
-        return {name: tensor.to(device or self.device) for name, tensor in batch.items()}
+        """One forward pass, as one pack or as right-padded rows, a row a prompt and branch.
+
+        Returns, on the judge's device or another, input_ids with position_ids and ends (1, L), or with
+        attention_mask (R, L); answer_at (M, 2), the positions to read; token_ids (T,), the tokens to read
+        there; and reads (B * S, 2): for every prompt the rows of answer_at and the columns of token_ids whose
+        log-probabilities make up its labels', in the order of `tokens.sequences`. For label_logprobs().
+        """
+        tokens, branches = self.tokens, self.tokens.branches
+        if self.packs:
+            pack = build_pack(encoded, range(len(encoded)), branches, self.model.two_levels)
+            batch = {"input_ids": [pack.ids], "position_ids": [pack.positions], "ends": [pack.ends]}
+        else:
+            known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+            pad_id = next(i for i in known if i is not None)
+            rows = [[*ids, *branch] for ids in encoded for branch in branches]
+            width = max(map(len, rows))
+            batch = {"input_ids": [row + [pad_id] * (width - len(row)) for row in rows]}
+            batch["attention_mask"] = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        reads, at, column = [], {}, {token: k for k, token in enumerate(tokens.token_ids)}
+        spelled = [(branches.index(sequence[:-1]), sequence) for _, sequence in tokens.sequences]
+        for i, ids in enumerate(encoded):
+            for branch, sequence in spelled:
+                row = i * len(branches) + branch
+                for k, token in enumerate(sequence, len(ids) - 1):
+                    place = (0, pack.paths[row][k]) if self.packs else (row, k)
+                    reads.append((at.setdefault(place, len(at)), column[token]))
+        batch |= {"answer_at": list(at), "token_ids": tokens.token_ids, "reads": reads}
+        return {name: torch.tensor(value, device=device or self.device) for name, value in batch.items()}
 
     def shrink(self, members: Sequence[int], tokens: int) -> None:
         """After a pass over the members, of so many tokens, ran out of memory: from here on half as many.
