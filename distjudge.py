@@ -2395,10 +2395,9 @@ def _accelerator(judge: Judge, config: Config) -> Any:
     on_cpu, loggers = judge.device.type == "cpu" and "WORLD_SIZE" in os.environ, list(config.report_to)
     try:
         accelerator = Accelerator(cpu=on_cpu, log_with=loggers or None, project_dir=config.out)
-        if lost := sorted({*loggers} - {str(getattr(name, "value", name)) for name in accelerator.log_with}):
+        if lost := sorted({*loggers} - set(map(str, accelerator.log_with))):
             raise ValueError(f"{lost[0]} is not installed")
-        if loggers:
-            accelerator.init_trackers("distjudge", {k: str(v) for k, v in dataclasses.asdict(config).items()})
+        accelerator.init_trackers("distjudge", {k: str(v) for k, v in dataclasses.asdict(config).items()})
     except (ValueError, ImportError) as error:
         raise InputError(f"report_to: {first_line(error)}") from error
     return accelerator
