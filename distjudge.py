@@ -3001,7 +3001,7 @@ def versions() -> dict[str, str]:
 
 def _check_labels(judge: Judge, items: Sequence[Item]) -> None:
     """Raises InputError unless the items' labels are the judge's, in its order, as the columns are."""
-    if items and (labels := labels_of(items)) != judge.labels:
+    if (labels := labels_of(items)) != judge.labels:
         raise InputError(f"{items[0].where}: {listed(labels)} are not the judge's {listed(judge.labels)}")
 
 

@@ -257,6 +257,8 @@ def test_training_refuses_other_labels_long_prompts_and_loggers(tiny_model, vote
     turned = [dataclasses.replace(item, counts=dict(reversed(item.counts.items()))) for item in votes(4)]
     with pytest.raises(InputError, match=r"{3, 2, 1} are not the judge's {1, 2, 3}"):
         distjudge.judge_items(judge, turned)
+    with pytest.raises(InputError, match="no items"):
+        distjudge.judge_items(judge, [])
     with pytest.raises(InputError, match=r"report_to: must be a tuple, \('wandb',\)"):
         train(judge, votes(4), settings(tmp_path, report_to="wandb"))
     with pytest.raises(InputError, match="item 'i1': has no votes"):
