@@ -1993,7 +1993,7 @@ def shrink_votes(counts: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     tensor([[0.7500, 0.2500]])
     """
     total = _wide(counts + prior)  # a float16 sum ends at 65,504 votes
-    return (total / total.sum(-1, keepdim=True)).to(counts.dtype)
+    return (total / total.sum(-1, keepdim=True)).to(prior.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
