@@ -115,7 +115,9 @@ def test_a_notebook_runs_from_the_ipynb_alone(request, notebook, tiny_model, vot
         git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(parts)]
         for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
             subprocess.run([*git, *command], check=True)
+        turned = {"1": "3", "3": "1"}
         rows = [{"id": item.id, "prompt": item.prompt, "counts": item.counts} for item in items]
+        rows = [row | {"swap": {"prompt": f"{row['prompt']}!", "labels": turned}} for row in rows]
         (where / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings += f"VOTES, REPOSITORY = 'votes.jsonl', 'file://{parts}'"
     done = executed(notebook, where, settings)
@@ -132,7 +134,8 @@ def test_a_notebook_runs_from_the_ipynb_alone(request, notebook, tiny_model, vot
         assert judged[["id", "answer", "mine"]].values.tolist() == rows
         assert json.loads((out / "card.json").read_text())["own"]["template"].endswith("Answer: {answer}")
     else:
-        tested = [json.loads(line)["id"] for line in (out / "predictions.jsonl").read_text().splitlines()]
-        assert judged["id"].tolist() == tested
+        tested = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+        assert judged["id"].tolist() == [row["id"] for row in tested] and "judge_flipped" in judged
+        assert judged["judge_p(1)"].tolist() == pytest.approx([row["predicted"]["1"] for row in tested])
     assert (where / "judge.zip").stat().st_size > 10_000 and not (out / "checkpoints").exists()
     assert version("torch") in (out / "README.md").read_text()
