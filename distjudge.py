@@ -2170,15 +2170,17 @@ class Config:
         ranges = {"alpha": (0, 1, "between 0 and 1"), "epochs": (1e-9, math.inf, "more than 0")}
         ranges |= dict.fromkeys(("batch_size", "max_length"), (1, math.inf, "1 or more"))
         ranges["seed"] = 0, 2**32 - 1, "between 0 and 4294967295"
+        hints = typing.get_type_hints(Config)
         for name in Config.__dataclass_fields__:
             value, (low, high, words) = getattr(self, name), ranges.get(name, (0, math.inf, "0 or more"))
             if isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
                 raise InputError(f"{name}: must be {words}, not {value}")
+            if hints[name] is int and value % 1:
+                raise InputError(f"{name}: must be a whole number, not {value}")
             if isinstance(value, str) and isinstance(Config.__dataclass_fields__[name].default, tuple):
                 raise InputError(f"{name}: must be a tuple, ({value!r},)")
-        if not self.out.strip():
-            raise InputError("out: name a folder")
-        hints = typing.get_type_hints(Config)
+        if not self.out.strip() or not is_text(self.out):
+            raise InputError("out: name a folder, in UTF-8")
         choices = {name: typing.get_args(hints[name]) for name in ("schedule", "overlong")} | {"loss": LOSSES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -2897,11 +2899,14 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
         with contextlib.suppress(OSError):
             holder = place.read_text()
         raise InputError(f"{path}: process {holder} is writing to it: wait, or name another place") from None
+    windows = contextlib.suppress(PermissionError)  # it lets nobody write to a locked file, or remove it
     try:
-        place.write_text(str(os.getpid()))
+        with windows:
+            place.write_text(str(os.getpid()))
         yield
     finally:
-        place.unlink(missing_ok=True)
+        with windows:
+            place.unlink(missing_ok=True)
         lock.release()
 
 

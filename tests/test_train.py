@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import distjudge
 from distjudge import Config, InputError, load_judge, run, train
@@ -259,6 +260,9 @@ def test_training_refuses_other_labels_long_prompts_and_loggers(tiny_model, vote
         distjudge.judge_items(judge, turned)
     with pytest.raises(InputError, match="no items"):
         distjudge.judge_items(judge, [])
+    for wrong, words in (({"batch_size": 2.5}, "whole number, not 2.5"), ({"out": "\udcff"}, "in UTF-8")):
+        with pytest.raises(InputError, match=f"^{next(iter(wrong))}: .*{words}$"):
+            train(judge, votes(4), settings(tmp_path, **wrong))
     with pytest.raises(InputError, match=r"report_to: must be a tuple, \('wandb',\)"):
         train(judge, votes(4), settings(tmp_path, report_to="wandb"))
     with pytest.raises(InputError, match="item 'i1': has no votes"):
@@ -319,7 +323,7 @@ with distjudge.locked({path!r}):
 """
 
 
-def test_one_process_at_a_time_trains_in_a_folder(tiny_model, votes, tmp_path):
+def test_one_process_at_a_time_trains_in_a_folder(tiny_model, votes, tmp_path, monkeypatch):
     """The second is told whose it is; a process that is killed holds nothing."""
     judge, out = load_judge(tiny_model, LABELS), tmp_path / "run"
     out.mkdir()
@@ -333,6 +337,13 @@ def test_one_process_at_a_time_trains_in_a_folder(tiny_model, votes, tmp_path):
         holder.kill()
     assert len(train(judge, votes(4), settings(tmp_path))) == 1
     assert not (out / ".lock").exists()
+    # Windows lets nobody write to a locked file, nor remove it
+    for method in ("write_text", "unlink"):
+        monkeypatch.setattr(Path, method, Mock(side_effect=PermissionError(13, "denied")))
+    with distjudge.locked(out):
+        pass
+    with distjudge.locked(out):
+        pass
 
 
 def test_a_run_folder_holds_everything(tiny_model, files, tmp_path):
