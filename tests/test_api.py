@@ -197,6 +197,15 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize(("mass", "alone"), [(0.01, False), (0.9, True)])
+def test_rendered_prompts_are_not_sent_to_options_that_render_refuses(mass, alone):
+    half, config = torch.tensor([0.5, 0.5]), api.ApiConfig(("x",), model="m", render="run")
+    reading = api.Reading(half, mass, 0, collections.Counter(), ["x"], alone, "")
+    with pytest.raises(InputError, match="--logprobs-mode raw" if alone else "--answer 1, .*keep") as error:
+        api.check_readings([reading], ["a:1"], config)
+    assert not any(f"--{name}" in str(error.value) for name in "top samples percent spellings".split())
+
+
 @pytest.mark.parametrize(("settings", "words"), REFUSED)
 def test_what_cannot_be_read_is_refused_before_anything_is_asked(measure, fake, settings, words):
     with pytest.raises(InputError, match=words):
