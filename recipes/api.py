@@ -428,7 +428,7 @@ class Endpoint:
                 why = distjudge.short(f"{status}: {message or content.decode(errors='replace')}", 300)
                 said = f"{code} {error.get('param')} {message}"
                 hint = next(hint for words, hint in HINTS.items() if re.search(words, said, re.I | re.S))
-                if config.render and "logprob" in said:
+                if config.render and "logprob" in said.lower():
                     hint = "let the server give as many as labels have tokens (vLLM's --max-logprobs)"
                 if status in BY_ITEM:
                     raise Refused(f"{why}; {hint}")

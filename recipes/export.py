@@ -470,8 +470,8 @@ def model_card(folder: Path) -> str:
         needed = "The folder of this card is `RUN`. Its base model must be where it was in training"
         if export_of(folder, "merged"):
             needed = "`merged`, in the folder of this card, is all it takes"
-            more = f", spellings={saved['spellings']}" if saved["spellings"] else ""
-            load = f'"RUN/merged", {labels}{more}'
+            spelled = f", spellings={saved['spellings']}" if saved["spellings"] else ""
+            load = f'"RUN/merged", {labels}{spelled}'
     if any(len(ids) > 1 for _, ids in saved["sequences"]):
         reading = "as a whole, each closed by the end of the turn"
     piece, tokens = lambda token: repr(tokenizer.decode([token])), []

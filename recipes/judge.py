@@ -394,7 +394,7 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
             file.write(line_of(row))
             file.flush()
     if not (items := tally.number["items"]):
-        if out:
+        if journal and journal.is_file():  # no pipe, and no device
             journal.unlink()
         why = f"none of its {bad} rows can be judged" if (bad := tally.number["bad"]) else "no items"
         raise InputError(f"{config.items}: {why}")

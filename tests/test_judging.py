@@ -4,6 +4,7 @@ import functools
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -161,6 +162,12 @@ def test_bad_lines_stop_the_run_or_are_skipped_on_request(judged, tmp_path, caps
     with pytest.raises(InputError, match=r"in.jsonl: none of its 2 rows can be judged$"):
         judged(bad[:2], skip_bad=True)
     assert not (tmp_path / "out.jsonl").exists()
+    os.mkfifo(tmp_path / "pipe.jsonl")  # what is no file of ours stays
+    held = os.open(tmp_path / "pipe.jsonl", os.O_RDWR)
+    with pytest.raises(InputError, match="none of its 2 rows"):
+        judged(bad[:2], skip_bad=True, out="pipe.jsonl")
+    os.close(held)
+    assert (tmp_path / "pipe.jsonl").exists()
 
 
 def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_stopped(judged, tmp_path, monkeypatch, capsys):
