@@ -1267,7 +1267,8 @@ class Judge:
             if positions < max_length:
                 text = "%s: prompts may have about %d tokens, not %d: longer ones change its position codes"
                 log.warning(text, self.base or type(model).__name__, positions, max_length)
-        self.max_length = min(max_length, positions - max(len(ids) for _, ids in tokens.sequences) + 1)
+        self.longest = positions - max(len(ids) for _, ids in tokens.sequences) + 1
+        self.max_length = min(max_length, self.longest)
         self.pack_tokens = 1024 if self.device.type == "cpu" else 8192
 
     @property
@@ -2873,12 +2874,16 @@ def write_json(path: Path, content: Any) -> None:
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes to a temporary name and renames, so that a file is whole or not there."""
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -2964,13 +2969,7 @@ def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def keep_short(
-    judge: Judge,
-    items: Sequence[Item],
-    overlong: str,
-    what: str,
-    remedy: str = "raise --max_length or use --overlong drop",
-) -> list[Item]:
+def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str, remedy: str = "") -> list[Item]:
     """The items whose prompts fit judge.max_length; InputError for the others unless overlong is "drop"."""
     from tqdm.auto import tqdm
 
@@ -2985,6 +2984,8 @@ def keep_short(
     if over and overlong == "error":
         first = f"{items[over[0]].named}: prompt: {lengths[over[0]]} tokens"
         limit = f"longer than max_length {most} (the longest has {max(lengths)})"
+        longer = "raise --max_length or " if most < judge.longest else ""
+        remedy = remedy or f"{longer}use --overlong drop"
         raise InputError(f"{first}; {found} are {limit}; {remedy}")
     if len(over) == len(items):
         raise InputError(f"no {what} items are left within max_length {most}")

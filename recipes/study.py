@@ -277,7 +277,8 @@ class Workshop:
                 tiny.build_base(Path(base), self.train, run, cell.seed)
         judge = tiny.load_base(base, labels_of(self.train), run)
         items = distjudge.keep_short(judge, items, run.overlong, "training")
-        test = distjudge.keep_short(judge, self.test, "error", "test")
+        all_or_none = "raise --max_length or leave them out: all judges answer the same test items"
+        test = distjudge.keep_short(judge, self.test, "error", "test", all_or_none)
         if run.model:
             print("label mass: " + common.check_mass(judge, items, run.answer))
         items, held = distjudge.split_items(items, 0.1, run.seed) if "tempered" in beside else (items, [])

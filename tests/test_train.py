@@ -281,6 +281,31 @@ def test_training_refuses_other_labels_long_prompts_and_loggers(tiny_model, vote
         assert judge.calibration  # of weights that are still these
 
 
+def test_a_logger_gets_every_step_and_is_closed(tiny_model, votes, tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    class Notebook(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker, seen = "notebook", False, None, []
+
+        def __init__(self, project, **kwargs):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            self.seen.append(values)
+
+        def log(self, values, step, **kwargs):
+            self.seen.append((step, values["loss"]))
+
+        def finish(self):
+            self.seen.append("closed")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    log = train(load_judge(tiny_model, LABELS), votes(16), settings(tmp_path, report_to=("notebook",)))
+    about, *rows, end = Notebook.seen
+    assert about["learning_rate"] == "0.01" and about["report_to"] == "('notebook',)"
+    assert rows == [(1, log[0]["loss"]), (2, log[1]["loss"])] and end == "closed"
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -383,8 +408,12 @@ def test_overlong_items_stop_the_run_or_are_dropped_on_request(tiny_model, files
     path.write_text(open(files[0]).read() + json.dumps(long) + "\n")
     config = settings(tmp_path, train=(str(path),), test=files[1:], model=str(tiny_model), max_length=50)
     said = r"with_long.jsonl:15: item 'long': prompt: \d+ tokens; 1 of 15 training items are longer than "
-    with pytest.raises(InputError, match=said + "max_length 50"):
-        run(config)
+    more, drop = "raise --max_length or ", "use --overlong drop"
+    for words, asked, most, remedy in ((60, 50, 50, more), (600, 2048, 512, "")):  # the model takes 512
+        path.write_text(open(files[0]).read() + json.dumps(long | {"prompt": "soup " * words}) + "\n")
+        with pytest.raises(InputError, match=rf"{said}max_length {most} \(.*\); {remedy}{drop}$"):
+            run(dataclasses.replace(config, max_length=asked))
+    path.write_text(open(files[0]).read() + json.dumps(long) + "\n")
     run(dataclasses.replace(config, overlong="drop"))
     assert "dropped 1 of 15 training items longer than 50 tokens" in caplog.text
     with pytest.raises(InputError, match="no training items are left"):
@@ -395,6 +424,17 @@ def test_overlong_items_stop_the_run_or_are_dropped_on_request(tiny_model, files
     path.write_text(open(files[0]).read() + json.dumps(long | {"prompt": "soup", "swap": swap}) + "\n")
     with pytest.raises(InputError, match="1 of 15 training items are longer"):
         run(config)
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
+    def lines():
+        yield "half"
+        raise OSError("no space left")
+
+    distjudge.write_lines(tmp_path / "x", ["whole"])
+    with pytest.raises(OSError, match="no space"):
+        distjudge.write_lines(tmp_path / "x", lines())
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "whole\n"
 
 
 def test_a_signal_is_the_exit_code_and_a_link_is_not_followed(tmp_path, monkeypatch):
