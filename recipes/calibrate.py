@@ -15,6 +15,7 @@ error is |q - p|^2 over labels, less what the noise of p, the votes, adds. recip
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -264,7 +265,9 @@ def main(config: CalibrateConfig) -> None:
     items, logq = predictions_of(config.predictions) if config.predictions else judge_items(config)
     calibration, after = calibrate(items, logq)
     before, table = distjudge.average_items(items, logq)[0], kept(items, after)
-    scores = pandas.DataFrame([distjudge.evaluate(q, items) for q in (before, after)], ["before", "after"]).T
+    worth = functools.partial(distjudge.survey_equivalence, items=items, draws=0)  # inf where it has no end
+    found = [distjudge.evaluate(q, items) | {"people": worth(q)["mean"]} for q in (before, after)]
+    scores = pandas.DataFrame(found, ["before", "after"]).T
     scores = scores[scores.index.isin(SHOWN.split())].astype(float).round(4)
     tables = {"metrics, on votes not fitted on": scores, "sets": sets(items, logq, config.draws)}
     surest = "kept: the items it is surest of; squared errors less the votes' noise, so they can be below 0"
@@ -278,7 +281,7 @@ def main(config: CalibrateConfig) -> None:
     if calibration["groups"] < 50:
         print("these are few groups: with fewer than fifty the fit and the sets are rough")
     for name, found in tables.items():
-        print(f"\n{name}\n{found.to_string()}")
+        print(f"\n{name}\n{found.to_string(na_rep='–')}")
     if config.run:
         save(calibration, run)
         print(f"\nkept in {run / 'judge.json'}; predictions.jsonl and metrics.json stay as they were")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import distjudge
 from distjudge import InputError, Item
@@ -298,6 +299,10 @@ def test_predictions_of_any_judge(tmp_path, capsys, monkeypatch):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match=r"predictions.jsonl:4: item '3': predicted: shares must add up"):
         main(predictions="predictions.jsonl")
+    same = {"counts": dict.fromkeys(LABELS, 10), "predicted": dict.fromkeys(LABELS, 1 / 3)}
+    path.write_text("".join(json.dumps(row | same) + "\n" for row in rows))
+    main(predictions="predictions.jsonl", draws=1)
+    assert re.search(r"^people +inf +inf$", capsys.readouterr().out, re.M)  # as near as votes can tell
 
 
 def test_settings_that_cannot_be():
