@@ -119,6 +119,21 @@ def test_added_words_and_unknown_characters_are_no_control_tokens():
     assert tokenizer.bos_token_id not in encoder("this <s>")
 
 
+def test_without_a_template_the_text_begins_as_the_tokenizer_begins_one(tiny_tokenizer):
+    """Base models of Llama and Gemma have seen no text without their beginning-of-sequence token."""
+    from tokenizers.processors import TemplateProcessing
+
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template, plain.bos_token = None, "<|im_start|>"
+    first = plain.bos_token_id
+    assert PromptEncoder(plain)("soup") == plain("soup\n")["input_ids"]  # has it, begins nothing with it
+    form = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", first)])
+    plain.backend_tokenizer.post_processor = form
+    encoder = PromptEncoder(plain)
+    assert encoder("soup") == plain("soup\n")["input_ids"] and encoder("soup").count(first) == 1
+    assert encoder("soup", "yes") == plain("soup\nyes")["input_ids"]
+
+
 def test_a_tokenizer_that_transformers_would_rebuild_otherwise_is_read_as_saved(tmp_path):
     """A Qwen2 model makes AutoTokenizer put Qwen2's own splitting rule in the place of tokenizer.json's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -172,6 +187,8 @@ def test_labels_on_real_tokenizers(real_tokenizer):
     assert pieces(base, ["1", "5", "10"]) == (False, {"1": "1", "5": "5", "10": "10"})
     with pytest.raises(InputError, match="no end-of-turn"):
         label_tokens(base, ["1", "2"], {"1": ["Score 1"], "2": ["Score 2"]})
+    with pytest.raises(InputError, match="label '1': ' yes' merges with the end of the prompt"):
+        label_tokens(base, ["1", "2"], {"1": ["\nyes"]})  # behind the prompt's line break: a token of two
 
 
 @pytest.mark.parametrize(
