@@ -1,6 +1,6 @@
 """Look at a file of items before any training.
 
-    python plots/data.py votes/snli/train.jsonl                        # prints; train.png and .txt beside it
+    python plots/data.py votes/snli/train.jsonl                        # prints; plots/train.png and .txt
     python plots/data.py votes.jsonl --model models/qwen --out look    # lengths in the tokens of a judge
 
 Shows the labels and how often each was chosen, votes an item, how much people disagree (entropy of an item's
@@ -24,9 +24,9 @@ import pandas
 import torch
 import tyro
 
-from plots.figures import HUMAN, MODEL, TRUTH, Run, draw_item, name_labels, pieces, plt
+from plots.figures import HUMAN, MODEL, TRUTH, Run, draw_item, name_labels, pieces, plt, save
 
-PACK_TOKENS = 8192  # beginnings are shared within packs of this size
+PACK_TOKENS = 8192  # beginnings are shared within packs of this size; a token is taken for four characters
 
 
 class Look:
@@ -43,14 +43,17 @@ class Look:
         self.shares = {"votes": self.counts.sum(0) / self.counts.sum()}
         self.shares["majorities"] = distjudge.majority(self.p).mean(0)
         self.entropy, self.unit = distjudge.entropy(self.p), "tokens" if model else "characters"
-        self.alpha = krippendorff_alpha(self.counts, distjudge.are_numeric(self.labels))
+        ordered = distjudge.are_numeric(self.labels)
+        along = sorted(range(len(self.labels)), key=lambda c: float(self.labels[c]) if ordered else c)
+        self.alpha = krippendorff_alpha(self.counts[:, along], ordered)
         self.floor = distjudge.noise_floor(some_groups(items, 10_000))
         encode = distjudge.PromptEncoder(distjudge.load_tokenizer(model)) if model else list
         self.lengths = [len(encode(item.prompt)) for item in items]
-        sample = [encode(item.prompt) for item in some_groups(items, most)]
-        packs = distjudge.pack_prompts(sample, PACK_TOKENS)
+        drawn = some_groups(items, most)
+        sample = [encode(prompt) for item in drawn for prompt in item.prompts]
+        packs = distjudge.pack_prompts(sample, PACK_TOKENS if model else 4 * PACK_TOKENS)
         self.shared = 1 - sum(len(pack.ids) for pack in packs) / sum(map(len, sample))
-        self.packed = len(sample)
+        self.packed = len(drawn)
 
     def extremes(self, each: int) -> list[list[int]]:
         """Items most and least agreed on, one a group; of equals, those with more votes, then the earlier."""
@@ -103,7 +106,7 @@ def describe(data: Look, each: int = 3) -> list[str]:
     lines.append(f"{'label':<{width}}{'votes':>10}{'share':>9}{'majority of':>14}")
     for name, n, share, most in zip(names, data.counts.sum(0), *data.shares.values(), strict=True):
         lines.append(f"{name:<{width}}{n:>10,.0f}{share:>9.1%}{most:>14.1%}")
-    panels = ", ".join(f"{v:g}: {n:,}" for v, n in sorted(Counter(votes.tolist()).items()))
+    panels = ", ".join(f"{v:g}: {n:,}" for v, n in sorted(Counter(votes.round(decimals=6).tolist()).items()))
     if len(votes.unique()) > 12:
         panels = f"from {votes.min():g} to {votes.max():g}"
     alpha, floor = data.alpha, "none: no item has two votes"
@@ -155,7 +158,8 @@ def draw(data: Look) -> plt.Figure:
     votes.set_xlim(low - 1, high + 1)
     votes.xaxis.get_major_locator().set_params(integer=True)
     votes.set(title="votes an item", ylabel="items")
-    entropy.hist(data.entropy, bins=24, range=(0, math.log(len(data.labels))), color=HUMAN)
+    most = math.log(len(data.labels))  # rounding must not carry an item beyond it
+    entropy.hist(data.entropy.clamp(max=most), bins=24, range=(0, most), color=HUMAN)
     entropy.axvline(data.entropy.mean(), color=TRUTH, linestyle="--", linewidth=1.2)
     agreed = f", alpha {data.alpha:.2f}" if isinstance(data.alpha, float) else ""
     title = f"disagreement: mean {data.entropy.mean():.2f}{agreed}"
@@ -163,8 +167,8 @@ def draw(data: Look) -> plt.Figure:
     lengths.hist(data.lengths, bins=30, color=HUMAN)
     lengths.set(title=f"prompts: {data.shared:.0%} in common beginnings", xlabel=data.unit, ylabel="items")
     lengths.set_xlim(left=0)
-    most, least = data.extremes(2)
-    shown = [(i, "most") for i in most] + [(i, "least") for i in least]
+    agreed, disputed = data.extremes(2)
+    shown = [(i, "most") for i in agreed] + [(i, "least") for i in disputed]
     run = Run(data.items, data.p)
     axes = bottom.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for ax, (i, kind) in zip(axes, shown, strict=True):
@@ -180,7 +184,7 @@ class DataConfig:
     model: str = ""
     """A folder with a tokenizer: lengths and beginnings are then in its tokens, chat template included."""
     out: str = ""
-    """The folder for NAME.png and NAME.txt. Default: that of the first file."""
+    """The folder for NAME.png and NAME.txt. Default: plots/ beside the first file."""
     labels: tuple[str, ...] = ()
     """Label order, as in training."""
 
@@ -192,12 +196,10 @@ def main(config: DataConfig) -> None:
     data = Look(distjudge.load_items(*config.files, labels=config.labels or None), config.model)
     lines = [" ".join(short(file, 200) for file in config.files), *describe(data)]
     print("\n".join(lines))
-    out, name = Path(config.out or first.parent), first.name.split(".jsonl")[0]
+    out, name = Path(config.out or first.parent / "plots"), first.name.split(".jsonl")[0]
     out.mkdir(parents=True, exist_ok=True)
     distjudge.write_lines(out / f"{name}.txt", lines)
-    figure = draw(data)
-    figure.savefig(out / f"{name}.png")
-    plt.close(figure)
+    save(draw(data), out / f"{name}.png")
     print(f"\nwrote {short(out / f'{name}.png', 200)} and {short(name)}.txt")
 
 

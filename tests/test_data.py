@@ -28,8 +28,8 @@ def test_text_and_picture(tmp_path, capsys):
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     data.main(tyro.cli(data.DataConfig, args=[str(tmp_path / "v.jsonl")]))
     said = capsys.readouterr().out
-    assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "v.txt").read_text() in said
+    assert (tmp_path / "plots" / "v.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plots" / "v.txt").read_text() in said
     lines = [line for line in said.splitlines() if line]
     assert lines[1:7] == SAID.splitlines()
     entropy = "mean 0.231 nats of 1.099 at most; of 2 items with several votes 50.0% unanimous, 50.0% tied"
@@ -86,6 +86,37 @@ NONE = {
 @pytest.mark.parametrize("words", NONE)
 def test_alpha_is_not_always_there(words):
     assert words in data.krippendorff_alpha(torch.tensor(NONE[words], dtype=torch.float64), ordered=False)
+
+
+def test_what_is_shown_does_not_depend_on_the_order_of_labels():
+    rows = [{"prompt": f"{i}", "counts": {"-1": i % 3, "0": 2, "1": i % 2}} for i in range(12)]
+    plain, turned = (
+        data.Look(distjudge.load_items(rows, labels=labels))
+        for labels in (["-1", "0", "1"], ["0", "1", "-1"])
+    )
+    assert plain.alpha == pytest.approx(turned.alpha, abs=1e-12)
+
+
+def test_bars_hold_every_item_and_panels_are_told_by_people():
+    """Rounding puts the entropy of five equal shares above log 5, and the sum of seven people's under 7."""
+    five, none = dict.fromkeys("12345", 1), {"4": 0, "5": 0}
+    rows = [{"prompt": f"{i}", "counts": five | {"1": 1 + 4 * (i > 2)}} for i in range(6)]
+    for one in ((0.37, 0.41, 0.22), (0.22, 0.37, 0.41)):
+        shares = none | dict(zip("123", one, strict=True))
+        rows.append({"prompt": str(one), "distribution": shares, "votes": 7})
+    found = data.Look(distjudge.load_items(rows))
+    figure = data.draw(found)
+    labels, _, entropy = ([bar.get_height() for bar in axes.patches] for axes in figure.axes[:3])
+    data.plt.close(figure)
+    assert labels == pytest.approx(torch.cat([*found.shares.values()]).tolist())
+    assert sum(entropy) == 8 and entropy[-1] >= 3
+    assert "votes an item      5: 3, 7: 2, 9: 3" in data.describe(found)
+
+
+def test_both_orders_of_a_pair_are_counted_among_beginnings():
+    turn = lambda n: {"prompt": f"B, or else A? {n}", "labels": {"a": "b", "b": "a"}}  # noqa: E731
+    rows = [{"prompt": f"A or B? {n}", "counts": {"a": 1, "b": 2}, "swap": turn(n)} for n in "12"]
+    assert data.Look(distjudge.load_items(rows)).shared == pytest.approx((8 + 14) / (2 * 9 + 2 * 15))
 
 
 def test_one_vote_an_item_is_shown_too():
