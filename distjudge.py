@@ -2694,7 +2694,7 @@ def item_scores(q: Any, items: Sequence[Item], ordered: bool | None = None) -> d
     return out
 
 
-BOUNDS = dict.fromkeys(("accuracy", "total_variation"), (0.0, 1.0))
+BOUNDS = dict.fromkeys(("accuracy", "total_variation", "label_mass"), (0.0, 1.0))
 BOUNDS |= dict.fromkeys(("mean_correlation", "entropy_correlation"), (-1.0, 1.0))
 
 

@@ -116,6 +116,8 @@ def load_run(folder: str | Path) -> Run:
     home, named = Path(folder), short(folder, 200)
 
     def values(row: dict, field: str) -> dict[str, float]:
+        if more := sorted(set(row[field]) - set(rows[0]["predicted"])):
+            raise InputError(f"{row['where']}: {field}: unknown label {distjudge.listed(more)}")
         return {label: row[field][label] for label in rows[0]["predicted"]}
 
     try:
@@ -129,13 +131,16 @@ def load_run(folder: str | Path) -> Run:
         for row in rows:
             text = distjudge.prompt_text(row["prompt"]) if row.get("prompt") else ""
             truth = values(row, "truth") if row.get("truth") else None
-            items.append(Item(row["id"], text, values(row, "counts"), row.get("group"), truth=truth))
+            known = {"group": row.get("group"), "truth": truth, "where": row["where"]}
+            items.append(Item(row["id"], text, values(row, "counts"), **known))
         q = torch.tensor([[*values(row, "predicted").values()] for row in rows], dtype=torch.float64)
+        distjudge.check_voted(items)
+        distjudge.item_scores(q, items)  # refuses what is no distribution
         return Run(items, q, metrics, log, rows, settings, home.resolve().name)
     except KeyError as error:
         raise InputError(f"{named}/predictions.jsonl: a line lacks {error}") from None
     except (OSError, TypeError, ValueError) as error:
-        raise InputError(f"{named}: not a run folder: {error}") from None
+        raise InputError(f"{named}: no run folder that can be used: {error}") from None
 
 
 def name_labels(ax: plt.Axes, labels: list[str]) -> None:
@@ -158,7 +163,7 @@ def draw_item(ax: plt.Axes, run: Run, i: int, judges: dict[str, torch.Tensor], a
     colours = [HUMAN, *([MODEL] if len(judges) == 1 else [COLOURS[1:][k % 7] for k in range(len(judges))])]
     for k, (name, values) in enumerate({"votes": run.p, **judges}.items()):
         place = at + (k - len(judges) / 2) * width
-        ax.bar(place, values[i], width, color=colours[k], label=short(name, 30))
+        ax.bar(place, values[i], width, color=colours[k], label=name)
     if run.truth is not None:
         ax.plot(at, run.truth[i], "o", color=TRUTH, markersize=3, label="truth")
     name_labels(ax, run.labels)
@@ -276,10 +281,12 @@ def draw_compare(runs: dict[str, Run]) -> plt.Figure:
     """
     first, votes = next(iter(runs.values())), lambda run: [(i.id, [*i.counts.items()]) for i in run.items]
     if other := [name for name, run in runs.items() if votes(run) != votes(first)]:
-        what = "its items, labels or votes are not those of"
+        what = "its items, in their order, labels or votes are not those of"
         raise InputError(f"{short(other[0])}: {what} {short(first.name)}")
     q = torch.stack([run.q for run in runs.values()])
     groups = [item.group for item in first.items]
+    names = [short(name, 30) for name in runs]
+    names = names if len({*names}) == len(names) else pieces([*runs], 30)
     entropy, apart = distjudge.entropy(first.p), distjudge.entropy(q.mean(0)) - distjudge.entropy(q).mean(0)
     most = [value.argsort(stable=True).tolist() for value in (entropy, -entropy, -apart)]
     chosen = list(dict.fromkeys([most[0][0], most[1][0], *most[2]]))[:4]
@@ -292,7 +299,7 @@ def draw_compare(runs: dict[str, Run]) -> plt.Figure:
         found = pandas.DataFrame(found, dtype=float)
         ax.hlines(at, found["low"], found["high"], color=NEUTRAL)
         ax.scatter(found["mean"], at, color=[COLOURS[1:][k % 7] for k in at], zorder=3)
-        ax.set_yticks(at, [short(name, 30) for name in runs])
+        ax.set_yticks(at, names)
         ax.set(xlabel=f"KL({kind} || judge), nats: mean, 95 % interval over items", ylim=(len(at), -1))
     if (floor := first.metrics.get("kl_noise_floor")) is not None:
         above[0].axvline(floor, color=TRUTH, linestyle=":", label=f"noise floor {floor:.3f}")
@@ -300,7 +307,7 @@ def draw_compare(runs: dict[str, Run]) -> plt.Figure:
     below = bottom.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     kinds = ("most agreed on", "most disputed", "judges differ", "judges differ")
     for ax, i, kind in zip(below, chosen, kinds, strict=False):
-        draw_item(ax, first, i, dict(zip(runs, q, strict=True)), f"{short(first.items[i].id, 20)}: {kind}")
+        draw_item(ax, first, i, dict(zip(names, q, strict=True)), f"{short(first.items[i].id, 20)}: {kind}")
     below[0].set_ylabel("probability")
     add_legend(bottom, "lower center", 6)
     return figure
@@ -353,6 +360,10 @@ class FiguresConfig:
 def main(config: FiguresConfig) -> None:
     if not config.runs:
         raise InputError("runs: name a run folder")
+    if len(config.runs) > len(COLOURS) - 1 or len(set(config.runs)) < len(config.runs):
+        raise InputError(f"runs: at most {len(COLOURS) - 1} can be compared, each named once")
+    if len(config.runs) > 1 and config.show != FiguresConfig.show:
+        raise InputError("show: is for one run; of several, compare.png is drawn")
     if len(config.runs) == 1:
         drawn = draw_all(config.runs[0], config.out, config.show, config.format)
     else:

@@ -79,9 +79,10 @@ def load(config: ReportConfig) -> list[Run]:
     names = config.names or tuple(Path(run).resolve().name for run in config.runs)
     if len(names) != len(config.runs):
         raise InputError(f"names: {len(names)} for {len(config.runs)} runs")
-    names = names if len(set(names)) == len(names) else config.runs
-    texts = {item.id: item for item in distjudge.load_items(*config.items)} if config.items else {}
-    runs, votes = [], {}
+    names = names if config.names or len(set(names)) == len(names) else config.runs
+    if len(set(names)) < len(names):
+        raise InputError(f"names: {distjudge.listed(names)} names a run twice")
+    runs, votes, texts = [], {}, {}
     for folder, name in zip(config.runs, names, strict=True):
         one, path = figures.load_run(folder), short(Path(folder) / "predictions.jsonl", 200)
         one.name = name
@@ -91,10 +92,10 @@ def load(config: ReportConfig) -> list[Run]:
         if one.labels != (first := runs[0].labels):
             theirs = f"{short(config.runs[0])}, {distjudge.listed(first)}"
             raise InputError(f"{path}: labels {distjudge.listed(one.labels)} are not those of {theirs}")
-        try:
-            one.scores = distjudge.item_scores(one.q, one.items, config.ordered or None)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        if config.items and not texts:
+            given = distjudge.load_items(*config.items, labels=first, votes=False)
+            texts = {item.id: item for item in given}
+        one.scores = distjudge.item_scores(one.q, one.items, config.ordered or None)
         masses = [row.get("label_mass") for row in one.rows]
         if None not in masses:
             one.scores["label_mass"] = torch.tensor(masses, dtype=torch.float64)
@@ -103,7 +104,10 @@ def load(config: ReportConfig) -> list[Run]:
                 why = "its votes are not those it has in another run"
                 raise InputError(f"{path}: item '{short(item.id)}': {why}")
             if text := texts.get(item.id):
-                one.items[k] = dataclasses.replace(item, prompt=text.prompt, group=item.group or text.group)
+                own = {"prompt": item.prompt or text.prompt, "group": item.group or text.group}
+                one.items[k] = dataclasses.replace(item, **own)
+    if texts and not texts.keys() & votes.keys():
+        raise InputError(f"{short(', '.join(config.items), 200)}: items: no id is one of the runs'")
     return runs
 
 
@@ -111,10 +115,11 @@ def mean_of(one: Run, metric: str, draws: int, first: Run | None = None) -> str:
     """The mean of a metric, or what it is above that of `first` on the items both have, with its interval."""
     place = {item.id: i for i, item in enumerate((first or one).items)}
     both = [i for i, item in enumerate(one.items) if item.id in place]
+    also = [(first or one).items[place[one.items[i].id]].group for i in both]
     if not both or any(run and metric not in run.scores for run in (one, first)):
         return "–"
     other = first and first.scores[metric][None, [place[one.items[i].id] for i in both]]
-    groups = [one.items[i].group for i in both]
+    groups = [one.items[i].group or group for i, group in zip(both, also, strict=True)]
     found = distjudge.bootstrap(one.scores[metric][None, both], other, groups, draws)
     found.pop("p")
     if first or found["low"] is None:
@@ -212,6 +217,8 @@ def main(config: ReportConfig) -> None:
     if config.draws < 40 or config.max_chars < 0:
         given = f"not {config.draws} and {config.max_chars}"
         raise InputError(f"draws must be 40 or more, max_chars 0 or more, {given}")
+    if not config.runs:
+        raise InputError("runs: name a run folder, before --items and --names")
     out = Path(config.out or Path(config.runs[0]) / "report.html")
     if out.suffix != ".html" or out.is_dir():
         raise InputError(f"out: {out}: must be a file that ends with .html")

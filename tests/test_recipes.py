@@ -112,6 +112,39 @@ def test_bars_choose_the_items_they_say():
     assert [bar.get_height() for bar in figure.axes[0].patches] == [1.0, 0.0, 0.9, 0.1]
 
 
+def test_calibration_and_kl_by_hand():
+    """Fifty items that get 0.2 said and 0.4 voted, with a floor and a marginal beside their mean."""
+    items = distjudge.load_items([{"prompt": str(n), "counts": {"x": 2, "y": 3}} for n in range(50)])
+    q = torch.tensor([[0.2, 0.8]], dtype=torch.float64).expand(50, 2)
+    run = figures.Run(items, q, {"kl_noise_floor": 0.1, "kl_marginal": 0.3})
+    run.kl[0] += 50  # the mean is not the median
+    points = figures.draw_calibration(run).axes[0].containers[0].lines[0].get_xydata()
+    assert points.tolist() == [pytest.approx([0.2, 0.4]), pytest.approx([0.8, 0.6])]
+    mean = 0.4 * math.log(2) + 0.6 * math.log(0.75) + 1
+    (axes,) = figures.draw_kl(run).axes
+    said = [line.get_label() for line in axes.lines]
+    assert said == [f"judge: mean {mean:.3f}", "noise floor: mean 0.100", "training marginal: mean 0.300"]
+
+
+def test_a_comparison_draws_intervals_over_groups_and_tells_long_names_apart():
+    counts = torch.randint(1, 5, (24, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    more = {"truth": {"x": 0.3, "y": 0.7}}
+    rows = [
+        {"prompt": f"{i}", "counts": {"x": x, "y": y}, "group": f"{i // 6}"}
+        for i, (x, y) in enumerate(counts)
+    ]
+    items, q = distjudge.load_items([row | more for row in rows]), torch.full((24, 2), 0.5).double()
+    names = [f"experiments/with_a_name_of_many_letters/seed_{n}" for n in (0, 1)]
+    votes, truth, below, *_ = figures.draw_compare({name: figures.Run(items, q) for name in names}).axes
+    for axes, target in ((votes, distjudge.shares_of(items)), (truth, distjudge.truths_of(items))):
+        kl = distjudge.kl_divergence(target, q)[None]
+        found = distjudge.bootstrap(kl, groups=[item.group for item in items])
+        assert axes.collections[0].get_segments()[1][:, 0].tolist() == [found["low"], found["high"]]
+    ticks = [label.get_text() for label in votes.get_yticklabels()]
+    assert [tick[-7:] for tick in ticks] == ["/seed_0", "/seed_1"]
+    assert below.get_legend_handles_labels()[1] == ["truth", "votes", *ticks]
+
+
 def test_one_figure_compares_several_runs(tmp_path):
     """Means of KL by hand, the items on which judges differ most, bars of each; the command; refusals."""
     votes = {"sure": [4, 0], "even": [2, 2], "other": [3, 1], "some": [1, 3]}
@@ -137,11 +170,16 @@ def test_one_figure_compares_several_runs(tmp_path):
     for arguments, files in drawn.items():
         done = command("plots/figures.py", *arguments.split(), cwd=tmp_path)
         assert done.returncode == 0 and len(list(tmp_path.glob(files))) == 2, done.stderr
+    for runs, show, words in (("aa", (), "each named once"), ("ab", ("kl",), "show: is for one run")):
+        with pytest.raises(InputError, match=words):
+            figures.main(figures.FiguresConfig(tuple(runs), show=show or figures.FiguresConfig.show))
     done = command("plots/figures.py", "plots", cwd=tmp_path)
-    assert done.returncode == 2 and "not a run folder" in done.stderr
+    assert done.returncode == 2 and "no run folder" in done.stderr
     for other in (rows[:3], [rows[0] | {"counts": {"x": 5, "y": 0}}, *rows[1:]]):
         distjudge.write_lines(tmp_path / "b" / "predictions.jsonl", map(json.dumps, other))
-        with pytest.raises(InputError, match="b: its items, labels or votes are not those of a"):
+        with pytest.raises(
+            InputError, match="b: its items, in their order, labels or votes are not those of a"
+        ):
             figures.compare({name: tmp_path / name for name in said}, tmp_path)
 
 

@@ -1,6 +1,7 @@
 """plots/report.py: the numbers, the escaping, several runs; and (slow) the page in a real browser."""
 
 import base64
+import dataclasses
 import hashlib
 import html.parser
 import json
@@ -22,7 +23,7 @@ HOSTILE = (
     "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">'\"&amp;</script>"
     "{{data}}<!-- \u2028 ]]> \\ {% raw %}"
 )
-LABELS = ["1", "2", "10"]
+LABELS, MASSES = ["1", "2", "10"], (0.95, 0.99, 0.999, 0.97)  # so even that an interval would end above 1
 
 
 def write_lines(path, rows):
@@ -36,7 +37,11 @@ def write_run(folder, n=12, seed=0, labels=LABELS, skip=()):
     for i in range(n):
         votes, q = random.Random(f"votes {i}"), [draw.random() + 0.05 for _ in labels]
         text = f"Rate soup {i}. " + "word " * (i % 40 * 20)
-        row = {"id": f"item {i}", "prompt": text, "group": f"g{i // 3}", "label_mass": draw.random()}
+        row = {"id": f"item {i}", "prompt": text, "group": f"g{i // 3}", "label_mass": MASSES[i // 3 % 4]}
+        row |= {
+            "flipped": i % 2 == 0,
+            "truth": dict(zip(labels, [0.5, *[0.5 / (len(labels) - 1)] * 2], strict=False)),
+        }
         row["counts"] = {label: votes.randint(0, 3) for label in labels}
         row["counts"][labels[i % len(labels)]] += 1
         row["predicted"] = {label: x / sum(q) for label, x in zip(labels, q, strict=True)}
@@ -91,7 +96,7 @@ def shown(scores, rows, other=None, sign="", metric=""):
     found = distjudge.bootstrap(scores[None], other, [row["group"] for row in rows], 50)
     low, high, both = found["low"], found["high"], "correlation" in metric
     if not sign:  # no difference, which has no bounds
-        most = 1.0 if both or metric in ("accuracy", "total_variation") else math.inf
+        most = 1.0 if both or metric in ("accuracy", "total_variation", "label_mass") else math.inf
         low, high = max(low, -1.0 if both else 0.0), min(high, most)
     return f"{found['mean']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
@@ -103,7 +108,7 @@ def test_numbers_are_those_of_the_runs(compared):
     common = [i for i in range(12) if i != 3]
     for metric, (title, hint) in report.METRICS.items():
         if metric not in first:
-            assert metric == "kl_truth" and title + hint not in cells
+            assert title + hint not in cells
             continue
         at = cells.index(title + hint)
         assert cells[at + 1 : at + 3] == [
@@ -125,6 +130,16 @@ def test_numbers_are_those_of_the_runs(compared):
     assert cells[cells.index("items in common") + 1] == "11"
 
 
+def test_a_difference_knows_the_groups_that_either_run_has(tmp_path):
+    for seed, name in enumerate("ab"):
+        write_run(tmp_path / name, seed=seed)
+    both = tuple(str(tmp_path / name) for name in "ab")
+    first, second = report.load(report.ReportConfig(both))
+    wanted = report.mean_of(second, "kl", 50, first)
+    second.items = [dataclasses.replace(item, group=None) for item in second.items]
+    assert report.mean_of(second, "kl", 50, first) == wanted
+
+
 def test_what_people_wrote_is_text_and_nothing_comes_from_elsewhere(compared):
     page, rows = compared[0], compared[1][0]
     elements, (cells, scripts) = elements_of(page), read_page(page)
@@ -134,6 +149,8 @@ def test_what_people_wrote_is_text_and_nothing_comes_from_elsewhere(compared):
     assert data["items"][1]["text"] == HOSTILE * 2 and data["items"][1]["group"] == HOSTILE
     assert data["runs"][1] == HOSTILE.replace("/", "_") and data["items"][3]["q"][1] is None
     assert data["items"][2]["q"][0] == pytest.approx(list(rows[2]["predicted"].values()), abs=1e-5)
+    assert data["items"][2]["truth"] == [0.5, 0.25, 0.25] and data["items"][2]["flipped"][0] is True
+    assert data["items"][2]["mass"][0] == rows[2]["label_mass"]
     assert HOSTILE in cells and json.dumps([HOSTILE], ensure_ascii=False) in cells
     names = {name for attributes in elements for name in attributes}
     assert not {"action", "srcset", "onerror", "onload", "style"} & names
@@ -163,13 +180,18 @@ def test_settings_in_which_runs_differ_are_marked(tmp_path, no_figures):
 def test_texts_from_item_files_and_their_cut(tmp_path, no_figures):
     rows = write_run(tmp_path / "run", 3)
     kept = ("id", "counts", "predicted")
-    write_lines(tmp_path / "run" / "predictions.jsonl", [{key: row[key] for key in kept} for row in rows])
-    write_lines(tmp_path / "items.jsonl", rows[:2])
+    bare = [{key: row[key] for key in kept} for row in rows]
+    write_lines(
+        tmp_path / "run" / "predictions.jsonl", [*bare[:2], bare[2] | {"prompt": "its own", "group": "own"}]
+    )
+    write_lines(
+        tmp_path / "items.jsonl", [{key: row[key] for key in ("id", "prompt", "group")} for row in rows]
+    )
     files = (str(tmp_path / "items.jsonl"),)
     cells, scripts = read_page(write_page(tmp_path / "run", items=files, max_chars=10))
     found = json.loads(scripts[0])["items"]
     cut = [(row["prompt"][:10], len(row["prompt"]) - 10, row["group"]) for row in rows[:2]]
-    assert [(item["text"], item["cut"], item["group"]) for item in found] == [*cut, ("", 0, None)]
+    assert [(item["text"], item["cut"], item["group"]) for item in found] == [*cut, ("its own", 0, "own")]
     assert found[0]["mass"] == [None] and "".join(report.METRICS["label_mass"]) not in cells
 
 
@@ -189,7 +211,11 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, no_figures):
     rows[2]["counts"]["1"] += 1
     write_lines(tmp_path / "votes" / "predictions.jsonl", rows)
     write_lines(tmp_path / "twice" / "predictions.jsonl", [rows[0], rows[0]])
-    rows[0]["predicted"]["1"] = -1
+    own = rows[0]
+    for name, field in {"nobody": dict.fromkeys(LABELS, 0), "more": own["counts"] | {"9": 1}}.items():
+        write_run(tmp_path / name, 3)
+        write_lines(tmp_path / name / "predictions.jsonl", [own | {"counts": field}])
+    own["predicted"]["1"] = -1
     write_lines(tmp_path / "wrong" / "predictions.jsonl", rows)
     (tmp_path / "broken" / "config.json").write_text("{")
     refusals = {
@@ -197,14 +223,23 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, no_figures):
         "votes": "item 'item 2': its votes are not those",
         "twice": "twice.predictions.jsonl: an id stands there twice",
         "broken": "config.json: broken JSON",
-        "wrong": "wrong.predictions.jsonl: predicted: row 0 is no distribution",
-        "gone": "not a run folder",
+        "wrong": "wrong: no run folder that can be used: predicted: row 0 is no distribution",
+        "nobody": "predictions.jsonl:1: item 'item 0': has no votes",
+        "more": r"predictions.jsonl:1: counts: unknown label \{9\}",
+        "gone": "gone: no run folder that can be used: .*: no such file",
     }
     for other, words in refusals.items():
         with pytest.raises(InputError, match=words):
             write_page(tmp_path / "a", tmp_path / other)
     with pytest.raises(InputError, match="names: 2 for 1"):
         write_page(tmp_path / "a", names=("x", "y"))
+    with pytest.raises(InputError, match=r"names: \{x, x\} names a run twice"):
+        write_page(tmp_path / "a", tmp_path / "twice", names=("x", "x"))
+    with pytest.raises(InputError, match="runs: name a run folder, before --items"):
+        report.main(report.ReportConfig((), items=("items.jsonl",)))
+    write_lines(tmp_path / "others.jsonl", [{"id": "elsewhere", "prompt": "x"}])
+    with pytest.raises(InputError, match=r"others.jsonl: items: no id is one of the runs'"):
+        write_page(tmp_path / "a", items=(str(tmp_path / "others.jsonl"),))
 
 
 @pytest.mark.slow
