@@ -231,6 +231,9 @@ class PlotConfig:
 
 
 def main(config: PlotConfig) -> None:
+    names = [Path(table).stem for table in config.tables]
+    if not names or (config.out and len(set(names)) < len(names)):
+        raise InputError("name tables, and with --out no two of the same name: one would replace the other")
     for table in config.tables:
         print(short(draw(table, config.out), 1000))
         if config.latex:

@@ -359,10 +359,14 @@ def test_simplex_and_training_curves():
     loss, kl = (axes.lines for axes in figures.draw_curves(run).axes)
     assert loss[0].get_xydata().tolist() == [[1, 1], [2, 0.5], [3, pytest.approx(1 / 3)]]
     assert len(loss) == 1 and [line.get_ydata()[0] for line in kl] == [0.4, 0.1]  # no floor under a loss
+    run.log[:] = [{"step": s, "loss": s % 3} for s in range(250)]
+    (line,) = figures.draw_curves(run).axes[0].lines
+    assert line.get_xydata()[:2].tolist() == [[1, 1], [4, 1]] and len(line.get_xydata()) == 84
+    run.log[:] = []
     with pytest.raises(InputError, match="takes three labels"):
         figures.draw_simplex(figures.Run(distjudge.load_items(FEW), torch.full((84, 5), 0.2)))
     with pytest.raises(InputError, match="no log"):
-        figures.draw_curves(dataclasses.replace(run, log=[]))
+        figures.draw_curves(run)
 
 
 def test_whiskers_stand_beside_each_other_and_a_table_for_a_paper(tmp_path):
@@ -375,6 +379,8 @@ def test_whiskers_stand_beside_each_other_and_a_table_for_a_paper(tmp_path):
     at = [x for bars in lower.containers for x in bars.lines[0].get_xdata()]
     assert sorted(at) == pytest.approx([e + x / 80 for e in (0, 1) for x in (-9, -3, 3, 9)])
     assert "agree" in lower.get_title()
+    ends = [bars.lines[2][0].get_segments()[0][:, 1].tolist() for bars in lower.containers]
+    assert ends == [pytest.approx([0.4, 0.6])] * 4
     titles = {1: ": intervals leave out chance in training", 4: "s: intervals are rough", 5: "s"}
     for seeds, said in titles.items():
         table = pd.DataFrame(row | {"seed": ["all", *map(str, range(seeds))]})
