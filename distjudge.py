@@ -1623,7 +1623,7 @@ def _check_there(path: str) -> None:
         log.warning(text, first_line(error))
 
 
-def _fingerprint(path: str) -> str:
+def weights_fingerprint(path: str) -> str:
     """A hash of 64 numbers of each stored weight, rounded to bfloat16, whatever they are loaded as.
 
     ValueError if the list of a model's weight files names one that is no safetensors file beside it.
@@ -1759,7 +1759,7 @@ def load_model(
     device = str(torch.device(device))
     dtype = dtype or (torch.float32 if device.startswith("cpu") else half_precision(device))
     try:
-        fingerprint = _fingerprint(path) if weights else ""
+        fingerprint = weights_fingerprint(path) if weights else ""
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # a folder may name one, with code to fetch: the model's own is taken
         config._attn_implementation = None
@@ -2701,7 +2701,7 @@ BOUNDS |= dict.fromkeys(("mean_correlation", "entropy_correlation"), (-1.0, 1.0)
 def within(metric: str, end: float) -> float:
     """An end of an interval, cut to what the metric can be: few items' can reach further."""
     least, most = BOUNDS.get(metric, (0.0, math.inf))
-    return max(least, min(end, most))
+    return min(max(end, least), most)  # NaN stays NaN
 
 
 def entropy(q: Any) -> torch.Tensor:

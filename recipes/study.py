@@ -132,6 +132,15 @@ class StudyConfig(tiny.TinyConfig):
             least = min(getattr(self, name), default=low) if name == "votes" else getattr(self, name)
             if least < low:
                 raise InputError(f"{name}: must be {low} or more, not {least}")
+        for name in ("alphas", "epsilons", "deltas"):
+            if min(getattr(self, name), default=-1) < 0:
+                raise InputError(f"{name}: must be numbers of 0 or more")
+        single = {"votes": ("sweep", "robustness", "cost"), "methods": ("sweep",)}
+        for name, studies in single.items():
+            if self.study in studies and len(getattr(self, name)) > 1:
+                raise InputError(f"{name}: {self.study} takes one")
+        if self.study == "budget" and self.votes:
+            raise InputError("votes: budget takes 1, 3 and 5 by itself")
         if not self.lengths or min(self.lengths) <= 0 or len(set(self.lengths)) != len(self.lengths):
             raise InputError("lengths: must be different numbers of epochs above 0")
 
@@ -211,7 +220,16 @@ class Workshop:
         self.config, self.out = config, Path(config.out)
         self.methods, self.votes = list(config.methods or ROWS[config.study]), config.votes or (0,)
         self.train, self.test = read_items(config)
-        self.data = fingerprint(self.train, self.test)
+        self.data, self.weights = fingerprint(self.train, self.test), ""
+        self.means: dict[Any, torch.Tensor] = {}  # of the training votes, (S, C), by the keys of collect()
+        self.sizes: set[int] = set()  # training items of a judge
+        if config.model:
+            distjudge.choose_backend(config.backend, trained=not config.lora_rank)  # imports Unsloth first
+            try:
+                self.weights = distjudge.weights_fingerprint(config.model)
+            except Exception as error:  # a damaged folder can fail in any way
+                fault = distjudge.first_line(error)
+                raise InputError(f"{config.model}: model: cannot be loaded: {fault}") from error
 
     def settings(self, cell: Cell) -> tuple[tiny.TinyConfig, dict[str, Any]]:
         """A cell's training configuration, and what is done beside training."""
@@ -219,6 +237,8 @@ class Workshop:
         method = METHODS[cell.method] | {name: value for name, value in own.items() if value is not None}
         known = [field.name for field in dataclasses.fields(tiny.TinyConfig)]
         run = tiny.TinyConfig(**{name: method.pop(name, getattr(self.config, name)) for name in known})
+        if cell.repeat:  # it is timed, as a whole
+            run.save_every, run.resume = 0.0, False
         run.check()
         return run, method
 
@@ -226,7 +246,9 @@ class Workshop:
         """Where a cell lives, and everything that decides its result. Equal settings share a cell."""
         run, decides = self.settings(cell)
         decides |= {name: getattr(cell, name) for name in ("votes", "items", "repeat")} | {"data": self.data}
+        decides |= {"weights": self.weights}
         idle = [*IDLE, *SHAPE] if run.model else IDLE  # a model of one's own has its shape
+        idle = [name for name in idle if not (cell.repeat and name == "pack_tokens")]
         decides |= {name: value for name, value in dataclasses.asdict(run).items() if name not in idle}
         return self.out / "cells" / fingerprint(sorted(decides.items())), decides
 
@@ -241,7 +263,8 @@ class Workshop:
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
         some = {"items": self.config.train_items}
         made = self.made([Cell(**some | {"seed": n} | cell) for n in seeds for cell in wanted.values()])
-        found = torch.stack([cell["predicted"] for cell in made])
+        found, means = (torch.stack([cell[name] for cell in made]) for name in ("predicted", "mean"))
+        self.means |= {key: means[k :: len(wanted)] for k, key in enumerate(wanted)}
         return {key: found[k :: len(wanted)] for k, key in enumerate(wanted)}
 
     def made(self, cells: list[Cell]) -> list[dict[str, Any]]:
@@ -263,7 +286,9 @@ class Workshop:
         found = [json.loads((folder / "cell.json").read_text(encoding="utf-8")) for folder in folders]
         for cell, folder in zip(found, folders, strict=True):
             rows = [row["predicted"] for _, row, _ in distjudge.read_rows(folder / "predictions.jsonl")]
-            cell["predicted"] = torch.tensor(rows, dtype=torch.float64)
+            numbers = {"predicted": rows, "mean": cell["mean"]}
+            cell |= {name: torch.tensor(some, dtype=torch.float64) for name, some in numbers.items()}
+            self.sizes.add(cell["items"])
         return found
 
     def make(self, cell: Cell, folder: Path, number: str) -> None:
@@ -281,6 +306,7 @@ class Workshop:
         test = distjudge.keep_short(judge, self.test, "error", "test", all_or_none)
         if run.model:
             print("label mass: " + common.check_mass(judge, items, run.answer))
+        mean = distjudge.shares_of(items).mean(0).tolist()
         items, held = distjudge.split_items(items, 0.1, run.seed) if "tempered" in beside else (items, [])
         if "smoothed" in beside:
             items = smoothed(items, beside["smoothed"])
@@ -299,17 +325,20 @@ class Workshop:
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"id": item.id, "predicted": row} for item, row in zip(test, q.tolist(), strict=True)]
         distjudge.write_lines(folder / "predictions.jsonl", map(json.dumps, rows))
-        about = {"method": cell.method, "settings": self.folder(cell)[1], "items": len(items)}
+        about = {"method": cell.method, "settings": self.folder(cell)[1], "items": len(items), "mean": mean}
         about |= {"train_seconds": train_seconds(began, ends), "seconds": time.perf_counter() - began}
         about |= {"device": str(judge.device), "versions": distjudge.versions()} | fitted
         distjudge.write_json(folder / "cell.json", about)  # last: a folder with it is finished
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def train_seconds(began: float, ends: dict[int, float]) -> float:
-    """Seconds of training, from when each step ended. The first, which warms up, counts like the others."""
+def train_seconds(began: float, ends: dict[int, float]) -> float | None:
+    """Seconds of training, from when each step ended. The first, which warms up, counts like the others.
+
+    None without steps: an untrained model, or a run that was stopped after its last one.
+    """
     if len(ends) < 2:
-        return max(ends.values(), default=began) - began
+        return ends[max(ends)] - began if ends else None
     first, last = min(ends), max(ends)
     return (ends[last] - ends[first]) / (last - first) * last
 
@@ -395,7 +424,8 @@ class Table:
         self.groups, self.draws = [item.group for item in shop.test], shop.config.draws
         self.sizes: dict[str, int] = {}  # items by human entropy
         first = Path(shop.config.train[0])
-        self.data = first.parent.name if first.stem in ("train", "test", "valid") else first.stem
+        name = first.name.split(".")[0]
+        self.data = first.parent.name if name in ("train", "test", "valid") else name
 
     def add(self, method: str, metric: str, value: float | None, seed: Any = "all", **more: Any) -> None:
         row = {"study": self.config.study, "data": self.data, "method": method, "metric": metric}
@@ -430,17 +460,18 @@ class Table:
                 more |= {"difference_low": gap["low"], "difference_high": gap["high"]}
             self.add(method, metric, found["mean"], **more)
 
-    def references(self, votes: int, **at: Any) -> dict[str, torch.Tensor]:
-        """Adds the noise floor's rows; returns the rival without a model, the mean of the training votes."""
+    def references(self, key: Any, **at: Any) -> dict[str, torch.Tensor]:
+        """Adds the noise floor's rows; returns the rival without a model, the mean of the training votes.
+
+        key: of collect(), a judge trained on these votes; the rival has its seeds.
+        """
         if (truth := distjudge.truths_of(self.test)) is not None:
             for metric, score in distjudge.item_scores(truth, self.test).items():
                 own = {"noise floor (the truth)": score[None]}
-                self.summarize(metric, own, self.groups, votes=votes, **at)
+                self.summarize(metric, own, self.groups, **at)
         elif (floor := distjudge.noise_floor(self.test)) is not None:
-            self.add("noise floor (estimated)", "kl", floor, votes=votes, **at)
-        cell = Cell("marginal", self.config.seed, votes, at.get("items", self.config.train_items))
-        mean = distjudge.shares_of(self.shop.items(cell)).mean(0)
-        return {"marginal": mean.expand(1, len(self.test), -1)}
+            self.add("noise floor (estimated)", "kl", floor, **at)
+        return {"marginal": self.shop.means[key][:, None].expand(-1, len(self.test), -1)}
 
     def bins(self, found: dict[str, torch.Tensor], **at: Any) -> None:
         """KL by human entropy in quarters of log C, of the truth where known, else of the votes."""
@@ -475,7 +506,8 @@ class Table:
         distjudge.write_lines(Path(f"{name}.csv"), [text.rstrip("\n")])
         told = {"study", "train", "test", "out"}
         changed = {k: v for k, v in vars(config).items() if k not in told and v != getattr(StudyConfig, k)}
-        most = min(len(self.shop.train), config.train_items or math.inf)
+        distjudge.write_json(Path(f"{name}.json"), dataclasses.asdict(config))
+        most = " to ".join(map(str, sorted({min(self.shop.sizes), max(self.shop.sizes)})))
         foot = "Stars: the difference from the first method has a two-sided p under 0.05. "
         foot += f"{most} training and {len(self.test)} test items of {self.data}; {config.seeds} seeds from "
         foot += f"{config.seed}; not the defaults: {changed or 'none'}."
@@ -491,8 +523,9 @@ class Table:
 
 def shown(row: dict[str, Any]) -> str:
     """A value with its interval, as far as there are any."""
-    digits = ".1f" if row.get("metric") == "people" else ".3f"
-    return interval(row["value"], row["low"], row["high"], digits)
+    metric = row.get("metric")
+    ends = (distjudge.within(metric, row[end]) for end in ("low", "high"))
+    return interval(row["value"], *ends, ".1f" if metric == "people" else ".3f")
 
 
 def shown_gap(row: dict[str, Any]) -> str:
@@ -531,7 +564,7 @@ def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, ab
     table, ways = Table(shop), ways or [{"votes": n} for n in shop.votes]
     found = shop.collect({(k, m): way | {"method": m} for k, way in enumerate(ways) for m in shop.methods})
     for k, way in enumerate(ways):
-        qs = {m: found[k, m] for m in shop.methods} | table.references(**way)
+        qs = {m: found[k, m] for m in shop.methods} | table.references((k, shop.methods[0]), **way)
         table.compare(qs, **way)
         table.bins(qs, **way)
     rows, binned = table.whole(*METRICS), table.whole(*METRICS, binned=True)
@@ -551,8 +584,12 @@ def compare_methods(shop: Workshop, ways: list[dict[str, Any]] | None = None, ab
 
 
 def budget(shop: Workshop) -> None:
-    most = shop.config.train_items or len(shop.train)
+    most = min(shop.config.train_items or math.inf, len(shop.train))
     ways = [{"votes": n, "items": max(most // n, 1)} for n in (1, 3, 5)]
+    for way in ways:
+        if (there := len(shop.items(Cell("", shop.config.seed, **way)))) < way["items"]:
+            few = f"{there} items have {way['votes']} votes, and {way['items']} are needed"
+            raise InputError(f"budget: {few}: set --train_items to {there * way['votes']} or less")
     compare_methods(shop, ways, (f"{most} annotations spent three ways, equal epochs.", ""))
 
 
@@ -560,7 +597,7 @@ def sweep(shop: Workshop) -> None:
     config, table, n, method = shop.config, Table(shop), shop.votes[0], shop.methods[0]
     grid = {(a, e): {"alpha": a, "eps": e if a else 0.0} for e in config.epsilons for a in config.alphas}
     found = shop.collect({at: cell | {"method": method, "votes": n} for at, cell in grid.items()})
-    table.compare(table.references(n))
+    table.compare(table.references(next(iter(grid)), votes=n))
     for (alpha, eps), q in found.items():
         table.compare({method: q}, alpha=alpha, eps=eps)
     table.write(markdown(table.whole("kl", "kl_truth", "accuracy"), ["eps", "alpha", "method"]))
@@ -581,7 +618,8 @@ def perturb(p: torch.Tensor, delta: float, draw: torch.Generator) -> torch.Tenso
 
 def robustness(shop: Workshop) -> None:
     config, table, n = shop.config, Table(shop), shop.votes[0]
-    found = shop.collect({m: {"method": m, "votes": n} for m in shop.methods}) | table.references(n)
+    found = shop.collect({m: {"method": m, "votes": n} for m in shop.methods})
+    found |= table.references(shop.methods[0], votes=n)
     truth, p = distjudge.truths_of(shop.test), distjudge.shares_of(shop.test)
     if truth is not None:
         found["noise floor (the truth)"] = truth[None]
@@ -615,7 +653,7 @@ def length(shop: Workshop) -> None:
             best = [lengths[k] for k in mine + other]
             times = ", ".join(f"{e:g} ({best.count(e)} x)" for e in lengths if e in best)
             picked.append(f"- {n or 'all'} votes, {m}: {times}")
-        table.compare(chosen | table.references(n), votes=n)
+        table.compare(chosen | table.references((n, lengths[0], shop.methods[0]), votes=n), votes=n)
     metric = figures.measure(table.frame())
     rows = table.whole(metric)
     rows = rows.assign(epochs=[f"{e:g}" if e == e else "chosen" for e in rows["epochs"]])
@@ -631,7 +669,7 @@ def length(shop: Workshop) -> None:
 def cost(shop: Workshop) -> None:
     """Cells of their own. Methods take turns, so that a busy minute is shared; the first warms up."""
     config, table = shop.config, Table(shop)
-    some, medians = (config.seed, shop.votes[0], config.train_items), {}
+    some, by_item = (config.seed, shop.votes[0], config.train_items), {}
     if idle := [m for m in shop.methods if METHODS[m].get("untrained")]:
         raise InputError(f"methods: cost times training, and {idle[0]} has none")
     turns = range(1, config.seeds + 2)
@@ -641,10 +679,11 @@ def cost(shop: Workshop) -> None:
         own = [cell["train_seconds"] / cell["settings"]["epochs"] for cell in warm]
         for turn, seconds in enumerate(own):
             table.add(m, "seconds_per_epoch", seconds, turn)
-        medians[m] = statistics.median(own)
-        table.add(m, "seconds_per_epoch", medians[m], low=min(own), high=max(own))
-        table.add(m, "items_per_second", warm[0]["items"] / medians[m])
-        table.add(m, "times_the_first", medians[m] / medians[shop.methods[0]])
+        median, items = statistics.median(own), warm[0]["items"]  # a method may hold some back
+        by_item[m] = median / items
+        table.add(m, "seconds_per_epoch", median, low=min(own), high=max(own))
+        table.add(m, "items_per_second", items / median)
+        table.add(m, "times_the_first", by_item[m] / by_item[shop.methods[0]])
     rows = table.whole("seconds_per_epoch", "items_per_second", "times_the_first")
     table.write(["Median, and from least to most.", "", *markdown(rows, ["method"])])
 
@@ -662,7 +701,6 @@ def main(config: StudyConfig) -> None:
     distjudge.check_out(config.out, "cells", "base")
     shop = Workshop(config)
     (shop.out / "cells").mkdir(parents=True, exist_ok=True)
-    distjudge.write_json(shop.out / f"{config.study}.json", dataclasses.asdict(config))
     STUDIES[config.study](shop)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import types
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from distjudge import Config, InputError
 
 import pandas as pd
 import pytest
+import safetensors.torch
 import study
 import torch
 
@@ -114,7 +116,7 @@ def test_main_compares_rivals_and_is_resumed_cell_by_cell(tmp_path, capsys):
     assert (folder / "out" / "main.md").read_text() == text
 
 
-def test_other_studies_share_cells(folder):
+def test_other_studies_share_cells(folder, monkeypatch):
     kept, _ = run(folder, "main", methods=TWO)
     rows, trained = run(folder, "sweep", alphas=(0.0, 0.8), epsilons=(0.25,))
     points = find(rows, method="distribution", seed="all", metric="kl")
@@ -123,7 +125,10 @@ def test_other_studies_share_cells(folder):
     assert [r["value"] for r in points] == pytest.approx([kl[m] for m in TWO], abs=1e-5)
     line, *others = draw.DRAW["sweep"](rows).axes[0].containers
     assert line.lines[0].get_ydata().tolist() == [r["value"] for r in points] and not others
+    moves, move = [], study.perturb
+    monkeypatch.setattr(study, "perturb", lambda *given: moves.append(given[1]) or move(*given))
     rows, trained = run(folder, "robustness", deltas=(0.0, 0.2), perturbations=5, methods=TWO)
+    assert moves == [0.0] + 5 * [0.2]
     at = {d: find(rows, method="single-point", seed="all", delta=d)[0]["value"] for d in (0.0, 0.2)}
     assert trained == 0 and at[0.0] == pytest.approx(kl["single-point"], abs=1e-5) and at[0.2] != at[0.0]
 
@@ -175,6 +180,7 @@ def test_every_method_trains_and_is_another_one(tmp_path):
     assert len(set(values)) == len(methods)
     fitted = {c["method"] for c in cells_in(tmp_path) if c["temperature"] is not None}
     assert fitted == {"temperature", "raw, calibrated", "frozen"}
+    assert {c["items"] for c in cells_in(tmp_path) if c["method"] == "temperature"} == {54}
 
 
 def test_calibration_and_frozen_rows_are_the_best_there_are(tiny_model, monkeypatch):
@@ -229,7 +235,66 @@ def test_ood_refuses_shared_items_and_drops_them_on_request(tmp_path, capsys):
         study.read_items(dataclasses.replace(config, test=()))
 
 
-def test_cells_are_known_by_what_decides_their_result(folder, tmp_path):
+def test_the_marginal_is_of_the_items_and_votes_that_each_seed_s_judge_had(tmp_path):
+    """Ten of sixty prompts are too long, fifty votes of one person each are drawn anew by each seed."""
+    long = [row | {"prompt": row["prompt"] + " soup" * 1000} for row in FEW[:10]]
+    folder, settings = write_items(tmp_path, long + FEW[10:]), {"overlong": "drop", "max_length": 800}
+    settings |= {"methods": ("untrained",), "votes": (1, 3), "train_items": 55}
+    rows, trained = run(folder, "methods", **settings)
+    shop = study.Workshop(config_of(folder, "methods", **settings))
+    truth = distjudge.truths_of(shop.test)
+    cells = {c["settings"]["seed"]: c for c in cells_in(folder) if c["settings"]["votes"] == 1}
+    assert trained == 4 and not torch.equal(cells[0]["predicted"], cells[1]["predicted"])
+    for seed in (0, 1):
+        items = shop.items(study.Cell("untrained", seed, 1, 55))
+        assert len(items) == 55 and all(item.votes == 1 for item in items)
+        left = [item for item in items if "soup soup" not in item.prompt]
+        assert cells[seed]["items"] == len(left) < 55
+        wanted = distjudge.kl_divergence(truth, distjudge.shares_of(left).mean(0).expand_as(truth)).mean()
+        (row,) = find(rows, method="marginal", seed=str(seed), metric="kl_truth", entropy=None, votes=1)
+        assert row["value"] == pytest.approx(wanted.item(), abs=1e-5)
+    sizes = sorted(cell["items"] for cell in cells_in(folder))[::3]
+    said = " to ".join(map(str, dict.fromkeys(sizes)))
+    assert f"{said} training and 24 test items" in (folder / "out" / "methods.md").read_text()
+
+
+def test_cost_is_told_an_epoch_and_compared_an_item(folder, monkeypatch):
+    shop, told = study.Workshop(config_of(folder, "cost", methods=TWO)), []
+    seconds = [
+        (100, 60),
+        (100, 54),
+        (4, 60),
+        (8, 54),
+        (6, 60),
+        (10, 54),
+    ]  # two methods, the first turn warms up
+    cells = [{"train_seconds": s, "items": n, "settings": {"epochs": 2.0}} for s, n in seconds]
+    monkeypatch.setattr(shop, "made", lambda wanted: cells)
+    monkeypatch.setattr(study.Table, "write", lambda table, lines: told.append(table.frame()))
+    study.cost(shop)
+    whole = {row["metric"]: row["value"] for row in find(told[0], method="distribution", seed="all")}
+    assert whole == pytest.approx({"seconds_per_epoch": 4.5, "items_per_second": 12, "times_the_first": 2})
+    run, place = shop.settings(study.Cell("distribution", 0, repeat=1))[0], shop.folder
+    assert run.save_every == 0 and not run.resume
+    again = study.Workshop(config_of(folder, "cost", pack_tokens=64)).folder
+    timed, judged = study.Cell("distribution", 0, repeat=1), study.Cell("distribution", 0)
+    assert place(timed)[0] != again(timed)[0] and place(judged)[0] == again(judged)[0]
+
+
+def test_a_budget_is_what_there_is(folder, tmp_path):
+    shop, asked = study.Workshop(config_of(folder, "budget", train_items=200)), []
+    shop.collect = lambda wanted: asked.extend(cell["items"] for cell in wanted.values()) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        study.budget(shop)
+    assert sorted(set(asked)) == [12, 20, 60]
+    three = {"1": 3, "2": 0, "3": 0, "4": 0, "5": 0}
+    rows = [{k: v for k, v in row.items() if k != "truth"} for row in FEW]
+    few = [*rows[:5], *(row | {"counts": three} for row in rows[5:60]), *rows[60:]]
+    with pytest.raises(InputError, match="5 items have 5 votes, and 12 are needed: set --train_items to 25"):
+        study.budget(study.Workshop(config_of(write_items(tmp_path, few), "budget")))
+
+
+def test_cells_are_known_by_what_decides_their_result(folder, tmp_path, tiny_model):
     def place(cell, folder=folder, **changes):
         return study.Workshop(config_of(folder, **changes)).folder(cell)[0].name
 
@@ -248,7 +313,17 @@ def test_cells_are_known_by_what_decides_their_result(folder, tmp_path):
     others.append(place(cell, write_items(tmp_path, rows)))
     assert len({same, *others}) == len(others) + 1
     shape = {"hidden": 32, "layers": 2, "vocabulary": 400}  # of no account with a model of one's own
-    assert place(cell, model="some") == place(cell, model="some", **shape) != same
+    own, changed = str(tiny_model), shutil.copytree(tiny_model, tmp_path / "changed") / "model.safetensors"
+    known = place(cell, model=own)
+    assert known == place(cell, model=own, **shape) != same
+    there = str(changed.parent)
+    before = place(cell, model=there)
+    weights = safetensors.torch.load_file(changed)
+    safetensors.torch.save_file({name: w + 1 for name, w in weights.items()}, changed)
+    assert place(cell, model=there) != before
+    changed.write_bytes(b"broken")
+    with pytest.raises(InputError, match="changed: model: cannot be loaded"):
+        place(cell, model=there)
     assert len({same, *(place(cell, **{name: value}) for name, value in shape.items())}) == 4
 
 
@@ -293,7 +368,7 @@ def test_temperature_smoothing_and_seconds():
     assert first == pytest.approx([0.85, 0.05, 0.05, 0.05]) and tie == pytest.approx([0.05, 0.45, 0.45, 0.05])
     assert study.train_seconds(100.0, {1: 130.0, 2: 132.0, 3: 134.0}) == 6.0  # the first step warms up
     assert study.train_seconds(100.0, {4: 130.0, 5: 132.0}) == 10.0  # of a run that went on after three steps
-    assert [study.train_seconds(100.0, ends) for ends in ({1: 130.0}, {})] == [30.0, 0.0]
+    assert [study.train_seconds(100.0, ends) for ends in ({1: 130.0}, {})] == [30.0, None]
 
 
 def test_tables_by_hand():
@@ -303,7 +378,8 @@ def test_tables_by_hand():
     p = distjudge.counts_of(items) / 4
     right, wrong = 0.98 * p + 0.01, torch.tensor([0.25, 0.75], dtype=torch.float64).expand(24, -1)
     config = study.StudyConfig()
-    shop = types.SimpleNamespace(test=items, train=items, config=config, items=lambda cell: items)
+    means = {"key": torch.tensor([[0.75, 0.25], [0.5, 0.5]]).double()}
+    shop = types.SimpleNamespace(test=items, train=items, config=config, means=means)
     table = study.Table(shop)
     table.compare({"right": torch.stack([right, right]), "wrong": wrong[None]}, votes=4)
     table.bins({"wrong": wrong[None]}, votes=0)
@@ -326,7 +402,14 @@ def test_tables_by_hand():
     values = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in (best, mean)]
     assert lines[0] == "| votes | method | KL to votes |"
     assert lines[2:] == [f"| 4 | right | {values[0]} |", f"| 4 | wrong | {values[1]}* |"]
-    assert torch.allclose(table.references(0)["marginal"][0], torch.tensor([0.75, 0.25]).double())
+    bound = {"metric": "accuracy", "value": 0.5, "low": -0.1, "high": 1.1}
+    assert study.shown(bound) == "0.500 [0.000, 1.000]"
+    marginal = table.references("key")["marginal"]
+    assert marginal.shape == (2, 24, 2) and torch.equal(marginal[:, 5], means["key"])
+    own = torch.rand(2, 24, generator=torch.Generator().manual_seed(0)).double()
+    table.summarize("brier", {"one": own, "more": own + 1}, [None] * 24)  # paired by seed, as well as by item
+    (gap,) = find(table.frame(), method="more", metric="brier", seed="all")
+    assert [gap[f"difference{end}"] for end in ("", "_low", "_high")] == pytest.approx([1.0, 1.0, 1.0])
 
 
 def test_what_does_not_fit_is_refused(folder):
@@ -334,11 +417,21 @@ def test_what_does_not_fit_is_refused(folder):
         ("votes", (0,), "votes: must be 1"),
         ("lengths", (4.0, 4.0), "lengths: must be different"),
         ("draws", 9, "draws: must be 100"),
+        ("deltas", (-0.1,), "deltas: must be numbers of 0 or more"),
+        ("alphas", (), "alphas: must be numbers of 0 or more"),
         ("teacher", 5.0, "teacher: each row has its own"),
         ("alpha", 0.1, "alpha, eps: each row has its own; sweep takes"),
     ):
         with pytest.raises(InputError, match=words):
             study.main(config_of(folder, **{name: value}))
+    few = {"votes": (5,), "train_items": 70}
+    for name, settings, words in (
+        ("sweep", {"votes": (1, 3)}, "votes: sweep takes one"),
+        ("sweep", {"methods": TWO}, "methods: sweep takes one"),
+        ("budget", few, "votes: budget takes 1, 3 and 5 by itself"),
+    ):
+        with pytest.raises(InputError, match=words):
+            study.main(config_of(folder, name, **settings))
     with pytest.raises(InputError, match="methods: cost times training, and untrained has none"):
         study.main(config_of(folder, "cost", methods=("distribution", "untrained")))
     (folder / "other.csv").write_text("study,method,seed,metric,value\nmagic,a,0,kl,1\n")
