@@ -136,7 +136,7 @@ def some_items(task: str, number: int, seed: int) -> list[Item]:
     """So many items with different prompts, by whole groups (an article's summaries, a question's pairs)."""
     if task == "sample" or task.endswith((".jsonl", ".jsonl.gz")):
         items = distjudge.load_items(tiny.SAMPLE if task == "sample" else task)
-    elif not (DATA / task).is_dir():
+    elif task not in TASKS:
         there = distjudge.listed(TASKS)
         raise InputError(f"tasks: {distjudge.short(task)}: name a file of items (.jsonl), sample, or {there}")
     else:
@@ -145,9 +145,18 @@ def some_items(task: str, number: int, seed: int) -> list[Item]:
         quality = ("coherence",) if task == "summeval" else ()
         config = prepare.PrepareConfig(task=task, out="", raw=raw, dimension=quality)
         rows, card = prepare.convert(config)
-        rows = list({row["prompt"]: row for row in rows}.values())
         items = distjudge.load_items(rows, labels=card["labels"])
+    items = list({item.prompt: item for item in items}.values())
     return [dataclasses.replace(item, swap=None) for item in some_groups(items, number, seed)]
+
+
+def step_items(task: str, config: BenchConfig) -> list[Item]:
+    """The items of all steps. Raises InputError if there are fewer: a shorter step is not a step."""
+    items = some_items(task, number := config.batch_size * config.steps, config.seed)
+    if len(items) < number:
+        few = f"{len(items)} different prompts, and batch_size times steps is {number}"
+        raise InputError(f"tasks: {distjudge.short(task, 200)} has {few}: set one of them lower")
+    return items
 
 
 def random_model(backbone: str, tokenizer: Any, seed: int, **changes: Any) -> Any:
@@ -245,7 +254,7 @@ def adversary_seconds(judge: Judge, rows: int) -> float:
 
 def bench_train(task: str, config: BenchConfig) -> dict[str, Any]:
     """shared_tokens: the share of tokens that packs save; adversary_share: of our step, a call a pass."""
-    items = some_items(task, config.batch_size * config.steps, config.seed)
+    items = step_items(task, config)
     judge, (model, tokenizer) = make_judge(config, items), model_and_tokenizer(config)
     model = with_adapters(model)
 
@@ -278,7 +287,7 @@ def bench_train(task: str, config: BenchConfig) -> dict[str, Any]:
 
 
 def bench_judge(task: str, config: BenchConfig) -> dict[str, Any]:
-    items = some_items(task, config.batch_size * config.steps, config.seed)
+    items = step_items(task, config)
     judge, prompts = make_judge(config, items), [item.prompt for item in items]
     if judge.tokens.whole:
         raise InputError("bench: judge compares first-token readings, but this tokenizer needs whole labels")
@@ -308,14 +317,14 @@ def bench_judge(task: str, config: BenchConfig) -> dict[str, Any]:
     if not apart <= close:
         raise RuntimeError(f"{task}: the ways to judge differ by {apart:.2g} nats: their times mean nothing")
     ways = {
-        OURS: lambda: seconds(lambda: judge.score(prompts)),
+        OURS: lambda: seconds(lambda: judge.judge_encoded(encoded)),
         "padded batches": lambda: seconds(lambda: read(batches)),
         "one at a time": lambda: seconds(lambda: read(singly)),
         "generate one token": lambda: seconds(lambda: quietly(generate)),
     }
     if distjudge.multiplies_bf16(judge.device):
         halved = make_judge(config, items, bf16=True)
-        ways[HALVED] = lambda: seconds(lambda: halved.score(prompts))
+        ways[HALVED] = lambda: seconds(lambda: halved.judge_encoded(encoded))
     times = spreads(take_turns(ways, config.repeats, warm_up=1))
     return {"task": task, "items": len(items), "seconds": times, "largest_difference_nats": apart}
 
@@ -403,6 +412,8 @@ def main(config: BenchConfig) -> None:
         raise InputError("bench: train needs trl: pip install -r tests/requirements.txt")
     if not config.stock_rows or any(rows < 1 or config.batch_size % rows for rows in config.stock_rows):
         raise InputError(f"stock_rows: must divide batch_size, {config.batch_size}")
+    if config.repeats < 1 or not config.tasks:
+        raise InputError("repeats, tasks: one or more of each")
     out, lines = Path(config.out), []
     out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

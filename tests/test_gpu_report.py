@@ -49,6 +49,13 @@ def test_a_stage_that_dies_or_hangs_leaves_a_report(config, tmp_path, monkeypatc
     assert json.loads((tmp_path / "report.json").read_text())["stages"] == results
 
 
+def test_a_folder_of_other_things_keeps_its_models(tmp_path):
+    (tmp_path / "models").mkdir()
+    with pytest.raises(InputError, match="holds other files, such as models: name a new folder"):
+        report.main(ReportConfig(out=str(tmp_path), cpu_smoke=True, stages=("agreement",)))
+    assert (tmp_path / "models").is_dir()
+
+
 STAGES = [  # what a stage does, and what is told of it
     (report.Skip("no such card"), {"status": "skipped", "why": "no such card"}),
     (ZeroDivisionError("by zero"), {"status": "failed", "why": "ZeroDivisionError: by zero"}),

@@ -1,5 +1,6 @@
 """The command lines as users call them, on tiny settings; the embedded sample; the figures."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -212,6 +213,12 @@ def test_bench_of_a_model_and_items_of_ones_own(tiny_model, tmp_path):
     own, _ = bench.model_and_tokenizer(bench.BenchConfig(model=str(tiny_model)))
     saved = distjudge.load_model(str(tiny_model)).state_dict()
     assert all(torch.equal(weight, saved[name]) for name, weight in own.state_dict().items())
+    config = bench.BenchConfig(batch_size=4, steps=2)
+    with pytest.raises(InputError, match=r"own.jsonl has 6 different prompts, .* is 8: set one of them"):
+        bench.step_items(str(tmp_path / "own.jsonl"), config)
+    assert len(bench.step_items(str(tmp_path / "own.jsonl"), dataclasses.replace(config, steps=1))) == 4
+    with pytest.raises(InputError, match="repeats, tasks: one or more of each"):
+        bench.main(dataclasses.replace(config, parts=("judge",), stock_rows=(1,), repeats=0))
     with pytest.raises(InputError, match="tasks: nosuch: name a file of items"):
         bench.some_items("nosuch", 4, 0)
 

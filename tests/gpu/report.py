@@ -378,6 +378,7 @@ def main(config: ReportConfig) -> int:
     if config.stage:
         run_stage(config)
         return 0
+    distjudge.check_out(config.out, "stages", "report.json")  # its models/ goes in the end
     out, results, short = Path(config.out), {}, []
     (out / "stages").mkdir(parents=True, exist_ok=True)
     for name in config.stages or STAGES:
