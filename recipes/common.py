@@ -35,7 +35,7 @@ class RunConfig(Config):
     train: tuple[str, ...] = ()
     """REQUIRED: training items, one or more .jsonl or .jsonl.gz files."""
     preset: Literal["default", "paper", "single", "kl", "teacher"] = "default"
-    """The method's settings by name; flags beside it win."""
+    """The method's settings by name; flags beside it win. (Python: Config(**distjudge.PRESETS[name]).)"""
     dry_run: bool = False
     """Print what a run would do, and stop. Needs config.json and the tokenizer; no weights, no GPU."""
     card_gib: float = 0.0
