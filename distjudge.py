@@ -1532,7 +1532,7 @@ def load_judge(
         raise InputError(f"{path}: labels: a model that is not a saved judge needs labels=[...]")
     elif four_bit and not lora_rank:
         raise InputError("four_bit: 4-bit weights cannot be trained themselves; set lora_rank to 1 or more")
-    _check_there(base)
+    check_there(base)
     trained = not (adapter or lora_rank)
     use, why = choose_backend(backend, device, trained)  # before transformers is imported
     tokenizer = load_tokenizer(str(folder / "tokenizer") if saved else path)
@@ -1594,7 +1594,7 @@ def make_judge(
     return judge
 
 
-def _check_there(path: str) -> None:
+def check_there(path: str) -> None:
     """Raises InputError if a path names something else than a folder with a model, or a hub id.
 
     One try to reach the model hub, where libraries make many; without it, what was fetched is used.

@@ -287,6 +287,8 @@ def draw_compare(runs: dict[str, Run]) -> plt.Figure:
     groups = [item.group for item in first.items]
     names = [short(name, 30) for name in runs]
     names = names if len({*names}) == len(names) else pieces([*runs], 30)
+    if len({*names}) < len(names):  # they differ in the middle
+        names = [short(f"{n}: {name}", 30) for n, name in enumerate(runs, 1)]
     entropy, apart = distjudge.entropy(first.p), distjudge.entropy(q.mean(0)) - distjudge.entropy(q).mean(0)
     most = [value.argsort(stable=True).tolist() for value in (entropy, -entropy, -apart)]
     chosen = list(dict.fromkeys([most[0][0], most[1][0], *most[2]]))[:4]

@@ -15,7 +15,6 @@ error is |q - p|^2 over labels, less what the noise of p, the votes, adds. recip
 
 import collections
 import dataclasses
-import functools
 import itertools
 import math
 import sys
@@ -265,8 +264,10 @@ def main(config: CalibrateConfig) -> None:
     items, logq = predictions_of(config.predictions) if config.predictions else judge_items(config)
     calibration, after = calibrate(items, logq)
     before, table = distjudge.average_items(items, logq)[0], kept(items, after)
-    worth = functools.partial(distjudge.survey_equivalence, items=items, draws=0)  # inf where it has no end
-    found = [distjudge.evaluate(q, items) | {"people": worth(q)["mean"]} for q in (before, after)]
+    worth = [distjudge.survey_equivalence(q, items, 0)["mean"] for q in (before, after)]  # inf: no end
+    found = [
+        distjudge.evaluate(q, items) | {"people": n} for q, n in zip((before, after), worth, strict=True)
+    ]
     scores = pandas.DataFrame(found, ["before", "after"]).T
     scores = scores[scores.index.isin(SHOWN.split())].astype(float).round(4)
     tables = {"metrics, on votes not fitted on": scores, "sets": sets(items, logq, config.draws)}

@@ -223,7 +223,10 @@ class Workshop:
         self.data, self.weights = fingerprint(self.train, self.test), ""
         self.means: dict[Any, torch.Tensor] = {}  # of the training votes, (S, C), by the keys of collect()
         self.sizes: set[int] = set()  # training items of a judge
-        if config.model:
+        if config.model and Path(config.model, "judge.json").is_file():
+            self.weights = fingerprint(distjudge.read_saved(Path(config.model)))
+        elif config.model:
+            distjudge.check_there(config.model)
             distjudge.choose_backend(config.backend, trained=not config.lora_rank)  # imports Unsloth first
             try:
                 self.weights = distjudge.weights_fingerprint(config.model)
@@ -277,7 +280,8 @@ class Workshop:
         if todo:
             there = len(set(folders))
             print(f"{len(todo)} of {there} judges are to be made, each a folder in {self.out}/cells.")
-            print("Ctrl-C stops; the same command goes on with the next (--resume: amid the one it was at).")
+            amid = "" if cells[0].repeat else " (--resume: amid the one it was at)"
+            print(f"Ctrl-C stops; the same command goes on with the next{amid}.")
         began = time.perf_counter()
         for n, (folder, cell) in enumerate(todo.items()):
             minutes = (time.perf_counter() - began) / max(n, 1) * (len(todo) - n) / 60
@@ -302,7 +306,8 @@ class Workshop:
                 tiny.build_base(Path(base), self.train, run, cell.seed)
         judge = tiny.load_base(base, labels_of(self.train), run)
         items = distjudge.keep_short(judge, items, run.overlong, "training")
-        all_or_none = "raise --max_length or leave them out: all judges answer the same test items"
+        longer = "raise --max_length or " if judge.max_length < judge.longest else ""
+        all_or_none = f"{longer}leave them out: all judges answer the same test items"
         test = distjudge.keep_short(judge, self.test, "error", "test", all_or_none)
         if run.model:
             print("label mass: " + common.check_mass(judge, items, run.answer))
@@ -424,7 +429,7 @@ class Table:
         self.groups, self.draws = [item.group for item in shop.test], shop.config.draws
         self.sizes: dict[str, int] = {}  # items by human entropy
         first = Path(shop.config.train[0])
-        name = first.name.split(".")[0]
+        name = first.name.split(".jsonl")[0]
         self.data = first.parent.name if name in ("train", "test", "valid") else name
 
     def add(self, method: str, metric: str, value: float | None, seed: Any = "all", **more: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 import types
 from pathlib import Path
 
@@ -283,8 +284,8 @@ def test_cost_is_told_an_epoch_and_compared_an_item(folder, monkeypatch):
 
 def test_a_budget_is_what_there_is(folder, tmp_path):
     shop, asked = study.Workshop(config_of(folder, "budget", train_items=200)), []
-    shop.collect = lambda wanted: asked.extend(cell["items"] for cell in wanted.values()) or 1 / 0
-    with pytest.raises(ZeroDivisionError):
+    shop.collect = lambda wanted: asked.extend(cell["items"] for cell in wanted.values()) or sys.exit()
+    with pytest.raises(SystemExit):
         study.budget(shop)
     assert sorted(set(asked)) == [12, 20, 60]
     three = {"1": 3, "2": 0, "3": 0, "4": 0, "5": 0}
@@ -322,8 +323,15 @@ def test_cells_are_known_by_what_decides_their_result(folder, tmp_path, tiny_mod
     safetensors.torch.save_file({name: w + 1 for name, w in weights.items()}, changed)
     assert place(cell, model=there) != before
     changed.write_bytes(b"broken")
-    with pytest.raises(InputError, match="changed: model: cannot be loaded"):
-        place(cell, model=there)
+    for name, words in {
+        there: "model: cannot be loaded",
+        str(tmp_path / "gone"): "model: no such folder",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            place(cell, model=name)
+    judge = distjudge.load_judge(own, list("12345"))
+    distjudge.save_judge(judge, tmp_path / "judge")
+    assert place(cell, model=str(tmp_path / "judge")) not in (known, before)
     assert len({same, *(place(cell, **{name: value}) for name, value in shape.items())}) == 4
 
 
