@@ -2969,8 +2969,13 @@ def parse_spellings(pairs: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str, remedy: str = "") -> list[Item]:
-    """The items whose prompts fit judge.max_length; InputError for the others unless overlong is "drop"."""
+def keep_short(
+    judge: Judge, items: Sequence[Item], overlong: str, what: str, remedy: str = "{longer}use --overlong drop"
+) -> list[Item]:
+    """The items whose prompts fit judge.max_length; InputError for the others unless overlong is "drop".
+
+    remedy: the end of the error; {longer} in it names --max_length where the model takes more.
+    """
     from tqdm.auto import tqdm
 
     lengths, most = [], judge.max_length
@@ -2985,8 +2990,7 @@ def keep_short(judge: Judge, items: Sequence[Item], overlong: str, what: str, re
         first = f"{items[over[0]].named}: prompt: {lengths[over[0]]} tokens"
         limit = f"longer than max_length {most} (the longest has {max(lengths)})"
         longer = "raise --max_length or " if most < judge.longest else ""
-        remedy = remedy or f"{longer}use --overlong drop"
-        raise InputError(f"{first}; {found} are {limit}; {remedy}")
+        raise InputError(f"{first}; {found} are {limit}; {remedy.format(longer=longer)}")
     if len(over) == len(items):
         raise InputError(f"no {what} items are left within max_length {most}")
     if over:

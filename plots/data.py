@@ -158,8 +158,8 @@ def draw(data: Look) -> plt.Figure:
     votes.set_xlim(low - 1, high + 1)
     votes.xaxis.get_major_locator().set_params(integer=True)
     votes.set(title="votes an item", ylabel="items")
-    most = math.log(len(data.labels))  # rounding must not carry an item beyond it
-    entropy.hist(data.entropy.clamp(max=most), bins=24, range=(0, most), color=HUMAN)
+    end = math.log(len(data.labels))  # rounding must not carry an item beyond it
+    entropy.hist(data.entropy.clamp(max=end), bins=24, range=(0, end), color=HUMAN)
     entropy.axvline(data.entropy.mean(), color=TRUTH, linestyle="--", linewidth=1.2)
     agreed = f", alpha {data.alpha:.2f}" if isinstance(data.alpha, float) else ""
     title = f"disagreement: mean {data.entropy.mean():.2f}{agreed}"
@@ -167,8 +167,8 @@ def draw(data: Look) -> plt.Figure:
     lengths.hist(data.lengths, bins=30, color=HUMAN)
     lengths.set(title=f"prompts: {data.shared:.0%} in common beginnings", xlabel=data.unit, ylabel="items")
     lengths.set_xlim(left=0)
-    agreed, disputed = data.extremes(2)
-    shown = [(i, "most") for i in agreed] + [(i, "least") for i in disputed]
+    most, least = data.extremes(2)
+    shown = [(i, "most") for i in most] + [(i, "least") for i in least]
     run = Run(data.items, data.p)
     axes = bottom.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for ax, (i, kind) in zip(axes, shown, strict=True):

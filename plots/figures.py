@@ -58,7 +58,7 @@ class Run:
     """A run folder: items with their votes, the judge's q (N, C) float64; of files what is there.
 
     rows: the lines of predictions.jsonl. settings: config.json. name: that of the folder. p and truth are as
-    q; kl: KL(p || q) of each item, nats. scores: as report.py adds them, see distjudge.item_scores().
+    q; kl: KL(p || q) of each item, nats. scores: distjudge.item_scores(), and what report.py adds.
     """
 
     items: list[Item]
@@ -135,8 +135,8 @@ def load_run(folder: str | Path) -> Run:
             items.append(Item(row["id"], text, values(row, "counts"), **known))
         q = torch.tensor([[*values(row, "predicted").values()] for row in rows], dtype=torch.float64)
         distjudge.check_voted(items)
-        distjudge.item_scores(q, items)  # refuses what is no distribution
-        return Run(items, q, metrics, log, rows, settings, home.resolve().name)
+        scores = distjudge.item_scores(q, items)  # refuses what is no distribution
+        return Run(items, q, metrics, log, rows, settings, home.resolve().name, scores)
     except KeyError as error:
         raise InputError(f"{named}/predictions.jsonl: a line lacks {error}") from None
     except (OSError, TypeError, ValueError) as error:

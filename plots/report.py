@@ -95,7 +95,8 @@ def load(config: ReportConfig) -> list[Run]:
         if config.items and not texts:
             given = distjudge.load_items(*config.items, labels=first, votes=False)
             texts = {item.id: item for item in given}
-        one.scores = distjudge.item_scores(one.q, one.items, config.ordered or None)
+        if config.ordered:
+            one.scores = distjudge.item_scores(one.q, one.items, ordered=True)
         masses = [row.get("label_mass") for row in one.rows]
         if None not in masses:
             one.scores["label_mass"] = torch.tensor(masses, dtype=torch.float64)

@@ -306,8 +306,7 @@ class Workshop:
                 tiny.build_base(Path(base), self.train, run, cell.seed)
         judge = tiny.load_base(base, labels_of(self.train), run)
         items = distjudge.keep_short(judge, items, run.overlong, "training")
-        longer = "raise --max_length or " if judge.max_length < judge.longest else ""
-        all_or_none = f"{longer}leave them out: all judges answer the same test items"
+        all_or_none = "{longer}leave them out: all judges answer the same test items"
         test = distjudge.keep_short(judge, self.test, "error", "test", all_or_none)
         if run.model:
             print("label mass: " + common.check_mass(judge, items, run.answer))

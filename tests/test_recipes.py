@@ -144,9 +144,8 @@ def test_a_comparison_draws_intervals_over_groups_and_tells_long_names_apart():
     ticks = [label.get_text() for label in votes.get_yticklabels()]
     assert [tick[-7:] for tick in ticks] == ["/seed_0", "/seed_1"]
     assert below.get_legend_handles_labels()[1] == ["truth", "votes", *ticks]
-    names = [
-        f"experiments_of_november_2026/seed_{n}/with_a_name_of_many_letters" for n in (0, 1)
-    ]  # they differ in the middle
+    # names that differ in the middle
+    names = [f"experiments_of_november_2026/seed_{n}/with_a_name_of_many_letters" for n in (0, 1)]
     votes = figures.draw_compare({name: figures.Run(items, q) for name in names}).axes[0]
     assert [label.get_text()[:2] for label in votes.get_yticklabels()] == ["1:", "2:"]
 

@@ -261,14 +261,7 @@ def test_the_marginal_is_of_the_items_and_votes_that_each_seed_s_judge_had(tmp_p
 
 def test_cost_is_told_an_epoch_and_compared_an_item(folder, monkeypatch):
     shop, told = study.Workshop(config_of(folder, "cost", methods=TWO)), []
-    seconds = [
-        (100, 60),
-        (100, 54),
-        (4, 60),
-        (8, 54),
-        (6, 60),
-        (10, 54),
-    ]  # two methods, the first turn warms up
+    seconds = [(100, 60), (100, 54), (4, 60), (8, 54), (6, 60), (10, 54)]  # in turns; the first warms up
     cells = [{"train_seconds": s, "items": n, "settings": {"epochs": 2.0}} for s, n in seconds]
     monkeypatch.setattr(shop, "made", lambda wanted: cells)
     monkeypatch.setattr(study.Table, "write", lambda table, lines: told.append(table.frame()))
@@ -323,11 +316,8 @@ def test_cells_are_known_by_what_decides_their_result(folder, tmp_path, tiny_mod
     safetensors.torch.save_file({name: w + 1 for name, w in weights.items()}, changed)
     assert place(cell, model=there) != before
     changed.write_bytes(b"broken")
-    for name, words in {
-        there: "model: cannot be loaded",
-        str(tmp_path / "gone"): "model: no such folder",
-    }.items():
-        with pytest.raises(InputError, match=words):
+    for name, words in ((there, "cannot be loaded"), (str(tmp_path / "gone"), "no such folder")):
+        with pytest.raises(InputError, match=f"model: {words}"):
             place(cell, model=name)
     judge = distjudge.load_judge(own, list("12345"))
     distjudge.save_judge(judge, tmp_path / "judge")
