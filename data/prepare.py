@@ -12,7 +12,6 @@ tells of each data set, and of every form that your table may have.
 
 import dataclasses
 import json
-import logging
 import re
 import shlex
 import sys
@@ -32,7 +31,6 @@ import tyro
 from tables import fill, own, placeholders, read_template
 
 PROMPTS = Path(__file__).with_name("prompts")
-log = logging.getLogger("distjudge")
 NLI = ["entailment", "neutral", "contradiction"]
 PAIR = ["a", "b", "tie"]
 RATING = list("12345")
@@ -91,7 +89,8 @@ class PrepareConfig:
     label: tuple[str, ...] = ()
     """own: the column with the votes; or several, each one person's votes; 'Q*' is all that begin with Q."""
     counts: tuple[str, ...] = ()
-    """own, instead of label: a column of {label: votes}, or a column a label. Rows of an --item add up."""
+    """own, instead of label: a column of {label: votes}, or a column a label. Rows of an --item add up.
+    Beside one column of --label: the column that says how many people chose so."""
     by_column: bool = False
     """own: a row is a person, and each column of --label an item, whose text is the column's name."""
     item: str | None = None
@@ -156,13 +155,19 @@ class Converted:
         self.add_item(name, fill(self.template, values), counts, swap=swap, **more)
 
     def add_item(self, name: str, prompt: str, counts: dict[str, int], /, **more: Any) -> None:
-        """Adds an item with votes, or counts it as dropped. An id that comes again gets -2, -3, ..."""
+        """Adds an item with votes, or counts it as dropped. An id that comes again gets -2, -3, ...
+
+        name: "" is a hash of the prompt, so that items of different tables are not taken for the same.
+        """
         voted = any(counts.values())
         if self.least and not voted:
             self.dropped["item without votes"] += 1
             return
-        self.ids[name] += 1
-        name = f"{name}-{self.ids[name]}" if self.ids[name] > 1 else name
+        name = first = name or sha256(prompt.encode()).hexdigest()[:16]
+        while name in self.ids:
+            self.ids[first] += 1
+            name = f"{first}-{self.ids[first]}"
+        self.ids[name] = 1
         row = {"id": name, "prompt": distjudge.prompt_field(prompt)}
         row |= {"counts": counts} if voted else {}
         self.rows.append(row | {key: value for key, value in more.items() if value})
@@ -363,14 +368,14 @@ def helpsteer2(config: PrepareConfig, out: Converted) -> None:
     rows = list(sources.read_rows(config.raw))
     out.read["replies"] = len(rows)
     for quality in out.dimension:
-        for number, (where, row) in enumerate(rows, 1):
+        for where, row in rows:
             ratings = [vote for vote in field(where, row, quality, kind=list) if vote is not None]
             check_known(where, quality, ratings, range(5), "0 to 4")
             out.read["votes"] += len(ratings)
             prompt, reply = field(where, row, "prompt"), field(where, row, "response")
             values = {"quality": QUALITIES["helpsteer2"][quality], "conversation": conversation(prompt)}
             stars, group = [str(int(vote) + 1) for vote in ratings], text_key("question", prompt)
-            out.add(f"{number}-{quality}", values | {"reply": reply}, stars, group=group)
+            out.add("", values | {"reply": reply}, stars, group=group)
     out.notes = ["published from 0 to 4, here from 1 to 5"]
 
 
@@ -388,7 +393,7 @@ def helpsteer2_pref(config: PrepareConfig, out: Converted) -> None:
         side = {"train": "train", "val": "test"}.get(str(row.get("split")))
         values = {"conversation": conversation(prompt), "answer_a": one, "answer_b": other}
         group = text_key("question", prompt)
-        out.add(str(out.read["pairs"]), values, labels, group=group, published=side)
+        out.add("", values, labels, group=group, published=side)
     out.notes = ["strengths -3, -2 are a; -1, 0, 1 tie; 2, 3 b"]
 
 

@@ -50,9 +50,12 @@ def read_template(path: str | Path, needed: list[str], optional: Iterable[str] |
         raise InputError(f"{path}: the template cannot be read: {error}") from None
     found = placeholders(template)
     known = [*needed, *(found if optional is None else optional)]
-    if unknown := [name for name in found if name not in known and re.fullmatch(r"\w+", name)]:
+    unknown, alike = [name for name in found if name not in known], set(map(look, known))
+    if wrong := [name for name in unknown if re.fullmatch(r"\w+", name) or look(name) in alike]:
         there = ", ".join(f"{{{short(name)}}}" for name in known)
-        raise InputError(f"{path}: unknown placeholder {{{unknown[0]}}}; there are {there}")
+        raise InputError(f"{path}: unknown placeholder {{{short(wrong[0])}}}; there are {there}")
+    if unknown:
+        log.warning("%s: {%s} names no column and stays as it is", path, short(unknown[0]))
     if missing := [name for name in needed if found.count(name) != 1]:
         raise InputError(f"{path}: the placeholder {{{missing[0]}}} must stand in it once")
     return template
@@ -158,13 +161,14 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
     taken = "id prompt counts annotations distribution annotators group split swap truth where published"
     ours = [c for c in config.keep if c in taken.split()]
     a_text = "name the judged text (--text) or a template (--template); if a row is a person, add --by_column"
-    votes = "name the columns of votes, or else those of --counts"
+    votes = "name the columns of votes, or those of --counts, or one of each: a label and how many chose it"
+    is_number = len(config.label) == len(config.counts) == 1 and not (config.rater or config.by_column)
     is_panel = len(config.label) > 1 and not config.by_column
     has_items = config.by_column and (config.counts or config.text or config.item)
     has_text = config.prompts or config.text or config.by_column
     problems = {
         f"label: column '{short(used[0][0])}' is named twice": used[0][1] > 1,
-        f"label: {votes}. {there}": bool(config.label) == bool(config.counts),
+        f"label: {votes}. {there}": bool(config.label) == bool(config.counts) and not is_number,
         "by_column: the columns of --label are the items and their texts": has_items,
         "rater: with several columns of votes each column is a person": config.rater and is_panel,
         f"text: {a_text}. {there}": not has_text,
@@ -181,6 +185,11 @@ def template_of(config: Any, path: str, columns: list[str]) -> str:
     needed = ["text"] if config.text or config.by_column else []
     template = read_template(config.prompts, needed, columns) if config.prompts else "{text}"
     shown = {config.text if name == "text" else name for name in placeholders(template)}
+    if voted := sorted(shown.intersection(() if config.by_column else (*config.label, *config.counts))):
+        raise InputError(f"{path}: the prompt would show the votes, of column '{short(voted[0])}'")
+    if not needed and shown.isdisjoint(columns):
+        remedy = f"write {{{short(columns[0])}}} where its cell goes"
+        raise InputError(f"{config.prompts}: the template shows no column: {remedy}")
     for option, names in (("optional", config.optional), ("swap", config.swap[:2])):
         if unused := [name for name in names if name not in shown]:
             raise InputError(f"{path}: {option}: the template does not show the column '{short(unused[0])}'")
@@ -191,8 +200,8 @@ def template_of(config: Any, path: str, columns: list[str]) -> str:
 ALIKE = {c: "'" for c in '‘’‚‛“”„‟´`«»‹›"'} | {c: "-" for c in "‐‑‒–—―−﹣"} | {"\u0307": ""}
 ALIKE |= dict(zip("авекмнорстухіјѕαβεζηικμνορτυχ", "abekmhopctyxijsabezhikmnoptyx", strict=True))
 NO_VOTE_WORDS = r"""n/a na n.a n-a n\a #n/a #na <na> nan nat null #null! nil none missing empty blank void
-- #value! #ref! #div/0! \n ? ?? ??? . .. ... / _ * unknown unsure undecided undefined skip skipped refused dk
-idk unanswered unrated k.a unbekannt ns/nc"""
+- -- --- #value! #ref! #div/0! \n ? ?? ??? . .. ... / _ * unknown unsure undecided undefined skip skipped
+refused dk idk unanswered unrated k.a unbekannt ns/nc"""
 NO_VOTE_PHRASES = """no vote|no answer|no opinion|no response|not answered|not applicable|not sure|not rated|
 not available|none of these|none of the above|none of them|don't know|do not know|dont know|i don't know|
 can't tell|cannot tell|can't say|can't decide|cannot decide|can't judge|cannot judge|unable to judge|
@@ -215,7 +224,10 @@ REFUSED = re.compile(rf"(\w+ )?({REFUSED.replace(' ', '|')})", re.I)
 TOTAL = "totals? sums? means? averages? avg median count std stdev gesamt insgesamt summe mittelwert mittel "
 TOTAL += "durchschnitt anzahl moyenne somme média media suma promedio σ ø"
 TOTAL = rf"((sub|grand)[\W_]*)?({TOTAL.replace(' ', '|')})([\W_]*(ratings?|scores?|votes?|points))?\W*"
-TOTAL, TOTAL_COLUMN = (re.compile(start + TOTAL, re.I) for start in (r"\W*", r"(\w*[\W_])?"))
+TOTAL, TOTAL_COLUMN = re.compile(r"\W*" + TOTAL, re.I), r"(\w*[\W_])?(%s|majority|gold|consensus|adjudicated)"
+TOTAL_COLUMN = re.compile(TOTAL_COLUMN % TOTAL.pattern, re.I)
+NUMBER_COLUMN = r"n|#|(num(ber)?[\W_]*(of[\W_]*)?)?(counts?|votes|people|raters)|freq(uency)?|weights?"
+NUMBER_COLUMN = re.compile(NUMBER_COLUMN, re.I)
 
 
 @functools.lru_cache(10_000)
@@ -224,7 +236,7 @@ def look(text: str) -> str:
     seen = unicodedata.normalize("NFKC", html.unescape(text)).casefold().translate(str.maketrans(ALIKE))
     seen = "".join(c for c in seen if unicodedata.category(c) != "Cf" and not "\ufe00" <= c <= "\ufe0f")
     seen = unicodedata.normalize("NFC", " ".join(seen.replace("_", " ").split()) or seen)
-    seen = re.sub("^-+$", "-", re.sub(r"\s*([^\w\s])\s*", r"\1", seen).rstrip(".。") or seen)
+    seen = re.sub(r"\s*([^\w\s])\s*", r"\1", seen).rstrip(".。") or seen
     inner = re.fullmatch(r"['(\[{]*(.*?)[')\]}]*", seen, re.DOTALL)[1]
     return inner if re.search(r"\w", inner) else seen
 
@@ -269,7 +281,7 @@ def parsed(where: str, column: str, text: Any) -> Any:
     inner = re.sub(r"np\.\w+\(([^()]*)\)", r"\1", inner)
     kinds = r"(?:Counter|array|tensor|defaultdict)\((?:<class '\w+'>, )?"
     inner = re.sub(rf"^{kinds}(.*?)(?:, dtype=[\w.]+)?\)$", r"\1", inner, flags=re.DOTALL)
-    if re.fullmatch(r"\{[^:]*\}", inner):  # PostgreSQL's way to write a list
+    if re.fullmatch(r"\{[^:]+\}", inner):  # PostgreSQL's way to write a list
         inner = f"[{inner[1:-1]}]"
     if inner[:1] + inner[-1:] not in ("[]", "{}", "()") and inner[:1] != "{":
         return text
@@ -278,8 +290,10 @@ def parsed(where: str, column: str, text: Any) -> Any:
         return value
     if "stands twice" in problem:
         raise InputError(f"{at} {problem.removeprefix('broken JSON: ').replace('an object', 'it')}")
-    if re.fullmatch(r"\[[\d\s.+-]+\]", inner) and re.search(r"\d\s+\d", inner):  # NumPy's way to write
-        return inner.strip("[]").split()
+    if re.fullmatch(r"\[\s*([+-]?\d[\d.]*|nan)(\s+([+-]?\d[\d.]*|nan))+\s*\]", inner):  # NumPy's way to write
+        return [None if number == "nan" else number for number in inner.strip("[]").split()]
+    if re.fullmatch(r"\[(\s*'[^']*')+\s*\]", inner):
+        return re.findall("'([^']*)'", inner)
     try:
         if re.search(r"['\"]\s+['\"]", inner):  # words without commas between, which Python would join
             raise ValueError
@@ -325,7 +339,8 @@ def choices_in(where: str, column: str, value: Any) -> list[str]:
     keys = [key for key in CHOSEN if key in value]
     keys = keys or [key for key in value if len(value) == 1 and isinstance(value[key], dict)]
     if len(keys) != 1:
-        problem = f"{short(repr(value))} is an object, not a vote; --counts reads {{label: votes}}"
+        problem = f"{short(repr(value))} is an object, not a vote; --counts reads {{label: votes}}; people "
+        problem += "are called Ann1, Ann2, or their votes stand in a list"
         raise InputError(f"{where}: {short(column)}: {problem}")
     return choices_in(where, column, value[keys[0]])
 
@@ -334,8 +349,9 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
     """{label: votes} of the columns of counts of a row."""
     what = " ".join(map(short, config.counts))
     given: Any = {column: row[column] for column in config.counts}
-    if len(given) == 1:
+    if len(given) == 1 and not config.label:
         given = parsed(where, what, row[config.counts[0]])
+        given = {} if not isinstance(given, (dict, list)) and not cell(where, what, given) else given
         if not isinstance(given, dict):
             form = 'must be an object such as {"1": 0, "2": 3}'
             raise InputError(f"{where}: {what}: {form}, not {short(repr(given))}")
@@ -359,7 +375,7 @@ def counts_in(config: Any, where: str, row: dict[str, Any]) -> dict[str, int]:
 # --- from a table to items --------------------------------------------------------------------------------
 Panel = namedtuple("Panel", "number prompts fields at")  # an item before its votes are counted
 # A text that somebody chose. ballot: a number for what one person, or `people` alike, chose in one cell
-Choice = namedtuple("Choice", "item ballot person text people in_list at column")
+Choice = namedtuple("Choice", "item ballot person text people in_list at column turned")
 
 
 def own(config: Any, out: Any) -> None:
@@ -374,6 +390,7 @@ def own(config: Any, out: Any) -> None:
         given = resolved(config, path, columns)
         out.own = {"template": template_of(given, path, columns), "text": given.text, "item": given.item}
         out.own |= {"optional": list(given.optional), "swap": list(given.swap[:2]) or None}
+        out.own["shown"] = [name for name in placeholders(out.own["template"]) if name in columns]
         read_votes(given, out, list(rows), columns, panels, choices)
     said = pandas.DataFrame(choices, columns=Choice._fields)
     texts = said[said.text != ""].groupby("text", sort=False)
@@ -383,13 +400,16 @@ def own(config: Any, out: Any) -> None:
     votes = count(given, out, said, meaning)
     traded = traded_labels(given.swap, out.labels) if given.swap and len(texts) else {}
     out.own["swap_labels"] = traded or None
+    if turned := int(votes.turned.sum()):
+        votes.label = votes.label.mask(votes.turned.astype(bool), votes.label.replace(traded))
+        out.notes.append(f"votes on a pair in its other order, for the label that means the same: {turned:,}")
     counts = votes.groupby(["item", "label"]).people.sum().to_dict()
     out.read["votes"] += sum(counts.values())
     named: dict[int, dict[str, Any]] = {}
     for (item, person), labels in votes[votes.person != ""].groupby(["item", "person"], sort=False).label:
         named.setdefault(item, {})[person] = labels.iloc[0] if len(labels) == 1 else labels.tolist()
     for key, panel in panels.items():
-        name = key if config.item or config.by_column else str(panel.number + 1)
+        name = key if config.item or config.by_column else ""
         swap = {"prompt": panel.prompts[1], "labels": traded} if traded else None
         shares = {label: counts.get((panel.number, label), 0) for label in out.labels}
         more = panel.fields | {"swap": swap, "annotators": named.get(panel.number)}
@@ -427,6 +447,10 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
                 text = "%d rows count whose %s is '%s'; --where %s leaves them out"
                 log.warning(text, number, short(c), short(value, 30), option)
     several = [*config.label, *config.counts]
+    for c in filter(NUMBER_COLUMN.fullmatch, free if len(several) == 1 and config.label else ()):
+        if any(re.fullmatch(r"\d{2,}|[2-9]", plain(value)) for value in said_in(c)):
+            text = "each row counts as one vote; if column '%s' says how many people chose so: --counts %s"
+            log.warning(text, short(c), shlex.quote(short(c)))
     for c in filter(TOTAL_COLUMN.fullmatch, several if len(several) > 1 else ()):
         log.warning("column '%s' counts like the others; if it sums them up, name those without it", short(c))
     own = {c: (re.findall(r"\d+", c) or [""])[-1] for c in config.counts}
@@ -456,11 +480,14 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
             key = name or (cell(where, config.item, row[config.item]) if config.item else "")
             if config.item and not key:
                 raise InputError(f"{where}: {config.item}: empty, so the vote belongs to no item")
-            keys[-1] = key = key or (prompts[0] if by_vote else where)
+            text_key = next((prompt for prompt in prompts if prompt in panels), prompts[0])
+            keys[-1] = key = key or (text_key if by_vote else where)
             is_new = key not in panels
             panel = panels.setdefault(key, Panel(len(panels), prompts, fields, where))
             differs = next((short(name) for name in fields if fields[name] != panel.fields[name]), "")
-            if panel.prompts != prompts and [*map(visible, panel.prompts)] != [*map(visible, prompts)]:
+            before, now = [*map(visible, panel.prompts)], [*map(visible, prompts)]
+            is_turned = before != now and before == now[::-1]  # a pair, shown in its other order
+            if before != now and not is_turned:
                 differs = "text"
             problem = f"its {differs} differs from that at {panel.at}" if differs else ""
             if not (is_new or by_vote or config.counts or differs):
@@ -469,7 +496,7 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
                 raise InputError(f"{where}: item '{short(key)}': {problem}")
             for column, person, chosen, people, in_list in votes_in(config, where, row, vote_columns):
                 out.dropped["vote that its tool marks as discarded or draft"] += chosen is None
-                same = (people, in_list, where, column)
+                same = (people, in_list, where, column, is_turned)
                 texts = [] if chosen is None else chosen or [""]
                 choices += [Choice(panel.number, len(choices), person, one, *same) for one in texts]
     for c in filter(PEOPLE.fullmatch, free if by_vote and not (config.rater or config.by_column) else ()):
@@ -482,7 +509,10 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
 def votes_in(config: Any, where: str, row: dict[str, Any], columns: Iterable[str]) -> Iterator[tuple]:
     """(column, person or "", what they chose, how many people did, whether it is one of a list) of a row."""
     names = row[config.rater] if config.rater else ""
-    if config.counts:
+    number = 1
+    if config.counts and config.label:
+        (number,) = counts_in(config, where, row).values()
+    elif config.counts:
         what, counts = " ".join(config.counts), counts_in(config, where, row)
         name = cell(where, "rater", names)
         is_several = sum(number > 0 for number in counts.values()) > 1
@@ -494,7 +524,7 @@ def votes_in(config: Any, where: str, row: dict[str, Any], columns: Iterable[str
     for column in columns:
         people = people_in(where, row, column)
         if not config.rater:
-            yield from ((column, "", chosen, 1, len(people) > 1) for chosen in people or [[]])
+            yield from ((column, "", chosen, number, len(people) > 1) for chosen in people or [[]])
             continue
         if isinstance(names, str) and re.fullmatch(r"\[.+\]|\S+,\S+", names):  # a list as text
             split, votes = [name.strip(" '\"") for name in names.strip("[]").split(",")], people
@@ -519,7 +549,7 @@ def count(config: Any, out: Any, said: Any, meaning: dict[str, list[str]]) -> An
     out.dropped["empty cell"] += int((said.text == "").sum())
     votes = votes[votes.label.notna() & (votes.label != NOTHING) & (votes.people > 0)]
     is_among = votes.item.map(said.groupby("item")["at"].nunique()) > 1  # the item has several rows
-    may_be_several = not config.counts or said.people.max() < 2  # else they are counts of many people
+    may_be_several = bool(config.label) or said.people.max() < 2  # else they are counts of many people
     several = votes.duplicated("ballot", keep=False) | (votes.in_list & is_among & may_be_several)
     if config.multi != "split" and several.any():
         first = votes[several].iloc[0]
@@ -553,13 +583,17 @@ def say_doubts(config: Any, out: Any, panels: dict[str, Panel], people: Any) -> 
         remedy = "--optional COLUMN allows that; cells that were merged must be filled down"
         log.warning("%d of %d rows are left out, as a text in them is empty; %s", empty, rows, remedy)
     if same := twins((key, visible(panel.prompts[0])) for key, panel in panels.items()):
-        remedy = "" if config.item or config.by_column else "; --item COLUMN adds up the rows of one item"
+        adds_up = (len(config.label) == 1 or config.counts) and not (config.item or config.by_column)
+        remedy = "; --item COLUMN adds up the rows of one item" if adds_up else ""
         text = "%d of %d items have the prompt of another item, up to unseen signs: '%s' and '%s'%s"
         log.warning(text, len(same), len(panels), *map(short, same[0]), remedy)
     if same := twins((name, look(plain(name))) for name in people.unique() if name):
         pairs = ", ".join(f"'{short(one, 20)}' and '{short(other, 20)}'" for one, other in same[:5])
         text = "names of --rater that look alike count as several people, %d times: %s; write each in one way"
         log.warning(text, len(same), pairs)
+    if nobody := [name for name in people.unique() if look(name) in {*NO_VOTE, "anonymous"}]:
+        text = "--rater: votes of '%s' count as one person's; in empty cells each would be another's"
+        log.warning(text, short(nobody[0], 20))
     votes = [sum(row["counts"].values()) for row in out.rows if "counts" in row]
     if votes and max(votes) < 2:
         log.warning("every item has one vote only: nothing shows how far people disagree on one item")
@@ -585,7 +619,8 @@ def traded_labels(swap: tuple[str, ...], order: list[str]) -> dict[str, str]:
         is_plain = len(order) < 3 or distjudge.are_numeric(order)
         ends = [*mirrored.items()][: (len(order) + 1) // 2] if is_plain else [("LABEL", "ITS MIRROR ...")]
         example = " ".join(map(shlex.quote, (*swap[:2], *itertools.chain(*ends))))
-        problem = f"which of the labels {listed(order)} trade places cannot be told; name them in pairs, "
+        problem = f"which of the labels {listed(order)} trade places cannot be told; if one is missing that "
+        problem += "nobody chose, name all with --labels; else name these in pairs, "
         raise InputError(f"swap: {problem}one that stays with itself, as in --swap {example}")
     return traded
 
@@ -622,6 +657,7 @@ def understand(config: Any, texts: Any, notes: list[str]) -> tuple[list[str], di
     texts: a DataFrame of what cells say, with "people" (how many say so) and "at" (where it stands first).
     """
     silent, order = {look(plain(word)) for word in config.no_vote}, named_labels(config.labels)
+    silent |= {"--", "---"} if "-" in silent else set()
     if len(config.counts) > 1 and not order:
         order = [label for label in map(plain, config.counts) if look(label) not in silent]
     meaning = read_texts(config, order, silent, texts["at"])
@@ -643,7 +679,7 @@ def understand(config: Any, texts: Any, notes: list[str]) -> tuple[list[str], di
         some = ", ".join(f"'{short(t, 20)}' as {short(' '.join(meaning[t]), 20)}" for t in changed[:5])
         number = texts.people[changed].sum()
         notes.append(f"cells that do not say their label to the letter: {number:,}, such as {some}")
-    if config.bins or config.labels or config.counts:
+    if config.bins or config.labels or not config.label:
         return order, meaning
     if doubtful := [label for label in order if look(label) in NO_VOTE]:
         some = ", ".join(f"'{short(label, 20)}' ({votes.people[label]:,})" for label in doubtful)
@@ -684,7 +720,7 @@ def read_texts(config: Any, order: list[str], silent: set[str], first: Any) -> d
             fits = [way for way in others if way and all(look(part) in whole for part in way)]
         number = plain(label.replace(",", ".")) if re.fullmatch(r"[+-]?\d+,\d+", label) else ""
         if not known and not fits:
-            is_list = is_split or (not config.counts and any(mark in label for mark in LISTS))
+            is_list = is_split or (config.label and any(mark in label for mark in LISTS))
             again = lambda way: all(map(NUMBER.fullmatch, way)) or any(times[look(x)] > 1 for x in way)  # noqa: E731
             fits = [way for way in ways[:1] if is_list or len(way) == 1 or again(way)]
         if number and fits and not is_split:
@@ -727,7 +763,8 @@ def joined(text: str, sure: set[str], mark: str) -> list[str]:
 
 def quoted(words: Iterable[str]) -> str:
     """Words for a command line, at most twenty."""
-    kinds = {look(word): "-" if look(word) == "-" else short(word) for word in words}
+    kinds = {re.sub("^-+$", "-", look(word)): short(word) for word in words}
+    kinds |= {"-": "-"} if "-" in kinds else {}
     return " ".join(map(shlex.quote, list(kinds.values())[:20]))
 
 
@@ -770,10 +807,11 @@ def equal_edges(low: float, high: float) -> str:
 
 
 def named_labels(labels: Iterable[str]) -> list[str]:
-    """("1-5",) or ("-3..3",) -> every whole number of the range; other names as they are."""
-    out: list[str] = []
+    """("1-5",) or ("-3..3",) -> every whole number of the range; other names, or several, as they are."""
+    labels, out = list(labels), []
     for label in labels:
         ends = re.fullmatch(r"([+-]?\d{1,300})(?:\.\.|-)([+-]?\d{1,300})", label.strip())
+        ends = ends if len(labels) == 1 else None  # "0-20" among others is a label
         if ends and not int(ends[1]) < int(ends[2]) <= int(ends[1]) + 100:
             raise InputError(f"labels: '{label}' is not a range from low to high")
         out += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [plain(label)]

@@ -365,7 +365,8 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
     """Judges what is not judged yet. journal: the file of JSON lines: `out`, or a table's beside it."""
     tally = Tally(config)
     template = sheets.template_of(config.run, config.template, config.text, config.item)
-    columns, rows = sheets.rows_of(config.items, config.sheet or None)
+    wanted = (template or sheets.Template()).columns(())
+    columns, rows = sheets.rows_of(config.items, config.sheet or None, wanted)
     if columns:
         template = sheets.for_columns(template, config.items, columns, config.item)
         if out == journal and (clash := OURS & set(columns)):

@@ -22,14 +22,19 @@ SUFFIXES = (".csv", ".tsv", ".xlsx", ".parquet")  # what can be written
 Row = tuple[str, dict[str, Any], str]  # where it stands, the row, and what is wrong with it
 
 
-def rows_of(path: str, sheet: str | None = None) -> tuple[list[str], Iterable[Row]]:
-    """Columns (of JSON lines none) and rows of a file, or of the standard input (-)."""
+def rows_of(
+    path: str, sheet: str | None = None, wanted: Sequence[str] = ()
+) -> tuple[list[str], Iterable[Row]]:
+    """Columns (of JSON lines none) and rows of a file, or of the standard input (-).
+
+    wanted: columns that tell a table's header from lines above it.
+    """
     kind = kind_of(path)
     if path != "-" and kind != ".jsonl":
         import sources  # slow to import, as is all of data/
 
         if kind in sources.READERS:
-            columns, rows = sources.read_table(path, sheet=sheet)
+            columns, rows = sources.read_table(path, sheet=sheet, wanted=wanted)
             bare = lambda row: {x: None if distjudge.is_missing(y) else y for x, y in row.items()}  # noqa: E731
             return columns, ((where, bare(row), "") for where, row in rows)
     return [], distjudge.read_rows(path)
@@ -49,15 +54,17 @@ class Template:
     item: str | None = None  # the column of the id
     optional: Sequence[str] = ()  # columns whose cells may be empty
     swap: Sequence[str] | None = None  # two columns; exchanged, they give a pair's other order
+    shown: Sequence[str] = ()  # columns that the template shows
     swap_labels: dict[str, str] | None = None  # the labels that trade places then; else a and b
     named: bool = False  # on the command line: then a column "prompt" is not the whole prompt
 
     def columns(self, there: Iterable[str]) -> list[str]:
-        """The columns it needs. {in two words} may be plain text: that counts if it is `there`."""
+        """The columns it needs. {in two words} may be plain text: that counts if it is `there`, or was."""
         import tables
 
         named = [self.text if self.text and x == "text" else x for x in tables.placeholders(self.template)]
-        return [x for x in dict.fromkeys(named) if x == self.text or x in there or re.fullmatch(r"\w+", x)]
+        known = {self.text, *self.shown, *there}
+        return [x for x in dict.fromkeys(named) if x in known or re.fullmatch(r"\w+", x)]
 
     def applies(self, there: Iterable[str], table: bool) -> bool:
         """Whether prompts are made of the columns that are there; or else they stand in "prompt"."""

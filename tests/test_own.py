@@ -85,11 +85,23 @@ def test_columns_that_are_kept_and_items_without_votes(own, tmp_path):
         distjudge.load_items("votes.csv")
 
 
-def test_a_template_of_several_columns(own, tmp_path):
+def test_a_template_of_several_columns(own, tmp_path, caplog):
     (tmp_path / "t.txt").write_text("Q: {the question}\nA: {answer}")
     table = "the question,answer,ok,set\nWhy?,{answer}!,yes,s1\nWhy?,{answer}!,no,s1\n"
-    item = {"id": "1", "prompt": "Q: Why?\nA: {answer}!", "counts": {"no": 1, "yes": 1}, "group": "s1"}
-    assert own(table, "--label ok --template t.txt --group set") == [item]
+    item = {"prompt": "Q: Why?\nA: {answer}!", "counts": {"no": 1, "yes": 1}, "group": "s1"}
+    (row,) = own(table, "--label ok --template t.txt --group set")
+    (read,) = distjudge.load_items([item])  # an id that another table's items do not share by chance
+    assert row == item | {"id": read.id}
+    for typo in ("{The Question}", "{the  question}"):
+        (tmp_path / "t.txt").write_text(f"Q: {typo}\nA: {{answer}}")
+        with pytest.raises(InputError, match=r"t.txt: unknown placeholder .*; there are \{the question\}"):
+            own(table, "--label ok --template t.txt")
+    (tmp_path / "t.txt").write_text('{answer} Write {yes or no}, {"as": "JSON"}')
+    assert own(table, "--label ok --template t.txt")[0]["prompt"].startswith("{answer}! Write {yes or no}")
+    assert "t.txt: {yes or no} names no column and stays as it is" in caplog.text
+    (tmp_path / "t.txt").write_text("Rate the answer.")
+    with pytest.raises(InputError, match=r"t.txt: the template shows no column: write \{the question\} wh"):
+        own(table, "--label ok --template t.txt")
     (tmp_path / "t.txt").write_text("Rate {anwser}")
     with pytest.raises(
         InputError, match=r"t.txt: unknown placeholder \{anwser\}; there are \{id\}, \{answer\}"
@@ -159,15 +171,16 @@ MISTAKES = [  # rows behind VOTES, or a whole table, or a file; arguments, words
     ('text,v\nx,1\n"Say "hi" to",2\n', LABEL, "votes.csv: line 3: ',' expected after '\"'; within quotes"),
     ("", "--text answr --label rating", "text: no column 'answr', did you mean 'answer'? The columns are"),
     ("", "--text answer --label stars", "votes.csv: label: no column 'stars'. The columns are id, answer"),
-    ("", "", "label: name the columns of votes, or else those of --counts. The columns are"),
-    ("", "--label rating --counts id", "label: name the columns of votes, or else those of --counts. The"),
+    ("", "", "label: name the columns of votes, or those of --counts, or one of each: a label"),
+    ("", "--label rating who --counts id", "label: name the columns of votes, or those of --counts, or one"),
+    ("", "--text rating --label rating", "the prompt would show the votes, of column 'rating'"),
     ("", "--label rating", "votes.csv: text: name the judged text (--text) or a template (--template); if"),
     ("", f"{RATING} --labels 1-4", "votes.csv: row 10: rating: '5' is not one of {1, 2, 3, 4}"),
     ("", f"{RATING} --labels 5-1", "labels: '5-1' is not a range from low to high"),
     ("9,Else.,3,p\n", f"{RATING} --item id", "32: item '9': its text differs from that at votes.csv: row 29"),
     ("9,Answer 9.,3,q\n", f"{RATING} --item id --group who", "row 3: item '0': its group differs from"),
     (",Else.,3,p\n", f"{RATING} --item id", "row 32: id: empty, so the vote belongs to no item"),
-    ("t\n" + "".join(f"a{i}\n" for i in range(30)), "--text t --label t", "t: 30 different labels, such"),
+    ("t,v\n" + "".join(f"x,a{i}\n" for i in range(30)), "--text t --label v", "v: 30 different labels, such"),
     ("text,v\nx,1\ny,1\n", LABEL, "v: only the label {1} occurs; name them all with --labels"),
     ("text,v\n ,1\n,2\n", LABEL, "no item is left of 2 rows: 2 rows without text"),
     ("text,v\nx,\ny,\n", LABEL, "no item is left of 2 rows: 2 empty cells; 2 items without votes"),
@@ -247,6 +260,8 @@ SAYS = [  # cells of one item, flags, its votes
     (["{yes,no}"], "", "no:1 yes:1"),
     (["[np.int64(1), np.int64(0)]"], "", "0:1 1:1"),
     (["tensor([1, 0, 1])"], "", "0:1 1:2"),
+    (["[ 4. nan 5. 4.]"], "", "4:2 5:1"),  # NumPy, of a column with gaps
+    (["['yes' 'not me']"], "", "not me:1 yes:1"),
     (['{"1": false, "2": true}', '[{"rating": {"1": true, "2": false}}]'], "", "1:1 2:1"),  # MTurk
     (['{"Ann1": "1", "Ann2": "0"}'], "", "0:1 1:1"),  # LeWiDi
     (["Yes, definitely,No", "No"], "--multi split --labels 'Yes, definitely' No", "Yes, definitely:1 No:2"),
@@ -258,6 +273,9 @@ SAYS = [  # cells of one item, flags, its votes
     (["good", "(it's ok)"], "", "(it's ok):1 good:1"),
     ([":)", ":("], "", ":(:1 :):1"),
     (["3", "50"], "--labels 1-3 --no_vote 50", "3:1"),
+    (["0-20", "21-40", "0–20"], "--labels 0-20 21-40 41-60", "0-20:2 21-40:1"),  # no ranges of labels
+    (["5", "25"], "--bins 0 20 40 60 --labels 0-20 20-40 40-60", "0-20:1 20-40:1"),
+    (["++", "+", "-", "--", "--"], "", "+:1 ++:1 -:1 --:2"),
 ]
 
 
@@ -310,7 +328,7 @@ REFUSED = [  # cells of one item, flags, words
     (["3:04", "4"], "", "row 2: v: '3:04' is a date or time"),
     (['{"rank": 1, "value": "a"}', "5"], "", "'a'} is an object, not a vote"),
     (["2024-03-04 00:00:00", "1"], "", "row 2: v: '2024-03-04 00:00:00' is a date"),
-    (["['yes' 'no']", "5"], "", "row 2: v: \"['yes' 'no']\" is neither JSON nor a list"),
+    (["['yes' 'no',]", "5"], "", "row 2: v: \"['yes' 'no',]\" is neither JSON nor a list"),
     (["{1, 2}", "5"], "", f"row 2: v: {SEVERAL}{{1, 2}}"),
     (["[1, 2", "5"], "", "row 2: v: mixed scales"),
     (['{"ann": "yes"}', "5"], "", "is an object, not a vote; --counts reads"),
@@ -556,6 +574,35 @@ def test_columns_of_marks(own, capsys):
     assert counts_of(counts) == [{"1": 0, "2": 2, "3": 3}, {"1": 1, "2": 2, "3": 0}]
 
 
+def test_a_column_of_how_many_people_chose_a_label(own, caplog):
+    table = "id,text,v,n\n1,x,yes,30\n1,x,no,2\n2,y,yes,1\n2,y,no,9\n"
+    own(table, "--text text --label v --item id")
+    assert "if column 'n' says how many people chose so: --counts n" in caplog.text
+    caplog.clear()
+    rows = own(table, "--text text --label v --counts n --item id")
+    assert counts_of(rows) == [{"no": 2, "yes": 30}, {"no": 9, "yes": 1}] and not caplog.text
+    rows = own(table.replace("30", "0"), "--text text --label v --counts n")
+    assert counts_of(rows)[0] == {"no": 2, "yes": 0}
+    for number in ("0.5", "many"):
+        with pytest.raises(InputError, match=rf"row 2: n: a number of votes is needed, not '{number}'"):
+            own(table.replace("30", number), "--text text --label v --counts n --item id")
+    own("text,v,n\nx,yes,1\nx,no,1\n", "--text text --label v")
+    assert "how many people" not in caplog.text
+
+
+def test_cells_without_votes_among_counts(own):
+    table = 'text,n\nx,{}\ny,\nz,"{""no"": 1, ""yes"": 2}"\n'
+    rows = own(table, "--text text --counts n --min_votes 0")
+    assert [row.get("counts") for row in rows] == [None, None, {"no": 1, "yes": 2}]
+
+
+def test_columns_and_raters_that_are_no_persons(own, caplog):
+    own("text,r1,r2,r_majority\nx,1,2,2\ny,2,2,2\n", "--text text --label r*")
+    assert "column 'r_majority' counts like the others" in caplog.text
+    own("id,text,v,w\n1,x,1,Anonymous\n1,x,2,N/A\n1,x,2,\n", "--text text --label v --item id --rater w")
+    assert "--rater: votes of 'Anonymous' count as one person's" in caplog.text
+
+
 def test_a_list_of_names_is_of_as_many_people(own, tmp_path):
     for votes, names in (("1,0", "Ann1,Ann2"), ("[1, 0]", "['Ann1', 'Ann2']")):
         table = f'text,v,who\nx,"{votes}","{names}"\ny,"{votes}","{names}"\n'
@@ -599,7 +646,7 @@ def test_a_row_a_person(own, caplog):
     assert tea["annotators"] == {"p": "No", "q": "No"} and tea["counts"] == {"No": 2, "Yes": 0}
 
 
-def test_optional_columns_and_pairs(own, tmp_path, caplog):
+def test_optional_columns_and_pairs(own, tmp_path, caplog, capsys):
     (tmp_path / "t.txt").write_text("{q} {more}|{answer_a}|{answer_b}")
     table = "q,more,answer_a,answer_b,v\nq,,one,two,A\nq,,one,two,tie\nr,m,1,2,B\n"
     flags = "--label v --template t.txt"
@@ -611,6 +658,7 @@ def test_optional_columns_and_pairs(own, tmp_path, caplog):
     form = {"template": "{q} {more}|{answer_a}|{answer_b}", "text": None, "item": None, "optional": ["more"]}
     card = json.loads((tmp_path / "o" / "card.json").read_text())
     traded = {"A": "B", "B": "A"}
+    form["shown"] = ["q", "more", "answer_a", "answer_b"]
     assert card["own"] == form | {"swap": ["answer_a", "answer_b"], "swap_labels": traded}
     assert sheets.Template(**card["own"]).fill(
         "row 2", first | dict(zip(table.split(",")[:4], "qmab", strict=True))
@@ -618,6 +666,10 @@ def test_optional_columns_and_pairs(own, tmp_path, caplog):
     make = tables.prompts_of(card["own"], table.splitlines()[0].split(","))
     row = {"q": "s", "more": None, "answer_a": "{q}", "answer_b": 2}
     assert make("row 2", row) == ["s |{q}|2", "s |2|{q}"]
+    for item in ("", "--item q"):  # shown in the other order to some: a vote for B of the first one
+        rows = own(f"{table}q,,two,one,A\n", f"{flags} --optional more --swap answer_a answer_b {item}")
+        assert rows[0]["counts"] == {"A": 1, "B": 1, "tie": 1} and len(rows) == 2
+    assert "for the label that means the same: 1" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"which of the labels {left, right} .* --swap q more left right"):
         table = table.replace(",A", ",left").replace(",tie", ",right").replace(",B", ",left")
         own(table, f"{flags} --optional more --swap q more")
@@ -642,9 +694,9 @@ def test_every_label_of_a_pair_s_scale_trades_places(own, tmp_path):
     (tmp_path / "p.txt").write_text("{a} or {b}?")
     table = "a,b,vote\nx,y,1\nx,y,5\nx,y,2\nz,y,3\nz,y,4\n"
     flags = "--label vote --template p.txt --labels 1-5 --swap a b"
-    with pytest.raises(InputError, match=r"cannot be told; name them in pairs, .* --swap a b 1 5 2 4 3 3$"):
+    with pytest.raises(InputError, match=r"cannot be told; .* in pairs, .* --swap a b 1 5 2 4 3 3$"):
         own(table, flags)
-    with pytest.raises(InputError, match="name them in pairs"):
+    with pytest.raises(InputError, match="name these in pairs"):
         own(table, f"{flags} 1 5")
     named = "answer_1,answer_2,vote\nx,y,1\nx,y,3\n"  # 1, 2, 3 may be the first, neither, the second
     (tmp_path / "n.txt").write_text("{answer_1} or {answer_2}?")

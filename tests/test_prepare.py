@@ -174,6 +174,10 @@ def test_snli_keeps_the_votes_of_items_without_a_gold_label(convert):
     (one, two, three), card = convert("snli", rows, name="x.jsonl.gz")
     assert one["id"] == "1e" and one["counts"] == {"entailment": 2, "neutral": 2, "contradiction": 0}
     assert two["prompt"].endswith("Premise: {hypothesis}\nHypothesis: {premise}") and three["id"] == "1e-2"
+    made = prepare.Converted(["a", "b"], "")
+    for name in ("x", "x", "x-2", "x"):
+        made.add_item(name, "Hm?", {"a": 1, "b": 1})
+    assert len({row["id"] for row in made.rows}) == 4  # one of their own may look like one made up
     assert one["group"] == three["group"] != two["group"] and one["group"].startswith("premise ")
     assert card["read"] == {"rows": 6, "votes": 15, "rows without a gold label": 4}
     dropped = {"item without text": 1, "item without votes": 1, "item with fewer than 2 votes": 1}
@@ -393,7 +397,9 @@ def test_helpsteer2_as_published(convert):
     raw += [{"prompt": "c#", "response": "A language.", **ratings, "helpfulness": [1, 0]}]
     rows, card = convert("helpsteer2", raw, name="disagreements.jsonl.gz")
     assert len(rows) == 15
-    assert [row["id"] for row in rows[:3]] == ["1-helpfulness", "2-helpfulness", "3-helpfulness"]
+    assert len({row["id"] for row in rows}) == 15 and "helpfulness" in rows[2]["prompt"]
+    other, _ = convert("helpsteer2", raw[2:], name="validation.jsonl.gz")
+    assert [row["id"] for row in other] == [row["id"] for row in rows[2::3]]  # not the row's number
     assert rows[0]["counts"] == {"1": 0, "2": 0, "3": 0, "4": 2, "5": 1}
     assert rows[2]["counts"] == {"1": 1, "2": 1, "3": 0, "4": 0, "5": 0}
     assert rows[0]["prompt"].endswith(
@@ -416,7 +422,8 @@ def test_helpsteer2_pref_folds_strengths(tmp_path, convert):
     assert one["counts"] == {"a": 2, "b": 1, "tie": 2} and two["counts"] == {"a": 0, "b": 1, "tie": 1}
     assert one["swap"]["prompt"].endswith("Reply a:\nTwo.\n\nReply b:\nOne.") and "published" not in one
     assert one["swap"]["labels"] == {"a": "b", "b": "a"} and [test] == read(tmp_path / "o", "test")
-    assert test["id"] == "4" and card["read"] == {"pairs": 4, "votes": 10} and card["split"] == "published"
+    assert card["read"] == {"pairs": 4, "votes": 10} and card["split"] == "published"
+    assert "Who?" in test["prompt"]
     dropped = {"item without votes": 1, "vote without a verdict": 2, "item that is also in test or valid": 0}
     assert card["dropped"] == dropped
 

@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import json
+import shutil
 
 import distjudge
 from distjudge import InputError, load_judge, save_judge
@@ -188,6 +189,24 @@ def test_templates_and_columns(judge, run, tmp_path):
         with pytest.raises(InputError, match=words):
             judge(items, out, **settings)
         assert not (tmp_path / out).exists()
+
+
+def test_columns_of_two_words_and_lines_above_the_header(judge, run, tmp_path):
+    """What the template showed in training must be there; the columns tell the header."""
+    own = {"template": "{The answer}?", "text": None, "item": "no", "optional": [], "swap": None}
+    folder = tmp_path / "two"
+    shutil.copytree(run, folder)
+    (folder / "card.json").write_text(json.dumps({"task": "own", "own": own | {"shown": ["The answer"]}}))
+    (tmp_path / "new.csv").write_text("Export of May\n\nno,The answer\n7,Green\n")
+    judge("new.csv", "o.jsonl", run=str(folder))
+    (row,) = map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines())
+    (tmp_path / "whole.jsonl").write_text('{"id": "7", "prompt": "Green?"}')
+    judge("whole.jsonl", "w.jsonl", run=str(folder))
+    whole = json.loads((tmp_path / "w.jsonl").read_text())
+    assert row == whole | {"no": "7", "The answer": "Green"}
+    (tmp_path / "old.csv").write_text("no,the answer\n7,Green\n")
+    with pytest.raises(InputError, match=r"old.csv: no column 'The answer', which the template needs; the"):
+        judge("old.csv", "p.jsonl", run=str(folder))
 
 
 def test_what_a_spreadsheet_would_run():
