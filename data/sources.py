@@ -10,7 +10,6 @@ import gzip
 import http.client
 import io
 import itertools
-import logging
 import os
 import re
 import shutil
@@ -25,13 +24,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distjudge
-from distjudge import InputError, listed, short
+from distjudge import InputError, listed, log, short
 
 import pandas
 import pyarrow.parquet
 from tqdm import tqdm
-
-log = logging.getLogger("distjudge")
 
 HUB = "https://huggingface.co/datasets"
 SUMMEVAL = "https://storage.googleapis.com/sfr-summarization-repo-research"

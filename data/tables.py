@@ -12,7 +12,6 @@ import difflib
 import functools
 import html
 import itertools
-import logging
 import math
 import re
 import shlex
@@ -23,13 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import distjudge
-from distjudge import InputError, listed, short
+from distjudge import InputError, listed, log, short
 
 import pandas
 import sources
-
-log = logging.getLogger("distjudge")
-
 
 # --- prompts ----------------------------------------------------------------------------------------------
 PLACEHOLDER = re.compile(r"\{([^{}\n]+)\}")
