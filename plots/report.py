@@ -48,6 +48,7 @@ FLOORS = {  # by their names in metrics.json
     "kl_noise_floor": "noise floor of KL: what the true distributions would score",
     "kl_marginal": "KL of the training marginal",
 }
+MAX_CHARS = 4000  # longer texts are cut in the page, and marked as cut
 WORTH = "as near to everybody's opinion as a panel of so many; higher is better"
 
 
@@ -65,8 +66,6 @@ class ReportConfig:
     """The labels are words that form a scale, in label order. Numbers are taken as one anyway."""
     draws: int = 1000
     """Draws of the bootstrap."""
-    max_chars: int = 4000
-    """Longer texts are cut in the page, and marked as cut; 0 cuts nothing."""
 
 
 def load(config: ReportConfig) -> list[Run]:
@@ -174,7 +173,7 @@ def pictures_of(one: Run) -> dict[str, str]:
     return pictures
 
 
-def page_data(judged: list[Run], max_chars: int) -> dict[str, Any]:
+def page_data(judged: list[Run]) -> dict[str, Any]:
     """What the list of items is made from: predictions and scores of an item in the order of the runs."""
     items: dict[str, dict[str, Any]] = {}
     for k, one in enumerate(judged):
@@ -189,7 +188,7 @@ def page_data(judged: list[Run], max_chars: int) -> dict[str, Any]:
             entry["mass"][k], entry["flipped"][k] = row.get("label_mass"), row.get("flipped")
     for entry in items.values():
         text = entry["text"]
-        entry["text"] = text[: max_chars or None]
+        entry["text"] = text[:MAX_CHARS]
         entry["cut"] = len(text) - len(entry["text"])
     labels, runs = judged[0].labels, [one.name for one in judged]
     return {"labels": labels, "runs": runs, "items": list(items.values())}
@@ -210,14 +209,13 @@ def make_page(judged: list[Run], config: ReportConfig) -> str:
         differences=metrics_rows(judged[1:], config.draws, judged[0]) if len(judged) > 1 else [],
         settings=settings_rows(judged),
         pictures=[pictures_of(one) for one in judged],
-        data=page_data(judged, config.max_chars),
+        data=page_data(judged),
     )
 
 
 def main(config: ReportConfig) -> None:
-    if config.draws < 40 or config.max_chars < 0:
-        given = f"not {config.draws} and {config.max_chars}"
-        raise InputError(f"draws must be 40 or more, max_chars 0 or more, {given}")
+    if config.draws < 40:
+        raise InputError(f"draws: must be 40 or more, not {config.draws}")
     if not config.runs:
         raise InputError("runs: name a run folder, before --items and --names")
     out = Path(config.out or Path(config.runs[0]) / "report.html")

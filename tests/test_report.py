@@ -177,7 +177,8 @@ def test_settings_in_which_runs_differ_are_marked(tmp_path, no_figures):
     assert "class=differs>" not in write_page(tmp_path / "a")
 
 
-def test_texts_from_item_files_and_their_cut(tmp_path, no_figures):
+def test_texts_from_item_files_and_their_cut(tmp_path, no_figures, monkeypatch):
+    monkeypatch.setattr(report, "MAX_CHARS", 10)
     rows = write_run(tmp_path / "run", 3)
     kept = ("id", "counts", "predicted")
     bare = [{key: row[key] for key in kept} for row in rows]
@@ -188,7 +189,7 @@ def test_texts_from_item_files_and_their_cut(tmp_path, no_figures):
         tmp_path / "items.jsonl", [{key: row[key] for key in ("id", "prompt", "group")} for row in rows]
     )
     files = (str(tmp_path / "items.jsonl"),)
-    cells, scripts = read_page(write_page(tmp_path / "run", items=files, max_chars=10))
+    cells, scripts = read_page(write_page(tmp_path / "run", items=files))
     found = json.loads(scripts[0])["items"]
     cut = [(row["prompt"][:10], len(row["prompt"]) - 10, row["group"]) for row in rows[:2]]
     assert [(item["text"], item["cut"], item["group"]) for item in found] == [*cut, ("its own", 0, "own")]
