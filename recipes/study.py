@@ -89,6 +89,7 @@ ROWS = {  # the methods a study compares by default; the first is what the other
 METRICS = {"people": "worth, people", "kl": "KL to votes", "kl_truth": "KL to truth", "accuracy": "accuracy"}
 METRICS |= {"js_divergence": "JS", "entropy_correlation": "entropy r", "rps": "RPS"}
 PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+MOVES = 50  # robustness: random moves an item
 # settings that decide no result (of train and test the items do)
 IDLE = ["train", "test", "out", "report_to", "seeds", "eval_every", "save_every", "resume", "pack_tokens"]
 SHAPE = ["hidden", "layers", "vocabulary"]
@@ -117,8 +118,6 @@ class StudyConfig(tiny.TinyConfig):
     """sweep: the radii of the adversary."""
     deltas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
     """robustness: how far, in l2, test targets are moved."""
-    perturbations: int = 50
-    """robustness: random moves an item."""
     lengths: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)
     """length: the numbers of epochs, each with its own learning-rate schedule to the end."""
     overlap: Literal["error", "drop"] = "error"
@@ -128,7 +127,7 @@ class StudyConfig(tiny.TinyConfig):
 
     def check(self) -> None:
         super().check()
-        for name, low in (("draws", 100), ("perturbations", 1), ("train_items", 0), ("votes", 1)):
+        for name, low in (("draws", 100), ("train_items", 0), ("votes", 1)):
             least = min(getattr(self, name), default=low) if name == "votes" else getattr(self, name)
             if least < low:
                 raise InputError(f"{name}: must be {low} or more, not {least}")
@@ -629,10 +628,10 @@ def robustness(shop: Workshop) -> None:
         found["noise floor (the truth)"] = truth[None]
     for delta in config.deltas:
         draw = torch.Generator().manual_seed(config.seed)
-        moved = [perturb(p, delta, draw) for _ in range(config.perturbations if delta else 1)]
+        moved = [perturb(p, delta, draw) for _ in range(MOVES if delta else 1)]
         scores = {m: sum(kl_divergence(t, q) for t in moved) / len(moved) for m, q in found.items()}
         table.summarize("kl", scores, table.groups, delta=delta)
-    about = f"KL to test targets moved by delta, {config.perturbations} random moves an item."
+    about = f"KL to test targets moved by delta, {MOVES} random moves an item."
     rows = table.whole("kl").dropna(subset="delta")
     table.write([about, "", *markdown(rows, ["delta", "method"])])
 

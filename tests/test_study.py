@@ -128,7 +128,8 @@ def test_other_studies_share_cells(folder, monkeypatch):
     assert line.lines[0].get_ydata().tolist() == [r["value"] for r in points] and not others
     moves, move = [], study.perturb
     monkeypatch.setattr(study, "perturb", lambda *given: moves.append(given[1]) or move(*given))
-    rows, trained = run(folder, "robustness", deltas=(0.0, 0.2), perturbations=5, methods=TWO)
+    monkeypatch.setattr(study, "MOVES", 5)
+    rows, trained = run(folder, "robustness", deltas=(0.0, 0.2), methods=TWO)
     assert moves == [0.0] + 5 * [0.2]
     at = {d: find(rows, method="single-point", seed="all", delta=d)[0]["value"] for d in (0.0, 0.2)}
     assert trained == 0 and at[0.0] == pytest.approx(kl["single-point"], abs=1e-5) and at[0.2] != at[0.0]
