@@ -1,5 +1,6 @@
 """What the tests share: small models on disk, a tokenizer of our own, and the data sets if there are any."""
 
+import json
 import os
 import signal
 import sys
@@ -18,6 +19,20 @@ import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 DATA = Path(os.environ.get("DISTJUDGE_DATA") or ROOT.parent / "shared" / "data")
+
+
+def change_json(path, **fields):
+    """Changes fields of a JSON file; ... takes one out."""
+    there = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({key: value for key, value in there.items() if value is not ...}))
+
+
+def change_weights(path, change):
+    """Replaces each tensor of a safetensors file by change(name, tensor); None takes it out."""
+    from safetensors.torch import load_file, save_file
+
+    changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+    save_file({k: w for k, w in changed.items() if w is not None}, path, metadata={"format": "pt"})
 
 
 def need(path: Path) -> Path:
@@ -145,7 +160,6 @@ def votes():
 @pytest.fixture
 def items_file(votes, tmp_path):
     """A factory of n items and a file of them."""
-    import json
 
     def make(n):
         rows = [{"id": item.id, "prompt": item.prompt, "counts": item.counts} for item in votes(n)]

@@ -26,6 +26,7 @@ import prepare
 import pytest
 import tiny
 import torch
+from conftest import change_json, change_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {  # a command, and the flags before those of a case, which win
@@ -333,20 +334,6 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def fields(path, **values):
-    """Changes fields of a JSON file; ... takes one out."""
-    there = json.loads(path.read_text()) | values
-    write(path, json.dumps({key: value for key, value in there.items() if value is not ...}))
-
-
-def weights(path, change):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 def sharded(folder):
     """Divides the weights into several files; returns these, and the index of them."""
     import transformers
@@ -375,7 +362,7 @@ INDEX = '{"metadata": {}, "weight_map": {"x": "%s"}}'
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 LOOP = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
 PEFT = '{"peft_type": "LORA", "r": 2, "base_model_name_or_path": "other/base"}'
-LAYER = "model.layers.1.mlp.up_proj.weight"
+lost = lambda name, w: w if name != "model.layers.1.mlp.up_proj.weight" else None  # noqa: E731
 MODELS = r"""
 no config.json     | (m / CONFIG).unlink() | model: cannot be loaded: there is no config.json
 a broken config.json | write(m / CONFIG, "{")                    | model: ... config.json
@@ -388,8 +375,8 @@ cut weights        | cut(m / WEIGHTS) | model: ... incomplete metadata, file not
 a pointer to weights | write(m / WEIGHTS, POINTER)               | model: ... header too large
 no weights         | (m / WEIGHTS).unlink()                    | model: ... a file named model.safetensors
 pickled weights | (m / WEIGHTS).unlink(), write(m / "pytorch_model.bin", b"\x80\x04}.") | model: cannot be
-weights of nan     | weights(m / WEIGHTS, lambda t: t[LAYER].fill_(float("nan"))) | model: its scores are not
-a lost layer       | weights(m / WEIGHTS, lambda t: t.pop(LAYER)) | model: ... 1 of its weights are missing
+weights of nan     | weights(m / WEIGHTS, lambda name, w: w * float("nan")) | model: its scores are not
+a lost layer       | weights(m / WEIGHTS, lost) | model: ... 1 of its weights are missing
 a lost shard       | sharded(m)[1].unlink()                    | model: ... a file named model-00002-of-
 a broken index     | write(sharded(m)[-1], "{")                | model: cannot be loaded
 an index to elsewhere | write(sharded(m)[-1], INDEX % "../x.safetensors") | model: ... names '../x.safetensors
@@ -419,7 +406,7 @@ another encoding  | write(m / JUDGE, b"\xff\xfe")      | run/judge.json: not a j
 def test_model_folders(refused, tmp_path, tiny_model, given, words):
     m = shutil.copytree(tiny_model, tmp_path / "m")
     write(tmp_path / "x.jsonl", GOOD)
-    eval(given, globals(), {"m": m})
+    eval(given, globals(), {"m": m, "fields": change_json, "weights": change_weights})
     refused("m: " + words, "train")
 
 
@@ -434,7 +421,8 @@ def test_judges(refused, tmp_path, saved_run, given, words):
 def test_code_that_a_tokenizer_brings_is_not_run(tmp_path, tiny_model, monkeypatch):
     m = shutil.copytree(tiny_model, tmp_path / "m")
     monkeypatch.chdir(tmp_path)
-    fields(m / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.T", None]})
+    own = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.T", None]}}
+    change_json(m / "tokenizer_config.json", **own)
     write(m / "evil.py", EVIL)
     assert load_judge("m", ["yes", "no"], lora_rank=0).labels == ["yes", "no"]
     assert not (tmp_path / "sprung").exists()
@@ -444,7 +432,7 @@ def test_attention_that_a_folder_names_is_not_taken(tmp_path, tiny_model):
     """Such a name may be that of a repository whose code would be fetched and run."""
     for field in ("attn_implementation", "_attn_implementation"):
         m = shutil.copytree(tiny_model, tmp_path / field)
-        fields(m / "config.json", **{field: "other/kernels"})
+        change_json(m / "config.json", **{field: "other/kernels"})
         judges = [load_judge(folder, ["yes", "no"]) for folder in (m, tiny_model)]
         assert judges[0].predict(["soup"]).tolist() == judges[1].predict(["soup"]).tolist()
         assert judges[0].model.config._attn_implementation == judges[1].model.config._attn_implementation

@@ -19,6 +19,7 @@ import export
 import huggingface_hub
 import pytest
 import torch
+from conftest import change_json
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
@@ -40,10 +41,6 @@ def say(monkeypatch, capsys, *flags):
     with pytest.raises(SystemExit) as stopped:
         distjudge.cli(export.main, export.ExportConfig, failures=(export.ExportError,))
     return stopped.value.code, capsys.readouterr().err
-
-
-def change(path, **entries):
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def save_tuned(base, folder, labels=("1", "2", "3"), **options):
@@ -78,7 +75,7 @@ def run(tiny_model, tmp_path_factory):
     base = shutil.copytree(tiny_model, folder / "base")
     metrics = distjudge.run(Config(train=votes, out=str(out), model=str(base), **settings))
     (base / "tokenizer.model").write_text("pieces")  # for llama.cpp's converter, as the next
-    change(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    change_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     do(out, "merged")
     return out, metrics
 
@@ -201,7 +198,8 @@ def test_what_cannot_be_done_is_said_at_once(flags, words, copy, monkeypatch, ca
 def test_a_base_that_cannot_be_merged_into(tiny_model, tmp_path):
     base, run = shutil.copytree(tiny_model, tmp_path / "base"), tmp_path / "run"
     save_tuned(base, run)
-    change(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    change_json(base / "config.json", quantization_config=quantized)
     with pytest.raises(InputError, match="holds quantized weights"):
         do(run, "merged")
     shutil.rmtree(base)
@@ -364,7 +362,7 @@ def test_a_gguf_file_judges_as_the_judge_does(name, kind, most, llama_cpp_clone,
     if kind == "q4_k_m":  # of 16-bit weights, as they are published
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     if name == "phi4":
-        change(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+        change_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     save_tuned(base, tmp_path / "run", ("entailment", "neutral", "contradiction"))
     report = do(tmp_path / "run", "gguf", llama_cpp=llama_cpp_clone, quantization=kind)
     moved = report["changed_by_training"]

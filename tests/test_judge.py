@@ -11,6 +11,7 @@ import common
 import numpy
 import pytest
 import torch
+from conftest import change_json, change_weights
 
 TEXTS = ["Is this fine?", "The soup was good and the service was bad.", "Hi", " two  spaces\n\nand lines \n"]
 TEXTS += ["émoji 😀, 中文 and ﬁ", "yes no maybe " * 20]
@@ -397,18 +398,6 @@ def test_a_saved_judge_gives_the_same_judgments(tiny_model, tmp_path, lora_rank)
         load_judge(tmp_path / "run", ["10", "1"])
 
 
-def change_json(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def change_weights(path, change):
-    """Replaces each tensor of a safetensors file by change(name, tensor)."""
-    from safetensors.torch import load_file, save_file
-
-    changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
-    save_file(changed, path, metadata={"format": "pt"})
-
-
 def rename_a_word(run):
     path = run / "tokenizer" / "tokenizer.json"
     whole = json.loads(path.read_text())
@@ -435,7 +424,7 @@ def test_a_judge_whose_parts_have_changed_is_refused(saved_run, tmp_path, case):
     """A case: what is changed underneath the judge, and what the refusal says of it."""
     run, (change, words) = shutil.copytree(saved_run, tmp_path / "run"), case.split(" | ")
     assert load_judge(run, YES_NO).labels == YES_NO
-    eval(change, globals(), {"run": run})
+    eval(change, globals(), {"run": run, "change_json": change_json})
     with pytest.raises(InputError, match=words.strip()) as caught:
         load_judge(run)
     assert str(run) in str(caught.value) and "\n" not in str(caught.value)

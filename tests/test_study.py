@@ -13,9 +13,9 @@ from distjudge import Config, InputError
 
 import pandas as pd
 import pytest
-import safetensors.torch
 import study
 import torch
+from conftest import change_weights
 
 from plots import figures
 from plots import study as draw
@@ -313,8 +313,7 @@ def test_cells_are_known_by_what_decides_their_result(folder, tmp_path, tiny_mod
     assert known == place(cell, model=own, **shape) != same
     there = str(changed.parent)
     before = place(cell, model=there)
-    weights = safetensors.torch.load_file(changed)
-    safetensors.torch.save_file({name: w + 1 for name, w in weights.items()}, changed)
+    change_weights(changed, lambda name, w: w + 1)
     assert place(cell, model=there) != before
     changed.write_bytes(b"broken")
     for name, words in ((there, "cannot be loaded"), (str(tmp_path / "gone"), "no such folder")):
