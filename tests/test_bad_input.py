@@ -21,7 +21,6 @@ import distjudge
 from distjudge import Config, InputError, load_items, load_judge
 
 import common
-import judge as judge_recipe
 import prepare
 import pytest
 import tiny
@@ -33,7 +32,6 @@ COMMANDS = {  # a command, and the flags before those of a case, which win
     "train": (distjudge.run, Config, "--train x.jsonl --model m --out o"),
     "own": (prepare.main, prepare.PrepareConfig, "own --raw t.csv --out o --split none --text text"),
     "published": (prepare.main, prepare.PrepareConfig, "--raw t.jsonl --out o --split none"),
-    "judge": (judge_recipe.main, judge_recipe.JudgeConfig, "--run run --items x.jsonl --out judged.jsonl"),
     "tiny": (tiny.main, tiny.TinyConfig, "--train x.jsonl --out o --hidden 16"),
 }
 
@@ -351,7 +349,7 @@ def smaller(folder):
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
-CONFIG, WEIGHTS, TEMPLATE, JUDGE = "config.json", "model.safetensors", "chat_template.jinja", "judge.json"
+CONFIG, WEIGHTS, TEMPLATE = "config.json", "model.safetensors", "chat_template.jinja"
 TURN = "{{ ('<|user|>' if m.role == 'user' else '<|judge|>') + m.content + '<|end|>' }}"
 TURNS = "{% for m in messages %}" + TURN + "{% endfor %}"
 USER_ALONE = "{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('no such role') }}{% endif %}"
@@ -396,10 +394,6 @@ another message    | write(m / TEMPLATE, "{{ messages[0].content|upper }}") | ch
 no turn of a judge | write(m / TEMPLATE, USER_ALONE)           | chat template: no such role
 no answer prefix   | write(m / TEMPLATE, TURNS) | chat template: ends a prompt without '<|judge|>', which it
 """
-JUDGES = r"""
-an empty object   | write(m / JUDGE, "{}")             | run/judge.json: not a judge written ... (no digest
-another encoding  | write(m / JUDGE, b"\xff\xfe")      | run/judge.json: not a judge ... (broken JSON
-"""
 
 
 @cases(MODELS)
@@ -408,14 +402,6 @@ def test_model_folders(refused, tmp_path, tiny_model, given, words):
     write(tmp_path / "x.jsonl", GOOD)
     eval(given, globals(), {"m": m, "fields": change_json, "weights": change_weights})
     refused("m: " + words, "train")
-
-
-@cases(JUDGES)
-def test_judges(refused, tmp_path, saved_run, given, words):
-    m = shutil.copytree(saved_run, tmp_path / "run")
-    write(tmp_path / "x.jsonl", GOOD)
-    eval(given, globals(), {"m": m})
-    refused(words, "judge")
 
 
 def test_code_that_a_tokenizer_brings_is_not_run(tmp_path, tiny_model, monkeypatch):

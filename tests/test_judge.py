@@ -416,6 +416,8 @@ rename_a_word(run)                                                       | token
 change_json(run / "judge.json", frame=FRAME)                             | judge.json: has changed
 change_weights(run / WEIGHTS, lambda name, w: w + 0.01)                  | model.safetensors: has changed
 (run / WEIGHTS).rename(run / "adapter/adapter_model.bin")                | model.safetensors: is missing
+(run / "judge.json").write_text("{}")                                    | not a judge .* .no digest
+(run / "judge.json").write_bytes(b"\xff\xfe")                            | not a judge .* .broken JSON
 """
 
 
