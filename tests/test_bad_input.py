@@ -24,7 +24,6 @@ import common
 import prepare
 import pytest
 import tiny
-import torch
 from conftest import change_json, change_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -438,16 +437,6 @@ def test_what_a_file_brings_cannot_steer_a_terminal(tiny_model, capsys, monkeypa
     said += capsys.readouterr().err
     odd = set(marks.replace("[31m", "").replace(" ", ""))
     assert not set(said) & odd and "no such file\nand more" in said
-
-
-def test_memory_that_does_not_suffice_is_one_line(capsys, monkeypatch):
-    def main(config):
-        raise torch.OutOfMemoryError("one prompt alone does not fit")
-
-    monkeypatch.setattr(sys, "argv", ["command"])
-    with pytest.raises(SystemExit) as stopped:
-        distjudge.cli(main, dataclasses.make_dataclass("Nothing", []))
-    assert stopped.value.code == 1 and capsys.readouterr().err == "error: one prompt alone does not fit\n"
 
 
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"

@@ -437,14 +437,22 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
     assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "whole\n"
 
 
-def test_a_signal_is_the_exit_code_and_a_link_is_not_followed(tmp_path, monkeypatch):
+ENDS = [(distjudge.Stopped("stopped", 15), 143, "stopped\n")]
+ENDS.append((torch.OutOfMemoryError("one prompt is too long"), 1, "error: one prompt is too long\n"))
+
+
+@pytest.mark.parametrize(("error", "code", "said"), ENDS)
+def test_a_signal_and_too_little_memory_are_one_line_and_an_exit_code(monkeypatch, capsys, error, code, said):
     def main(config):
-        raise distjudge.Stopped("stopped", 15)
+        raise error
 
     monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(SystemExit) as ended:
         distjudge.cli(main, dataclasses.make_dataclass("Nothing", []))
-    assert ended.value.code == 143
+    assert ended.value.code == code and capsys.readouterr().err == said
+
+
+def test_a_link_is_not_followed(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)
     with pytest.raises(InputError, match="checkpoints is a symbolic link, which is not followed"):
