@@ -21,6 +21,13 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 DATA = Path(os.environ.get("DISTJUDGE_DATA") or ROOT.parent / "shared" / "data")
 
 
+def write_rows(path, rows):
+    """Writes rows as JSON lines, a text as the line it is; returns the path."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
 def change_json(path, **fields):
     """Changes fields of a JSON file; ... takes one out."""
     there = json.loads(path.read_text()) | fields
@@ -163,7 +170,6 @@ def items_file(votes, tmp_path):
 
     def make(n):
         rows = [{"id": item.id, "prompt": item.prompt, "counts": item.counts} for item in votes(n)]
-        (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return votes(n), tmp_path / "items.jsonl"
+        return votes(n), write_rows(tmp_path / "items.jsonl", rows)
 
     return make

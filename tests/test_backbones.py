@@ -21,6 +21,7 @@ import common
 import pytest
 import torch
 import transformers
+from conftest import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = """
@@ -117,8 +118,7 @@ def nli(tmp_path):
         prompt = f"{ask}Premise: {'A man rides. ' * (i // 3 + 1)}\nHypothesis: Number {i} sleeps."
         counts = {"entailment": i % 3, "neutral": 2, "contradiction": i % 2}
         rows.append({"id": str(i), "prompt": prompt, "counts": counts, "group": str(i // 3)})
-    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(tmp_path / "votes.jsonl")
+    return str(write_rows(tmp_path / "votes.jsonl", rows))
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_dry_run_says_what_a_run_would_do(name, outline, nli, call, tmp_path, 
             least = float(re.search(r"(\S+) GiB", planned["fits"])[1])
             assert (least <= card) == (card > 2) and least <= needed
         rows = [{"prompt": f"Rate {i}.", "counts": {"1": 1, "2": i % 2, "10": 1}} for i in range(10)]
-        Path(nli).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(Path(nli), rows)
         assert "2: '▁' '2' '</s>', 10: '▁' '1' '0' '</s>'" in call(*command)["labels"]
         monkeypatch.setattr(common, "FIRST", False)
         assert call(*command) == {}  # of several processes the first does the talking

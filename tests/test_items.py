@@ -7,20 +7,15 @@ import distjudge
 from distjudge import InputError, labels_of, load_items, split_items
 
 import pytest
+from conftest import write_rows
 
 GOOD = {"id": "a", "prompt": "Is it?", "counts": {"yes": 3, "no": 2}}
 ONE = {"a": 1, "b": 0}
 
 
-def write(path, rows):
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
 def refusal(rows, tmp_path, **options):
     with pytest.raises(InputError) as error:
-        load_items(write(tmp_path / "votes.jsonl", rows), **options)
+        load_items(write_rows(tmp_path / "votes.jsonl", rows), **options)
     return str(error.value)
 
 
@@ -39,7 +34,7 @@ def test_counts_annotations_and_distribution_are_the_same_votes(tmp_path):
         {"id": "b", "prompt": "Or?", "annotations": ["no", "yes", "no", "yes", "yes"]},
         {"id": "c", "prompt": "And?", "distribution": {"no": 0.4, "yes": 0.6}, "votes": 5},
     ]
-    items = load_items(write(tmp_path / "v.jsonl", rows))
+    items = load_items(write_rows(tmp_path / "v.jsonl", rows))
     assert [list(item.counts.items()) for item in items] == [[("yes", 3), ("no", 2)]] * 3
     assert [item.votes for item in items] == [5] * 3
     assert distjudge.shares_of(items)[0].tolist() == [0.6, 0.4]

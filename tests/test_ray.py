@@ -15,6 +15,7 @@ pytest.importorskip("ray", reason="needs Ray: pip install 'ray[data]'")
 import psutil
 import pyarrow
 import pyarrow.parquet
+from conftest import write_rows
 
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -47,10 +48,6 @@ def rows(n):
     return [row | (swap if i % 5 == 0 else {}) for i, row in enumerate(some)]
 
 
-def write(path, lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-
-
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -63,7 +60,7 @@ def assert_same(found, expected):
 
 
 def test_a_killed_worker_costs_no_row_and_doubles_none(start, tmp_path):
-    write(tmp_path / "in.jsonl", rows(1500))
+    write_rows(tmp_path / "in.jsonl", rows(1500))
     part, killed = tmp_path / "out.jsonl.part", None
     running = start("judge_ray.py", "in.jsonl", "out.jsonl", "--judges", 2, "--batch_size", 4, "--blocks", 8)
     while running.poll() is None and killed is None:
@@ -83,7 +80,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(start, tmp_path):
 
 def test_parquet_in_and_out_and_bad_rows(start, tmp_path):
     some = rows(20)
-    write(tmp_path / "in.jsonl", some)
+    write_rows(tmp_path / "in.jsonl", some)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), tmp_path / "in.parquet")
     here = start("judge.py", "in.jsonl", "here.jsonl")
     running = start("judge_ray.py", "in.parquet", "out.parquet", "--batch_size", 6)
@@ -100,7 +97,7 @@ def test_parquet_in_and_out_and_bad_rows(start, tmp_path):
         "[1]": "not a JSON object",
         json.dumps({"prompt": "soup " * 99}): "more than the judge's max_length 80",
     }
-    write(tmp_path / "bad.jsonl", [*some[:2], "  ", *bad])
+    write_rows(tmp_path / "bad.jsonl", [*some[:2], "  ", *bad])
     running = start("judge_ray.py", "bad.jsonl", "bad.out.jsonl")
     said = running.communicate()[1]
     assert running.returncode == 2 and f"bad.jsonl: '{next(iter(bad))}': {next(iter(bad.values()))}" in said

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,11 +24,6 @@ def call(script, *arguments, code=0):
     assert done.returncode == code, done.stderr
     assert not re.search("kernels|Ignoring|Traceback", done.stdout + done.stderr)  # nothing looks broken
     return done.stdout + done.stderr
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def plain(folder, prompts):
@@ -64,7 +60,7 @@ def trained(weights, tmp_path_factory):
     panel = [json.loads(line) for line in (ROOT / "data" / "panel.jsonl").open()]
     split = {name: [row for row in panel if row["split"] == name] for name in ("train", "test")}
     rows = split["test"][:16]
-    train, test = write(work / "train.jsonl", split["train"][:48]), write(work / "test.jsonl", rows)
+    train, test = write_rows(work / "train.jsonl", split["train"][:48]), write_rows(work / "test.jsonl", rows)
     flags = ["--train", train, "--test", test, "--epochs", "2", "--out", work / "run"]
     said = call("smollm.py", "--model", weights, *flags)
     return work, rows, said
@@ -84,7 +80,7 @@ def test_training_teaches_to_answer_with_a_label(weights, trained):
 def test_without_the_answer_term_a_model_that_says_other_things_is_refused(weights, tmp_path):
     counts = {"entailment": 1, "neutral": 3, "contradiction": 1}
     asked = [NLI.format(f"A man rides.\nHypothesis: Number {i} sleeps.") for i in range(8)]
-    votes = write(tmp_path / "votes.jsonl", [{"prompt": prompt, "counts": counts} for prompt in asked])
+    votes = write_rows(tmp_path / "votes.jsonl", [{"prompt": prompt, "counts": counts} for prompt in asked])
     flags = ["--train", votes, "--model", weights, "--out", tmp_path / "run", "--answer", "0"]
     assert "than min_mass 0.01" in call("smollm.py", *flags, code=2) and not (tmp_path / "run").exists()
 

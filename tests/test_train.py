@@ -18,6 +18,7 @@ from distjudge import Config, InputError, load_judge, run, train
 import numpy
 import pytest
 import torch
+from conftest import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["1", "2", "3"]
@@ -306,15 +307,10 @@ def test_a_logger_gets_every_step_and_is_closed(tiny_model, votes, tmp_path, mon
     assert rows == [(1, log[0]["loss"]), (2, log[1]["loss"])] and end == "closed"
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def files(tmp_path, votes):
     rows = [{"id": i.id, "prompt": i.prompt, "counts": i.counts} for i in votes(20)]
-    return write(tmp_path / "train.jsonl", rows[:14]), write(tmp_path / "test.jsonl", rows[14:])
+    return write_rows(tmp_path / "train.jsonl", rows[:14]), write_rows(tmp_path / "test.jsonl", rows[14:])
 
 
 def test_a_folder_of_other_things_is_no_run_folder(tiny_model, files, votes, tmp_path):
@@ -470,12 +466,13 @@ def test_where_test_items_come_from(files, tmp_path):
     others = [distjudge.load_data(Config(train=files[:1], seed=seed))[1] for seed in range(1, 5)]
     assert any(other != test for other in others)
     row = lambda i, **more: {"id": i, "prompt": f"p{i}", "counts": {"a": 1, "b": 0}} | more  # noqa: E731
-    split = write(tmp_path / "split.jsonl", [row(i, split="train" if i % 3 else "test") for i in range(9)])
+    rows = [row(i, split="train" if i % 3 else "test") for i in range(9)]
+    split = write_rows(tmp_path / "split.jsonl", rows)
     items, test = distjudge.load_data(Config(train=(split,)))
     assert ([item.id for item in test], len(items)) == (["0", "3", "6"], 6)
     sides = zip(range(2), ("train", "test"), strict=True)
-    one_group = write(tmp_path / "group.jsonl", [row(i, split=side, group="g") for i, side in sides])
-    other = write(tmp_path / "other.jsonl", [{"prompt": "other", "counts": {"b": 1, "a": 0}}])
+    one_group = write_rows(tmp_path / "group.jsonl", [row(i, split=side, group="g") for i, side in sides])
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "other", "counts": {"b": 1, "a": 0}}])
     for train_files, test_files, message in (
         (files[:1], files[:1], "also in the training items"),
         (files[:1], (split,), r"labels {a, b} differ from {1, 2, 3}"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import trust
+from conftest import write_rows
 from trust import TrustConfig, excess, left_out, measure, slices, slices_of
 
 
@@ -116,7 +117,7 @@ def judged(tmp_path, capsys):
     def run(predicted, votes, group=""):
         rows = [{"id": str(i), "predicted": predicted, "annotations": said} for i, said in enumerate(votes)]
         rows = [row | ({"group": group[i % len(group)]} if group else {}) for i, row in enumerate(rows)]
-        write(tmp_path / "judged.jsonl", rows)
+        write_rows(tmp_path / "judged.jsonl", rows)
         trust.main(TrustConfig(str(tmp_path / "judged.jsonl"), str(tmp_path / "out")))
         return json.loads((tmp_path / "out" / "trust.json").read_text()), capsys.readouterr().out
 
@@ -152,10 +153,6 @@ def test_nothing_is_flagged_where_nothing_is_wrong(judge, panels):
     assert seen > 0.8 * panels
 
 
-def write(path, rows):
-    distjudge.write_lines(path, map(json.dumps, rows))
-
-
 def test_the_command_on_a_closed_models_file(tmp_path):
     """Predictions as api.py writes them, votes in another file; one item unrated, one not asked."""
     counts, q, group, _ = panel(np.random.default_rng(0), bias=0.5)
@@ -166,8 +163,8 @@ def test_the_command_on_a_closed_models_file(tmp_path):
         items[-1] |= {"counts": named(counts[i])} if i else {}
         judged.append(own | {"predicted": named(q[i]), "label_mass": 0.9})
     (tmp_path / "gpt").mkdir()
-    write(tmp_path / "items.jsonl", items)
-    write(tmp_path / "gpt" / "predictions.jsonl", judged[:0:-1][:-1] + judged[:1])
+    write_rows(tmp_path / "items.jsonl", items)
+    write_rows(tmp_path / "gpt" / "predictions.jsonl", judged[:0:-1][:-1] + judged[:1])
     given = ["--predictions", "gpt", "--items", "items.jsonl", "--by", "source", "--out", "out"]
     command = [sys.executable, trust.__file__, *given]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -220,8 +217,8 @@ def test_bad_input(tmp_path, monkeypatch, fields, given, message):
     monkeypatch.chdir(tmp_path)
     rows = [{"id": name, "predicted": {"1": 0.5, "2": 0.5}, "counts": {"1": 1, "2": 2}} for name in "ab"]
     rows[1] |= fields
-    write(tmp_path / "judged.jsonl", rows)
-    write(tmp_path / "other.jsonl", [{"id": "c", "prompt": "Rate c.", "counts": {"1": 1}}])
+    write_rows(tmp_path / "judged.jsonl", rows)
+    write_rows(tmp_path / "other.jsonl", [{"id": "c", "prompt": "Rate c.", "counts": {"1": 1}}])
     with pytest.raises(distjudge.InputError, match=message):
         trust.main(TrustConfig(**{"predictions": "judged.jsonl", "out": "out"} | given))
     assert not (tmp_path / "out").exists()
