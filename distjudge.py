@@ -1818,9 +1818,8 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
     """
     folder, adapter = Path(folder), hasattr(judge.model, "peft_config")
     if adapter and not judge.base:
-        raise InputError(
-            f"{folder}: base: an adapter needs its model; set judge.base to its folder or hub id"
-        )
+        remedy = "set judge.base to its folder or hub id"
+        raise InputError(f"{folder}: base: an adapter needs its model; {remedy}")
     check_out(folder, *RUN_FILES)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("judge.json", "config.json", "metrics.json", "predictions.jsonl"):
@@ -2847,12 +2846,8 @@ def evaluate(
     floor = noise_floor(items) if draws else None
     marginal = shares_of(train_items or items).mean(0).expand_as(p)
     worth = survey_equivalence(predicted, items, draws)
-    out = {
-        "items": len(items),
-        "people": worth["mean"],
-        "people_low": worth["low"],
-        "people_high": worth["high"],
-    }
+    out = {"items": len(items), "people": worth["mean"]}
+    out |= {"people_low": worth["low"], "people_high": worth["high"]}
     out["people_marginal"] = survey_equivalence(marginal, items, 0)["mean"]
     out = {name: None if n == math.inf else n for name, n in out.items()}
     out |= {"kl": means["kl"], "kl_noise_floor": floor}

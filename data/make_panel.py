@@ -41,9 +41,8 @@ old-fashioned 0.4 1.2 -1.0, experimental 0.45 1.3 -1.3, sentimental 0.5 1.0 -1.2
 rambling 0.25 0.9 -1.2, flashy 0.35 1.0 -1.1, chaotic 0.3 1.1 -1.3, bittersweet 0.6 1.1 -0.9"""
 CLEAR = {w.replace("-", " "): float(value) for w, value in map(str.split, CLEAR.split(","))}
 DISPUTED = {w: [float(n) for n in numbers] for w, *numbers in map(str.split, DISPUTED.split(","))}
-SENTENCES = (
-    "the {} was {}/I found the {} {}/the {} struck me as {}/expect the {} to be {}/the {} is {}".split("/")
-)
+SENTENCES = "the {} was {}/I found the {} {}/the {} struck me as {}/expect the {} to be {}/the {} is {}"
+SENTENCES = SENTENCES.split("/")
 OPENINGS = "My visit to this {}/This {}/A word on this {}/About the {}/The {} everyone talks about".split("/")
 HALF_HEARTED = ["I suppose", "if you ask me on a good day", "though I may be wrong", "but who can tell"]
 

@@ -489,9 +489,8 @@ def split_rows(rows: list[dict], items: list, how: str, seed: int, dropped: dict
             raise InputError("split: published: this data set has no split of its own")
         names = ("train", "valid", "test")  # a prompt of two of them stays with the last
         last = {row["prompt"]: name for name in names for row in rows if row["published"] == name}
-        sides = {
-            name: [row for row in rows if row["published"] == name == last[row["prompt"]]] for name in names
-        }
+        of = lambda name: [row for row in rows if row["published"] == name == last[row["prompt"]]]  # noqa: E731
+        sides = {name: of(name) for name in names}
         tested = {row.get("group") for row in sides["test"]}  # a group may be on both sides, as published
         for row in sides["train"] + sides["valid"]:
             if row.get("group") in tested:  # it stays with the test items, for intervals by group

@@ -265,9 +265,8 @@ def main(config: CalibrateConfig) -> None:
     calibration, after = calibrate(items, logq)
     before, table = distjudge.average_items(items, logq)[0], kept(items, after)
     worth = [distjudge.survey_equivalence(q, items, 0)["mean"] for q in (before, after)]  # inf: no end
-    found = [
-        distjudge.evaluate(q, items) | {"people": n} for q, n in zip((before, after), worth, strict=True)
-    ]
+    pairs = zip((before, after), worth, strict=True)
+    found = [distjudge.evaluate(q, items) | {"people": n} for q, n in pairs]
     scores = pandas.DataFrame(found, ["before", "after"]).T
     scores = scores[scores.index.isin(SHOWN.split())].astype(float).round(4)
     tables = {"metrics, on votes not fitted on": scores, "sets": sets(items, logq, config.draws)}

@@ -180,9 +180,8 @@ def check_mass(judge: Judge, items: Sequence[Item], answer: float, least: float 
     low, mean, high = mass.min(), mass.mean(), mass.max()
     said = f"{mean:.2%} of the model's probability on the first {len(mass)} items ({low:.2%} to {high:.2%})"
     if mean < least and not answer:
-        remedy = (
-            "let the prompt ask for the label alone, or use --answer 1, which teaches that, or --min_mass 0"
-        )
+        remedy = "let the prompt ask for the label alone, or use --answer 1, which teaches that"
+        remedy += ", or --min_mass 0"
         raise InputError(f"label mass: the labels hold {said}, less than min_mass {least:g}: {remedy}")
     if mean < 0.5 and FIRST:
         then = "training teaches it to answer with one" if answer else "so it will stay without --answer 1"

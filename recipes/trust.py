@@ -266,9 +266,8 @@ def main(config: TrustConfig) -> None:
     found, left = measure(q, rated, fields), len(items) - len(rated)
     lines = [f"How far may it be trusted? {short(path, 1000)}", *page(found)]
     if (groups := found["groups"]) < 30:
-        lines.append(
-            f"These are {groups} groups: intervals are too narrow. Under {TESTED} there is no verdict."
-        )
+        narrow = f"intervals are too narrow. Under {TESTED} there is no verdict."
+        lines.append(f"These are {groups} groups: {narrow}")
     lines += [f"{left} items without votes or without a prediction are left out."] if left else []
     publish(config, FILES, lines, found | {"left_out": left}, draw)
 

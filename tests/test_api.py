@@ -347,9 +347,8 @@ def test_both_orders_are_averaged(measure, fake):
 def test_every_passing_fault_is_tried_again(measure, fake, capsys):
     fake.faults += [(429, {"error": {"message": "slow"}}, {"Retry-After": "0"}), (408, {})]
     broken = [b'{"choices": [', {"object": "list"}, {"choices": []}, b"[]"]
-    fake.faults.extend(
-        [(500, {"error": "broken"}), (503, b"<html>"), "cut", "slow", *((200, body) for body in broken)]
-    )
+    fake.faults += [(500, {"error": "broken"}), (503, b"<html>"), "cut", "slow"]
+    fake.faults += [(200, body) for body in broken]
     impossible = [("3", -math.inf), ("4", -(10**400)), ("5", -9999.0)]  # these have the probability 0
     good = json.dumps(logprobs(*GOOD, *impossible, chosen=GOOD[0])).encode()
     fake.faults.append((200, gzip.compress(good), PACKED))  # is read

@@ -90,10 +90,8 @@ def test_alpha_is_not_always_there(words):
 
 def test_what_is_shown_does_not_depend_on_the_order_of_labels():
     rows = [{"prompt": f"{i}", "counts": {"-1": i % 3, "0": 2, "1": i % 2}} for i in range(12)]
-    plain, turned = (
-        data.Look(distjudge.load_items(rows, labels=labels))
-        for labels in (["-1", "0", "1"], ["0", "1", "-1"])
-    )
+    orders = (["-1", "0", "1"], ["0", "1", "-1"])
+    plain, turned = (data.Look(distjudge.load_items(rows, labels=labels)) for labels in orders)
     assert plain.alpha == pytest.approx(turned.alpha, abs=1e-12)
 
 

@@ -121,16 +121,11 @@ tables, scales = st.lists(st.lists(cells, max_size=5), max_size=6), [(), ("1-3",
 pair = ("rating", "more")
 columns = [({"label": pair[:1]}, 1), ({"label": pair}, 2), ({"counts": pair}, 6)]  # and votes a row, at most
 named = [{}, {"item": "id"}, {"item": "id", "group": "more"}]
+kinds = [st.sampled_from(some) for some in ([",", ";", "\t"], scales, columns, named)]
 
 
 @quick
-@given(
-    tables,
-    st.sampled_from([",", ";", "\t"]),
-    st.sampled_from(scales),
-    st.sampled_from(columns),
-    st.sampled_from(named),
-)
+@given(tables, *kinds)
 def test_tables_of_any_kind(tmp_path, table, separator, scale, votes, names):
     """A file of items that loads, or one clear refusal and nothing written."""
     for old in (tmp_path / "out").glob("*"):

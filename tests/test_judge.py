@@ -480,10 +480,8 @@ def test_a_model_needs_labels_and_a_backend_that_is_there(tiny_model, monkeypatc
     with pytest.raises(InputError, match="needs labels"):
         load_judge(tiny_model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for backend, words in (
-        ("unsloth", "Unsloth cannot be used: no CUDA device"),
-        ("keras", "must be auto, "),
-    ):
+    refused = {"unsloth": "Unsloth cannot be used: no CUDA device", "keras": "must be auto, "}
+    for backend, words in refused.items():
         with pytest.raises(InputError, match=f"^backend: {words}"):
             load_judge(tiny_model, YES_NO, backend=backend)
 

@@ -103,9 +103,8 @@ def test_a_template_of_several_columns(own, tmp_path, caplog):
     with pytest.raises(InputError, match=r"t.txt: the template shows no column: write \{the question\} wh"):
         own(table, "--label ok --template t.txt")
     (tmp_path / "t.txt").write_text("Rate {anwser}")
-    with pytest.raises(
-        InputError, match=r"t.txt: unknown placeholder \{anwser\}; there are \{id\}, \{answer\}"
-    ):
+    words = r"t.txt: unknown placeholder \{anwser\}; there are \{id\}, \{answer\}"
+    with pytest.raises(InputError, match=words):
         own(VOTES, "--label rating --template t.txt")
 
 
@@ -340,11 +339,7 @@ REFUSED = [  # cells of one item, flags, words
     (["80%", "0.8", "30%"], "--bins 0 50 100", "row 3: v: '0.8' stands beside percents"),
     (["0.8", "0.3", "1"], "--bins 0 50 100", "v: '0.8' is a share, as are all: --bins 0 0.2 0.4 0.6 0.8 1"),
     (["12,5 %", "80%"], "--bins 0 50 100", "v: '12,5 %' has a decimal comma: --decimal comma reads it"),
-    (
-        ["50", "high"],
-        "--bins 0 50 100",
-        "'high' is no number from 0 to 100; if it is no vote, --no_vote high",
-    ),
+    (["50", "high"], "--bins 0 50 100", "is no number from 0 to 100; if it is no vote, --no_vote high"),
 ]
 
 
@@ -448,12 +443,7 @@ TOOLS = [  # tasks of Label Studio or columns of a table, flags, votes or words 
     ({"v": [["a", "b"]], "v.status": [["draft"]]}, "", "a:1 b:1", ""),  # of no vote that is there
     ({"v": [[{"rank": 1, "value": "a"}]]}, "", "{'rank': 1, 'value': 'a'} is an object, not a vote", ""),
     ({"v": [["a"], "b", "b"], "answer": ["accept", "", "reject"]}, "", "a:1 b:2", "--where 'answer!=reject'"),
-    (
-        {"v": [*"abb"], "PROLIFIC_PID": [*"ppq"]},
-        "",
-        "a:1 b:2",
-        "1 votes are a person's second on an item, by",
-    ),
+    ({"v": [*"abb"], "PROLIFIC_PID": [*"ppq"]}, "", "a:1 b:2", "1 votes are a person's second on an item"),
     ({"text": [*"xy"], "v": [*"ab"]}, "", "a:1", "every item has one vote only: nothing shows how far"),
     ({"v": [*"abb"]}, "--no_vote skip", "a:1 b:2", "--no_vote: no cell says skip"),
     ({"v": [*"aab"], "ok": ["1.0", "1", "0"]}, "--where ok=1 --labels a b", "a:2", ""),
@@ -517,9 +507,8 @@ def test_what_excel_makes_of_cells(own, tmp_path, caplog):
     for row in (["text", "v"], ["x", 0.125], ["x", "0,5"]):
         numbers.active.append(row)
     numbers.save(tmp_path / "n.xlsx")
-    assert (
-        votes_of(own("n.xlsx", "--text text --label v --decimal comma --labels 0.125 0.5")) == "0.125:1 0.5:1"
-    )
+    rows = own("n.xlsx", "--text text --label v --decimal comma --labels 0.125 0.5")
+    assert votes_of(rows) == "0.125:1 0.5:1"
     for value in (datetime.time(3, 4), datetime.datetime(2024, 3, 4), datetime.timedelta(hours=3)):
         book.active["C5"] = value
         book.save(tmp_path / "v.xlsx")
@@ -732,13 +721,8 @@ def test_messages_as_prompts(own, tmp_path):
         own("n.jsonl", "--text m --label v")
 
 
-NAMES = [
-    ("qwen2.5", ""),
-    ("mistral_v3", ""),
-    ("qwen2.5", "llama3_1"),
-    ("qwen2.5", "qwen3"),
-    ("mistral_v3", "v3_spm"),
-]
+NAMES = [("qwen2.5", ""), ("mistral_v3", ""), ("qwen2.5", "llama3_1"), ("qwen2.5", "qwen3")]
+NAMES += [("mistral_v3", "v3_spm")]
 
 
 @pytest.mark.parametrize(("name", "template"), NAMES)
@@ -758,10 +742,8 @@ def test_messages_are_encoded_as_the_template_has_them(tokenizers_dir, name, tem
         harmless = json.loads(json.dumps(messages).replace("<|im_end|>", "end").replace("</s>", "end"))
         ids = encoder(distjudge.prompt_text(harmless))
         assert ids == tokenizer(render(harmless), add_special_tokens=False)["input_ids"]
-        control = [
-            [token for token in some if token in encoder.control_ids] for some in (encoder(prompt), ids)
-        ]
-        assert control[0] == control[1]  # none from what people wrote
+        control = lambda some: [token for token in some if token in encoder.control_ids]  # noqa: E731
+        assert control(encoder(prompt)) == control(ids)  # none from what people wrote
 
 
 def test_messages_that_a_template_cannot_show(tokenizers_dir, tiny_tokenizer):

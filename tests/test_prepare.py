@@ -319,9 +319,8 @@ def vote(question, models, winner, judge="expert_1", turn=1):
 
 def talk(asked, answered):
     texts = [text for turn in zip(asked, answered, strict=True) for text in turn]
-    return [
-        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts, strict=True)
-    ]
+    pairs = zip(["user", "assistant"] * 2, texts, strict=True)
+    return [{"role": role, "content": text} for role, text in pairs]
 
 
 def test_mtbench_merges_the_orders_of_a_pair(tmp_path):

@@ -71,8 +71,7 @@ def test_the_command(saved_run, tmp_path):
     # the labels are the judge's own, also where nobody chose one of them
     some = [{"prompt": f"soup {i}", "annotations": ["yes"]} for i in range(3)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    probe_recipe.main(
-        probe_recipe.ProbeConfig(str(saved_run), str(tmp_path / "items.jsonl"), str(tmp_path / "again"))
-    )
+    places = (saved_run, tmp_path / "items.jsonl", tmp_path / "again")
+    probe_recipe.main(probe_recipe.ProbeConfig(*map(str, places)))
     assert json.loads((tmp_path / "again" / "probe.json").read_text())["labels"] == ["yes", "no"]
     assert "| flattery |" in (tmp_path / "probed" / "probe.md").read_text()

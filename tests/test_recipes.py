@@ -130,10 +130,8 @@ def test_calibration_and_kl_by_hand():
 def test_a_comparison_draws_intervals_over_groups_and_tells_long_names_apart():
     counts = torch.randint(1, 5, (24, 2), generator=torch.Generator().manual_seed(0)).tolist()
     more = {"truth": {"x": 0.3, "y": 0.7}}
-    rows = [
-        {"prompt": f"{i}", "counts": {"x": x, "y": y}, "group": f"{i // 6}"}
-        for i, (x, y) in enumerate(counts)
-    ]
+    named = [dict(zip("xy", own, strict=True)) for own in counts]
+    rows = [{"prompt": f"{i}", "counts": own, "group": f"{i // 6}"} for i, own in enumerate(named)]
     items, q = distjudge.load_items([row | more for row in rows]), torch.full((24, 2), 0.5).double()
     names = [f"experiments/with_a_name_of_many_letters/seed_{n}" for n in (0, 1)]
     votes, truth, below, *_ = figures.draw_compare({name: figures.Run(items, q) for name in names}).axes
@@ -182,9 +180,8 @@ def test_one_figure_compares_several_runs(tmp_path):
     assert done.returncode == 2 and "no run folder" in done.stderr
     for other in (rows[:3], [rows[0] | {"counts": {"x": 5, "y": 0}}, *rows[1:]]):
         distjudge.write_lines(tmp_path / "b" / "predictions.jsonl", map(json.dumps, other))
-        with pytest.raises(
-            InputError, match="b: its items, in their order, labels or votes are not those of a"
-        ):
+        words = "b: its items, in their order, labels or votes are not those of a"
+        with pytest.raises(InputError, match=words):
             figures.compare({name: tmp_path / name for name in said}, tmp_path)
 
 
@@ -208,9 +205,8 @@ def test_bench_runs_every_part(tmp_path):
 
 def test_bench_of_a_model_and_items_of_ones_own(tiny_model, tmp_path):
     """Its weights, and whole groups of the file's items; another task is refused by name."""
-    rows = [
-        {"id": n, "prompt": f"Soup {n}", "counts": {"a": n, "b": 5 - n}, "group": n // 2} for n in range(6)
-    ]
+    counts = lambda n: {"a": n, "b": 5 - n}  # noqa: E731
+    rows = [{"id": n, "prompt": f"Soup {n}", "counts": counts(n), "group": n // 2} for n in range(6)]
     distjudge.write_lines(tmp_path / "own.jsonl", map(json.dumps, rows))
     items = bench.some_items(str(tmp_path / "own.jsonl"), 4, 0)
     assert len({item.group for item in items}) == 2 and items[0].prompt.startswith("Soup ")

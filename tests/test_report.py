@@ -38,10 +38,8 @@ def write_run(folder, n=12, seed=0, labels=LABELS, skip=()):
         votes, q = random.Random(f"votes {i}"), [draw.random() + 0.05 for _ in labels]
         text = f"Rate soup {i}. " + "word " * (i % 40 * 20)
         row = {"id": f"item {i}", "prompt": text, "group": f"g{i // 3}", "label_mass": MASSES[i // 3 % 4]}
-        row |= {
-            "flipped": i % 2 == 0,
-            "truth": dict(zip(labels, [0.5, *[0.5 / (len(labels) - 1)] * 2], strict=False)),
-        }
+        truth = [0.5, *[0.5 / (len(labels) - 1)] * 2]
+        row |= {"flipped": i % 2 == 0, "truth": dict(zip(labels, truth, strict=False))}
         row["counts"] = {label: votes.randint(0, 3) for label in labels}
         row["counts"][labels[i % len(labels)]] += 1
         row["predicted"] = {label: x / sum(q) for label, x in zip(labels, q, strict=True)}
@@ -182,12 +180,10 @@ def test_texts_from_item_files_and_their_cut(tmp_path, no_figures, monkeypatch):
     rows = write_run(tmp_path / "run", 3)
     kept = ("id", "counts", "predicted")
     bare = [{key: row[key] for key in kept} for row in rows]
-    write_lines(
-        tmp_path / "run" / "predictions.jsonl", [*bare[:2], bare[2] | {"prompt": "its own", "group": "own"}]
-    )
-    write_lines(
-        tmp_path / "items.jsonl", [{key: row[key] for key in ("id", "prompt", "group")} for row in rows]
-    )
+    bare[2] |= {"prompt": "its own", "group": "own"}
+    write_lines(tmp_path / "run" / "predictions.jsonl", bare)
+    texts = [{key: row[key] for key in ("id", "prompt", "group")} for row in rows]
+    write_lines(tmp_path / "items.jsonl", texts)
     files = (str(tmp_path / "items.jsonl"),)
     cells, scripts = read_page(write_page(tmp_path / "run", items=files))
     found = json.loads(scripts[0])["items"]

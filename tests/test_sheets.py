@@ -19,11 +19,8 @@ from recipes import sheets
 
 TEMPLATE = "Frage: {Frage}\nAntwort: {text}"
 OWN = {"template": TEMPLATE, "text": "Antwort", "item": "Nr", "optional": ["Frage"], "swap": None}
-TABLE = [
-    ["Nr", "Frage", "Antwort", "=Notiz"],
-    ["7", "Wie?", "Schön; grün", "=1+1"],
-    ["8", "", "Ein\nBad", "-5"],
-]
+TABLE = [["Nr", "Frage", "Antwort", "=Notiz"], ["7", "Wie?", "Schön; grün", "=1+1"]]
+TABLE.append(["8", "", "Ein\nBad", "-5"])
 TABLE += [["9", "Was?", "", "-x"], ["10", "Wo?", "\u2028@ {Nr}", "@SUM(A1)"], ["11", "Ja?", "no", "-1.234,5"]]
 SAFE = ["'=Notiz", "'=1+1", "-5", "'-x", "'@SUM(A1)", "-1.234,5"]
 ADDED = ["judge_p(1)", "judge_p(2)", "judge_mode", "judge_mean", "judge_entropy", "judge_credible_set"]

@@ -176,9 +176,8 @@ def test_a_hand_made_panel():
 
 def test_no_estimate_is_beyond_its_interval():
     """The judge's part can take the share of a rare label below 0, where no bar can be drawn."""
-    e = Estimate(
-        np.array([[-0.01, 1.01]]), np.array([[[0.01, 0]], [[-0.01, 0]]]), np.full((2, 1), 2), np.array([2])
-    )
+    parts = np.array([[[0.01, 0]], [[-0.01, 0]]])
+    e = Estimate(np.array([[-0.01, 1.01]]), parts, np.full((2, 1), 2), np.array([2]))
     cell = interval(e, np.array([[1.0, 0]]), 0, 1)
     assert cell["estimate"] == cell["low"] == 0 < cell["high"] < 1
 

@@ -88,10 +88,9 @@ def measure(judge: distjudge.Judge, packs: bool) -> dict[str, Any]:
         q, log_mass = distjudge.label_logprobs(judge.model, batch, judge.tokens, with_mass=True)
         (-q[:, 0] - log_mass).sum().backward()
     judge.model.eval()
-    trained = [
-        (name, w.grad.float().clone()) for name, w in judge.model.named_parameters() if w.requires_grad
-    ]
-    return {"logq": logq, "log_mass": mass.log(), "gradients": dict(trained)}
+    trained = {name: w for name, w in judge.model.named_parameters() if w.requires_grad}
+    gradients = {name: w.grad.float().clone() for name, w in trained.items()}
+    return {"logq": logq, "log_mass": mass.log(), "gradients": gradients}
 
 
 def trained(judge: distjudge.Judge, out: Path, **settings: Any) -> dict[str, Any]:
