@@ -256,21 +256,13 @@ def test_a_model_whose_logits_we_cannot_reproduce_is_refused(tiny_model, monkeyp
         load_judge(tiny_model, YES_NO)
 
 
-def test_a_judge_from_a_model_in_memory_is_the_one_from_its_folder(tiny_model):
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    judge = distjudge.make_judge(model, tokenizer, YES_NO, lora_rank=0)
-    assert numpy.allclose(judge.predict(TEXTS), load_judge(tiny_model, YES_NO).predict(TEXTS), atol=1e-6)
-
-
-def test_an_adapter_is_saved_with_the_name_of_its_model(tiny_model, tmp_path):
+def test_a_judge_from_a_model_in_memory_is_the_one_from_its_folder_and_knows_its_name(tiny_model, tmp_path):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     judge = distjudge.make_judge(model, tokenizer, YES_NO, lora_rank=2)
+    assert numpy.allclose(judge.predict(TEXTS), load_judge(tiny_model, YES_NO).predict(TEXTS), atol=1e-6)
     distjudge.save_judge(judge, tmp_path / "run")
     assert numpy.array_equal(load_judge(tmp_path / "run").predict(TEXTS), judge.predict(TEXTS))
     judge.base = ""

@@ -347,9 +347,6 @@ def test_perturbed_targets_lie_in_the_simplex_at_their_distance():
     assert torch.allclose((moved - p).norm(dim=1), torch.full((600,), 0.2).double())
     assert len(moved.unique(dim=0)) == 600
     assert torch.equal(study.perturb(p, 0.0, torch.Generator()), p)
-
-
-def test_a_target_that_is_nowhere_is_refused():
     draw, even = torch.Generator().manual_seed(0), torch.tensor([[0.5, 0.5]]).double()
     assert (study.perturb(even, 0.7, draw) - even).norm() == pytest.approx(0.7)  # 0.707 is as far as it goes
     with pytest.raises(InputError, match=r"deltas: nothing is 0.75 away"):
