@@ -322,19 +322,9 @@ def test_coverage_of_the_intervals_and_size_of_the_test(runs, item_sd, run_sd, g
         assert share([bootstrap(one, draws=300) for one in sample]) < covered - 0.1
 
 
-def test_seeds_that_differ_widen_the_interval_and_pairing_narrows_it():
-    draw = torch.Generator().manual_seed(0)
-    base = torch.randn(5, 200, generator=draw, dtype=torch.float64)
-    alike, apart = base[:1].expand(5, -1), base[:1] + torch.linspace(-0.5, 0.5, 5)[:, None]
-    width = lambda f: f["high"] - f["low"]  # noqa: E731
-    assert width(bootstrap(apart)) > 3 * width(bootstrap(alike))
-    gap = bootstrap(base + 0.1, base)
-    assert gap["mean"] == pytest.approx(0.1) and width(gap) < 1e-9 and gap["p"] < 0.01
-    assert width(bootstrap(base)) > 0.1
-    assert bootstrap(base, base)["p"] == 1
-
-
-def test_bootstrap_without_two_groups_or_with_other_shapes():
+def test_bootstrap_of_what_is_alike_without_two_groups_or_with_other_shapes():
+    base = torch.rand(5, 200, generator=torch.Generator().manual_seed(0)).double()
+    assert bootstrap(base, base)["p"] == 1 and bootstrap(base + 0.1, base)["p"] < 0.01
     one = torch.ones(2, 3)
     assert bootstrap(one, groups=["a", "a", "a"]) == {"mean": 1.0, "low": None, "high": None, "p": None}
     assert bootstrap(one, groups=[None, "a", "a"])["low"] == 1.0
