@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,14 @@ import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 DATA = Path(os.environ.get("DISTJUDGE_DATA") or ROOT.parent / "shared" / "data")
+
+
+def call(script, *arguments, code=0, **options):
+    """Runs a script of the kit in a process of its own; its exit code must be this."""
+    command = [sys.executable, ROOT / script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
 
 
 def write_rows(path, rows):

@@ -22,6 +22,7 @@ from distjudge import InputError
 import api
 import pytest
 import torch
+from conftest import call
 
 from plots import figures
 
@@ -606,12 +607,6 @@ def trained(tokenizers_dir, tmp_path_factory):
     return run
 
 
-def call(script, *arguments):
-    command = [sys.executable, ROOT / "recipes" / script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @contextlib.contextmanager
 def serving(command, ready, folder, **environment):
     """The URL of a server that listens on the port put behind its command, once `ready` answers."""
@@ -643,7 +638,7 @@ def served(request, tmp_path_factory):
     if not Path(venv, "bin", "vllm").is_file():
         pytest.skip("needs a virtual environment with vLLM: tests/vllm_cpu.sh DIR, then DISTJUDGE_VLLM=DIR")
     run = request.getfixturevalue("trained")
-    call("export.py", "--run", run, "--export", "merged")
+    call("recipes/export.py", "--run", run, "--export", "merged")
     options = "--served-model-name judge --dtype float32 --enforce-eager --max-model-len 512".split()
     command = [f"{venv}/bin/vllm", "serve", run / "merged", *options, "--max-logprobs", "20"]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -655,7 +650,7 @@ def judged(url, tmp_path, rows, *arguments):
     """Probabilities and label masses that recipes/api.py reads from a server."""
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = ["--items", tmp_path / "items.jsonl", "--out", tmp_path / "api"]
-    call("api.py", *files, "--model", "judge", "--base_url", url, *arguments)
+    call("recipes/api.py", *files, "--model", "judge", "--base_url", url, *arguments)
     q = [json.loads(line) for line in (tmp_path / "api" / "predictions.jsonl").read_text().splitlines()]
     predicted = torch.tensor([list(row["predicted"].values()) for row in q])
     return predicted, torch.tensor([row["label_mass"] for row in q])
@@ -699,7 +694,7 @@ def test_chat_answers_of_llama_cpp_are_our_judges(llama_cpp_clone, trained, tmp_
     """A GGUF file under llama-cpp-python's server, rendered with its own template."""
     pytest.importorskip("starlette_context", reason="needs pip install llama-cpp-python[server]")
     made = ["--export", "gguf", "--llama_cpp", llama_cpp_clone, "--quantization", "f32"]
-    call("export.py", "--run", trained, *made)
+    call("recipes/export.py", "--run", trained, *made)
     logq, mass = distjudge.load_judge(trained).score([row["prompt"] for row in items(20)])
     options = "--model_alias judge --n_ctx 512 --logits_all true --model".split()
     command = [sys.executable, "-m", "llama_cpp.server", *options, trained / "gguf" / "model.F32.gguf"]

@@ -12,7 +12,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -24,9 +23,8 @@ import common
 import prepare
 import pytest
 import tiny
-from conftest import change_json, change_weights
+from conftest import call, change_json, change_weights
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {  # a command, and the flags before those of a case, which win
     "train": (distjudge.run, Config, "--train x.jsonl --model m --out o"),
     "own": (prepare.main, prepare.PrepareConfig, "own --raw t.csv --out o --split none --text text"),
@@ -464,7 +462,6 @@ def test_as_a_user_sees_it(tmp_path, tiny_model, saved_run, given, words):
     write(shutil.copytree(saved_run, tmp_path / "run") / "tokenizer" / TEMPLATE, TURNS)
     before = sorted(tmp_path.rglob("*"))
     script, *flags = given.split()
-    command = [sys.executable, ROOT / script, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: " + words), done.stderr
-    assert done.stderr.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+    said = call(script, *flags, code=2, cwd=tmp_path).stderr
+    assert said.startswith("error: " + words), said
+    assert said.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before

@@ -3,8 +3,6 @@
 import gzip
 import hashlib
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import prepare
 import pyarrow.parquet
 import pytest
 import tyro
+from conftest import call
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,11 +74,10 @@ def nli_row(number, votes, premise="A man eats.", hypothesis="A man sleeps.", **
 
 
 def test_the_command_line(tmp_path):
-    arguments = [sys.executable, ROOT / "data" / "prepare.py", "snli", "--out", "o", "--raw"]
+    given = ["data/prepare.py", "snli", "--out", "o", "--raw"]
     rows = [nli_row(1, ["neutral"] * 5), nli_row(2, ["neutral", "entailment"], premise="Rain.")]
     write(tmp_path / "x.jsonl", rows)
-    done = subprocess.run([*arguments, "x.jsonl"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = call(*given, "x.jsonl", cwd=tmp_path)
     said = """read: 2 rows, 7 votes, 2 rows without a gold label
 left out: nothing
 kept: 7 votes on 2 items, 2 to 5 an item; 1 train, 1 test
@@ -90,8 +88,8 @@ next:
   python plots/data.py o/train.jsonl
   python recipes/smollm.py --train o/train.jsonl --test o/test.jsonl --out runs/o --spellings entailment="""
     assert done.stdout.startswith(said)
-    done = subprocess.run([*arguments, "gone.jsonl"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == "error: gone.jsonl: no such file\n"
+    done = call(*given, "gone.jsonl", code=2, cwd=tmp_path)
+    assert done.stderr == "error: gone.jsonl: no such file\n"
 
 
 # --- EmoBank ----------------------------------------------------------------------------------------------

@@ -1,18 +1,15 @@
 """recipes/probe.py: what it measures, on judges whose behaviour is known, and its command line."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import distjudge
 
 import probe as probe_recipe
 import pytest
 import torch
+from conftest import call
 from probe import CHANGES, CLAIMS, changed, compare, probe
 
-PROBE = Path(__file__).resolve().parents[1] / "recipes" / "probe.py"
 CONTROL = "nothing (a control: the noise of computing twice)"
 
 
@@ -61,9 +58,8 @@ def test_the_command(saved_run, tmp_path):
     rows = [{"prompt": f"soup {i}", "swap": swap | {"prompt": f"{i} soup"}} for i in range(3)]
     rows = [row | {"counts": {"yes": 1, "no": 2}} for row in (*rows, {"prompt": "word " * 400})]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, PROBE, "--run", saved_run, "--items", "items.jsonl", "--out", "probed"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    given = ["--run", saved_run, "--items", "items.jsonl", "--out", "probed"]
+    done = call(probe_recipe.__file__, *given, cwd=tmp_path)
     found = json.loads((tmp_path / "probed" / "probe.json").read_text())
     assert found["items"] == 3 and "left out 1 of 4 items" in done.stdout
     assert found["probes"][CONTROL]["moved"] < 1e-6 < found["probes"]["longer: five of them"]["moved"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import call
 
 ROOT = Path(__file__).resolve().parents[1]
-LABELS = ["1", "2", "3"]
 
 HEAD = """
 import json, os, signal, sys
@@ -159,10 +159,8 @@ def test_a_run_of_two_processes_writes_one_folder(launch, tmp_path):
 def test_scaling_is_measured(tmp_path):
     """Every count of processes took the same items once, in the same steps; nothing is said of how fast."""
     flags = f"--number 60 --batch_size 16 --hidden 16 --layers 1 --repeats 1 --out {tmp_path / 's'}"
-    command = [sys.executable, str(ROOT / "recipes" / "scaling.py"), *flags.split()]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=one_thread)
-    assert done.returncode == 0, done.stderr[-3000:]
+    call("recipes/scaling.py", *flags.split(), timeout=900, env=one_thread)
     found = json.loads((tmp_path / "s" / "scaling.json").read_text())
     training = found["runs"]["training, torchrun"]
     assert [len(training[n]) for n in ("1", "2")] == [1, 1]

@@ -3,14 +3,13 @@
 import functools
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import distjudge
 
 import pytest
 import torch
+from conftest import call
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["1", "2", "3"]
@@ -89,9 +88,7 @@ def test_your_own_votes_as_the_readme_has_them(tmp_path):
     (tmp_path / "votes.csv").write_text(table)
     (tmp_path / "prompt.txt").write_text(prompt)
     (command,) = re.findall(r"^python data/prepare.py own .*$", text, re.MULTILINE)
-    words = [sys.executable, str(ROOT / "data" / "prepare.py"), *command.split()[2:]]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    call("data/prepare.py", *command.split()[2:], cwd=tmp_path)
     rows = [json.loads(line) for path in (tmp_path / "votes/own").glob("*.jsonl") for line in path.open()]
     lines = {"Answer: Boil it for five minutes.", "Answer: It depends on the pot."}
     assert {row["prompt"].splitlines()[-1] for row in rows} == lines

@@ -3,10 +3,9 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import write_rows
@@ -19,9 +18,7 @@ NLI = "Does the premise entail the hypothesis? Answer entailment, neutral or con
 
 def call(script, *arguments, code=0):
     """A command line; returns what it printed, stderr last."""
-    command = [sys.executable, str(ROOT / "recipes" / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+    done = conftest.call(f"recipes/{script}", *arguments, code=code)
     assert not re.search("kernels|Ignoring|Traceback", done.stdout + done.stderr)  # nothing looks broken
     return done.stdout + done.stderr
 

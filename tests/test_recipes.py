@@ -16,15 +16,11 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from conftest import call
 
 from plots import figures
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def command(script, *arguments, cwd):
-    parts = [sys.executable, ROOT / script, *map(str, arguments)]
-    return subprocess.run(parts, capture_output=True, text=True, cwd=cwd, timeout=280)
 
 
 def test_the_embedded_sample_is_what_its_generator_writes():
@@ -39,8 +35,7 @@ def test_tiny_trains_four_ways_and_draws_its_figures(tmp_path):
     lines = Path(tiny.SAMPLE).read_text().splitlines(keepends=True)
     (tmp_path / "some.jsonl").write_text("".join(lines[:400] + lines[1200:1280]))
     settings = "--train some.jsonl --out out --epochs 6 --hidden 32 --layers 1 --seeds 2"
-    done, out = command("recipes/tiny.py", *settings.split(), cwd=tmp_path), tmp_path / "out"
-    assert done.returncode == 0, done.stderr
+    done, out = call("recipes/tiny.py", *settings.split(), cwd=tmp_path), tmp_path / "out"
     table = json.loads((out / "table.json").read_text())
     methods = ["marginal", "untrained", "single_point", "no_adversary", "full", "teacher", "noise_floor"]
     assert [(row["method"], row["seed"]) for row in table] == [(m, s) for m in methods for s in (0, 1)]
@@ -67,8 +62,7 @@ def test_tiny_on_words_as_labels_without_truth(tmp_path):
     rows = [{"prompt": f"{i}: {['no', 'yes'][i % 2]} it is", "counts": n} for i, n in enumerate(counts)]
     distjudge.write_lines(tmp_path / "v.jsonl", map(json.dumps, rows))
     settings = "--train v.jsonl --out o --epochs 1 --hidden 16"
-    done = command("recipes/tiny.py", *settings.split(), cwd=tmp_path)
-    assert done.returncode == 0 and "8 to test on" in done.stdout, done.stderr
+    assert "8 to test on" in call("recipes/tiny.py", *settings.split(), cwd=tmp_path).stdout
     table = {row["method"]: row for row in json.loads((tmp_path / "o" / "table.json").read_text())}
     assert all(row["kl_truth"] is None for row in table.values()) and table["noise_floor"]["kl_votes"] > 0
 
@@ -171,13 +165,12 @@ def test_one_figure_compares_several_runs(tmp_path):
     (tmp_path / "b" / "config.json").unlink()
     drawn = {"a b --format pdf": "plots/compare.p??", "b --show kl bars": "b/plots/*"}
     for arguments, files in drawn.items():
-        done = command("plots/figures.py", *arguments.split(), cwd=tmp_path)
-        assert done.returncode == 0 and len(list(tmp_path.glob(files))) == 2, done.stderr
+        call("plots/figures.py", *arguments.split(), cwd=tmp_path)
+        assert len(list(tmp_path.glob(files))) == 2
     for runs, show, words in (("aa", (), "each named once"), ("ab", ("kl",), "show: is for one run")):
         with pytest.raises(InputError, match=words):
             figures.main(figures.FiguresConfig(tuple(runs), show=show or figures.FiguresConfig.show))
-    done = command("plots/figures.py", "plots", cwd=tmp_path)
-    assert done.returncode == 2 and "no run folder" in done.stderr
+    assert "no run folder" in call("plots/figures.py", "plots", code=2, cwd=tmp_path).stderr
     for other in (rows[:3], [rows[0] | {"counts": {"x": 5, "y": 0}}, *rows[1:]]):
         distjudge.write_lines(tmp_path / "b" / "predictions.jsonl", map(json.dumps, other))
         words = "b: its items, in their order, labels or votes are not those of a"
@@ -188,8 +181,7 @@ def test_one_figure_compares_several_runs(tmp_path):
 @pytest.mark.slow
 def test_bench_runs_every_part(tmp_path):
     settings = "--out b --backbone toy --tasks sample --batch_size 4 --stock_rows 2 4 --repeats 1"
-    done = command("recipes/bench.py", *settings.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    call("recipes/bench.py", *settings.split(), cwd=tmp_path)
     found = json.loads((tmp_path / "b" / "bench.json").read_text())
     trained, judged = found["train"][0], found["judge"][0]
     assert set(trained["seconds_a_step"]) >= {"ours", "ours without packs", "stock SFTTrainer"}

@@ -3,8 +3,6 @@
 import collections
 import itertools
 import json
-import subprocess
-import sys
 
 import distjudge
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import systems
+from conftest import call
 from systems import METHODS, Estimate, Panel, SystemsConfig, compare, estimate, holm, interval, win
 
 SCALE = np.arange(1.0, 6)[:, None]
@@ -218,9 +217,7 @@ def test_the_command(tmp_path):
     items, judged = rows_of(panel)
     write(tmp_path, items=items, judged=judged[::-1])  # matched by id, whatever the order
     given = "--items items.jsonl --predictions judged.jsonl --out out".split()
-    command = [sys.executable, systems.__file__, *given]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = call(systems.__file__, *given, cwd=tmp_path)
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     expected = compare(panel)
     assert table["pairs"][0]["win"]["ppi"] == pytest.approx(expected["pairs"][0]["win"]["ppi"])

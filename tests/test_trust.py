@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import distjudge
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import trust
-from conftest import write_rows
+from conftest import call, write_rows
 from trust import TrustConfig, excess, left_out, measure, slices, slices_of
 
 
@@ -166,9 +164,7 @@ def test_the_command_on_a_closed_models_file(tmp_path):
     write_rows(tmp_path / "items.jsonl", items)
     write_rows(tmp_path / "gpt" / "predictions.jsonl", judged[:0:-1][:-1] + judged[:1])
     given = ["--predictions", "gpt", "--items", "items.jsonl", "--by", "source", "--out", "out"]
-    command = [sys.executable, trust.__file__, *given]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = call(trust.__file__, *given, cwd=tmp_path)
     assert (tmp_path / "out" / "trust.txt").read_text() == done.stdout
     assert (tmp_path / "out" / "trust.png").stat().st_size > 10_000
     found = json.loads((tmp_path / "out" / "trust.json").read_text())
