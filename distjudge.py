@@ -1821,7 +1821,6 @@ def save_judge(judge: Judge, folder: str | os.PathLike) -> None:
         remedy = "set judge.base to its folder or hub id"
         raise InputError(f"{folder}: base: an adapter needs its model; {remedy}")
     check_out(folder, *RUN_FILES)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("judge.json", "config.json", "metrics.json", "predictions.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for part in ("tokenizer", "adapter", "model"):
@@ -2867,7 +2866,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes to a temporary name and renames, so that a file is whole or not there."""
+    """Writes to a temporary name and renames, so that a file is whole or not there; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -3051,7 +3051,6 @@ def write_results(
     """Judges the items, writes predictions.jsonl, metrics.json and config.json, and returns the metrics."""
     folder, rows = Path(folder), []
     check_out(folder, *RUN_FILES)
-    folder.mkdir(parents=True, exist_ok=True)
     # how a table became prompts goes along
     card = Path(config.train[0]).with_name("card.json") if config.train else folder / "card.json"
     own = parse_json(card.read_bytes())[0].get("own") if card.is_file() else None

@@ -533,7 +533,6 @@ def main(config: PrepareConfig) -> None:
         raise InputError(f"{config.raw[0]}: no item is left of {number} rows: {told(dropped)}")
     kept = [rows[item.id] for item in items]
     splits = split_rows(kept, items, how, config.seed, dropped)
-    out.mkdir(parents=True, exist_ok=True)
     for name in {"train", "valid", "test", "items"} - set(splits):  # of an earlier run with another split
         (out / f"{name}.jsonl").unlink(missing_ok=True)
     for name, part in splits.items():

@@ -197,7 +197,6 @@ def main(config: DataConfig) -> None:
     lines = [" ".join(short(file, 200) for file in config.files), *describe(data)]
     print("\n".join(lines))
     out, name = Path(config.out or first.parent / "plots"), first.name.split(".jsonl")[0]
-    out.mkdir(parents=True, exist_ok=True)
     distjudge.write_lines(out / f"{name}.txt", lines)
     save(draw(data), out / f"{name}.png")
     print(f"\nwrote {short(out / f'{name}.png', 200)} and {short(name)}.txt")

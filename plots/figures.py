@@ -320,9 +320,10 @@ FIGURES = USUAL | {"simplex": draw_simplex, "curves": draw_curves}
 
 
 def save(figure: plt.Figure, path: Path, title: str = "", formats: Iterable[str] = ()) -> list[Path]:
-    """Writes path.png, and path.FORMAT for each other format, under a title; closes the figure."""
+    """Writes path.png and each other path.FORMAT, under a title, in a folder it makes; closes the figure."""
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    path.parent.mkdir(parents=True, exist_ok=True)
     paths = [path.with_suffix(f".{kind}") for kind in dict.fromkeys(["png", *formats])]
     for one in paths:
         figure.savefig(one)
@@ -335,14 +336,12 @@ def draw_all(
 ) -> list[Path]:
     """Draws the named figures of a run folder into `out`, by default its plots/; returns the files' paths."""
     run, out = load_run(folder), Path(out or Path(folder) / "plots")
-    out.mkdir(parents=True, exist_ok=True)
     return [path for name in names for path in save(FIGURES[name](run), out / name, run.title, formats)]
 
 
 def compare(runs: dict[str, str | Path], out: str | Path, formats: Iterable[str] = ()) -> Path:
     """Draws run folders, {name: folder}, in one figure; returns its path, compare.png in the folder `out`."""
     loaded = {name: load_run(folder) for name, folder in runs.items()}
-    Path(out).mkdir(parents=True, exist_ok=True)
     title = dataclasses.replace(next(iter(loaded.values())), name=f"{len(runs)} judges").title
     return save(draw_compare(loaded), Path(out) / "compare", title, formats)[0]
 

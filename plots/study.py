@@ -201,7 +201,6 @@ def title_of(rows: pd.DataFrame) -> str:
 def draw(table: str | Path, out: str | Path | None = None) -> Path:
     """Draws a study's CSV file, as a PNG file beside it or in the folder `out`; returns its path."""
     rows, path = read_table(table), Path(out or Path(table).parent) / f"{Path(table).stem}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     return save(DRAW[rows["study"][0]](rows), path, title_of(rows))[0]
 
 
@@ -215,7 +214,6 @@ def write_latex(table: str | Path, out: str | Path | None = None) -> Path:
         names, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *body))
         tables.append(pd.DataFrame(cells, columns=names).to_latex(index=False, escape=True))
     path = Path(out or source.parent) / f"{source.stem}.tex"
-    path.parent.mkdir(parents=True, exist_ok=True)
     distjudge.write_lines(path, ["\n".join(tables).replace("–", "--").replace("∞", "$\\infty$")])
     return path
 

@@ -289,7 +289,6 @@ def main(config: CalibrateConfig) -> None:
         from plots import figures
 
         out = Path(config.out or run / "plots")
-        out.mkdir(parents=True, exist_ok=True)
         shown = table.filter(like="squared error,").set_axis(KEPT)
         ax = shown.plot(figsize=(5.5, 3.4), style=["o-", "s--"], xlim=(102, 48))
         ax.set_ylim(bottom=min(0, shown.min(axis=None)))

@@ -132,7 +132,6 @@ def main(config: ProbeConfig) -> None:
         raise InputError(f"{config.items}: no item has room for a probe within max_length {judge.max_length}")
     found = probe(judge, short)
     out = Path(config.out or (saved.with_name("probe") if saved.is_file() else "runs/probe"))
-    out.mkdir(parents=True, exist_ok=True)
     about = {"run": config.run, "items": len(short), "seed": config.seed, "labels": judge.labels}
     distjudge.write_json(out / "probe.json", about | {"versions": distjudge.versions(), "probes": found})
     lines = [f"| probe | {' | '.join(COLUMNS).replace('_', ' ')} |", "| --- " * 6 + "|"]

@@ -325,7 +325,6 @@ class Workshop:
         if held:
             fitted["temperature"] = fit_temperature(distjudge.judge_items(judge, held)[0], counts_of(held))
             q = (q.log() / fitted["temperature"]).softmax(1)
-        folder.mkdir(parents=True, exist_ok=True)
         rows = [{"id": item.id, "predicted": row} for item, row in zip(test, q.tolist(), strict=True)]
         distjudge.write_lines(folder / "predictions.jsonl", map(json.dumps, rows))
         about = {"method": cell.method, "settings": self.folder(cell)[1], "items": len(items), "mean": mean}
@@ -504,7 +503,6 @@ class Table:
     def write(self, lines: list[str]) -> None:
         """Writes the .csv, .md and .png of the study, and prints the .md."""
         config, out, name = self.config, self.shop.out, str(self.shop.out / self.config.study)
-        out.mkdir(parents=True, exist_ok=True)
         text = self.frame().to_csv(index=False, float_format="%.6g", lineterminator="\n")
         distjudge.write_lines(Path(f"{name}.csv"), [text.rstrip("\n")])
         told = {"study", "train", "test", "out"}
