@@ -4,11 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 ABSENT = ["tyro", "matplotlib", "datasets", "trl", "unsloth", "bitsandbytes", "scipy", "pandas"]
 SCRIPT = """
 import sys

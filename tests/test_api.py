@@ -22,12 +22,11 @@ from distjudge import InputError
 import api
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, call
 
 from plots import figures
 
 KEY = "sk-secret-4711"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class FakeEndpoint:

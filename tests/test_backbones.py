@@ -21,9 +21,8 @@ import common
 import pytest
 import torch
 import transformers
-from conftest import write_rows
+from conftest import ROOT, write_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = """
 qwen7b    Qwen2   7.62  qwen2.5    152064 3584 18944 28 28  4  32768
 llama8b   Llama   8.03  llama3_1   128256 4096 14336 32 32  8 131072

@@ -5,14 +5,13 @@ import re
 import shutil
 import subprocess
 from importlib.metadata import version
-from pathlib import Path
 
 import pandas
 import pytest
+from conftest import ROOT
 from packaging.requirements import Requirement
 
 nbformat = pytest.importorskip("nbformat")
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.ipynb"))}
 BRING_TORCH = {"unsloth", "unsloth_zoo", "bitsandbytes", "peft", "trl", "accelerate", "cut_cross_entropy"}
 BRING_TORCH |= {"xformers", "torchao", "diffusers", "torch", "torchvision"}

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import zipfile
-from pathlib import Path
 
 import distjudge
 from distjudge import InputError
@@ -13,9 +12,7 @@ import prepare
 import pyarrow.parquet
 import pytest
 import tyro
-from conftest import call
-
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import ROOT, call
 
 
 def run(*arguments):

@@ -6,13 +6,10 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import call
-
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import ROOT, call
 
 HEAD = """
 import json, os, signal, sys

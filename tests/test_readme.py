@@ -3,15 +3,13 @@
 import functools
 import json
 import re
-from pathlib import Path
 
 import distjudge
 
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, call
 
-ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["1", "2", "3"]
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import write_rows
+from conftest import ROOT, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 NLI = "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.\n\nPremise: {}"
 

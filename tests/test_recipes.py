@@ -16,11 +16,9 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from conftest import call
+from conftest import ROOT, call
 
 from plots import figures
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_embedded_sample_is_what_its_generator_writes():

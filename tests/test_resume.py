@@ -11,15 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import distjudge
 from distjudge import Config, InputError, load_judge, train
 
 import pytest
 import torch
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 TEACHER = distjudge.PRESETS["teacher"]
 
 

@@ -18,9 +18,8 @@ from distjudge import Config, InputError, load_judge, run, train
 import numpy
 import pytest
 import torch
-from conftest import write_rows
+from conftest import ROOT, write_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 LABELS = ["1", "2", "3"]
 
 

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import distjudge
 
 import pytest
 import torch
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS = ("distjudge.py", "tests/gpu/report.py")
 ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 CHECKS = """
