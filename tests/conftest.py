@@ -19,6 +19,8 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"num_key_value_heads": 1, "max_position_embeddings": 512}
 DATA = Path(os.environ.get("DISTJUDGE_DATA") or ROOT.parent / "shared" / "data")
 
 
@@ -95,11 +97,9 @@ def qwen2(tiny_tokenizer):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     def make(**changes):
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        sizes |= {"num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.1}
-        more = {"vocab_size": len(tiny_tokenizer), "tie_word_embeddings": False}
+        more = {"vocab_size": len(tiny_tokenizer), "tie_word_embeddings": False, "initializer_range": 0.1}
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(Qwen2Config(**(sizes | more | changes)))
+        return Qwen2ForCausalLM(Qwen2Config(**(SIZES | more | changes)))
 
     return make
 
@@ -131,13 +131,12 @@ def architecture(request, tmp_path_factory, tiny_tokenizer):
     """The folder of a small model of each kind, with weights large enough for opinions."""
     import transformers
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    more = {"num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.2}
     ids = {"vocab_size": len(tiny_tokenizer), "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 3}
+    ids |= {"initializer_range": 0.2}
     kind = getattr(transformers, f"{request.param}Config")
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp(request.param)
-    config = kind(**sizes, **more, **ids, **ARCHITECTURES[request.param])
+    config = kind(**SIZES, **ids, **ARCHITECTURES[request.param])
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder

@@ -21,7 +21,7 @@ import common
 import pytest
 import torch
 import transformers
-from conftest import ROOT, write_rows
+from conftest import ROOT, SIZES, write_rows
 
 PUBLISHED = """
 qwen7b    Qwen2   7.62  qwen2.5    152064 3584 18944 28 28  4  32768
@@ -46,9 +46,7 @@ TOKENIZERS = {  # made of which, its own tokens; its template has the same name
     "llama3_1": ("cl100k", "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>"),
     "gemma3": ("qwen2.5", "<bos> <start_of_turn> <end_of_turn>"),
 }
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-SMALL |= dict(num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.1, pad_token_id=0)
-SMALL |= dict(bos_token_id=None, eos_token_id=3)
+SMALL = SIZES | dict(initializer_range=0.1, pad_token_id=0, bos_token_id=None, eos_token_id=3)
 
 
 def fast(*names):

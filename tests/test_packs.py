@@ -11,6 +11,7 @@ from distjudge import Config, build_pack, label_logprobs, load_judge, pack_promp
 
 import pytest
 import torch
+from conftest import SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -218,9 +219,6 @@ def test_eager_and_flex_attention_agree_with_sdpa(tiny_model):
         assert (judge.score(STRUCTURES["nested"])[0] - expected).abs().max() < 1e-5
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
 def save_random(folder, tokenizer, name, **changes):
     import transformers
 
@@ -254,7 +252,7 @@ def test_what_cannot_be_packed_is_run_in_rows_and_says_so(tmp_path, tiny_tokeniz
 
 def test_the_check_sees_a_mask_wrong_beyond_the_window(tmp_path, tiny_tokenizer, monkeypatch, caplog):
     """The window by rows of the pack instead of by positions: the same until a pack is longer than it."""
-    folder = save_random(tmp_path, tiny_tokenizer, "Mistral", num_key_value_heads=1, sliding_window=100)
+    folder = save_random(tmp_path, tiny_tokenizer, "Mistral", sliding_window=100)
     assert load_judge(folder, ["yes", "no"], lora_rank=0).packs
     plain = distjudge.tree_mask
 
