@@ -181,3 +181,17 @@ def items_file(votes, tmp_path):
         return votes(n), write_rows(tmp_path / "items.jsonl", rows)
 
     return make
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """Runs a command line that ends by itself, in this process: its exit code and what stands on stderr."""
+    import distjudge
+
+    def run(main, config, *flags, **options):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])
+        with pytest.raises(SystemExit) as caught:
+            distjudge.cli(main, config, **options)
+        return caught.value.code, capsys.readouterr().err
+
+    return run

@@ -15,6 +15,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import distjudge
 from distjudge import Config, InputError, load_items, load_judge
@@ -49,7 +50,7 @@ def write(path, content):
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
+def refused(tmp_path, monkeypatch, ended):
     """Runs a command in tmp_path and checks the one line it ends with; nothing may change on the disk."""
     import transformers
 
@@ -62,12 +63,9 @@ def refused(tmp_path, monkeypatch, capsys):
 
     def run(words, command, *flags):
         main, config, first = COMMANDS[command]
-        monkeypatch.setattr(sys, "argv", ["command", *first.split(), *flags])
         before = listing()
-        with pytest.raises(SystemExit) as caught:
-            distjudge.cli(main, config)
-        said = capsys.readouterr().err
-        assert caught.value.code == 2 and said.endswith("\n") and said.count("\n") == 1, said
+        code, said = ended(main, config, *first.split(), *flags)
+        assert code == 2 and said.endswith("\n") and said.count("\n") == 1, said
         assert listing() == before, "something was written"
         beginning, *more = re.split(r" *\.\.\. *", words)
         assert said.startswith("error: " + beginning) and all(part in said for part in more), said
@@ -412,18 +410,12 @@ def test_attention_that_a_folder_names_is_not_taken(tmp_path, tiny_model):
         assert judges[0].model.config._attn_implementation == judges[1].model.config._attn_implementation
 
 
-def test_what_a_file_brings_cannot_steer_a_terminal(tiny_model, capsys, monkeypatch):
+def test_what_a_file_brings_cannot_steer_a_terminal(tiny_model, ended):
     marks = "\x1b[31m \u200f \u202e \u2066 \x9b \u061c"
     judge = load_judge(tiny_model, ["yes" + marks, "no"])
     said = common.reading(judge.tokens, judge.tokenizer)
-
-    def main(config):
-        raise InputError(f"{marks}: no such file\nand more")
-
-    monkeypatch.setattr(sys, "argv", ["command"])
-    with pytest.raises(SystemExit):
-        distjudge.cli(main, dataclasses.make_dataclass("Nothing", []))
-    said += capsys.readouterr().err
+    error = InputError(f"{marks}: no such file\nand more")
+    said += ended(Mock(side_effect=error), dataclasses.make_dataclass("Nothing", []))[1]
     odd = set(marks.replace("[31m", "").replace(" ", ""))
     assert not set(said) & odd and "no such file\nand more" in said
 

@@ -35,12 +35,7 @@ def do(folder, form="none", **settings):
     return export.read(folder / form.removesuffix("-unchecked") / "export.json")
 
 
-def say(monkeypatch, capsys, *flags):
-    """The command line, in this process: exit code and what it printed as errors."""
-    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stopped:
-        distjudge.cli(export.main, export.ExportConfig, failures=(export.ExportError,))
-    return stopped.value.code, capsys.readouterr().err
+COMMAND, FAILURES = (export.main, export.ExportConfig), (export.ExportError,)
 
 
 def save_tuned(base, folder, labels=("1", "2", "3"), **options):
@@ -124,10 +119,10 @@ def test_16_bits_are_allowed_their_rounding_and_no_more(copy, tiny_model, tmp_pa
     assert stored["compared_items"] == len(export.PROBES) and sizes[1] < 1.1 * sizes[0]
 
 
-def test_a_merge_that_loses_the_adapter_is_deleted(copy, monkeypatch, capsys):
+def test_a_merge_that_loses_the_adapter_is_deleted(copy, monkeypatch, ended):
     """Exit code 1, one line, no folder, and a card that speaks of no export."""
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
-    code, said = say(monkeypatch, capsys, "--run", copy, "--export", "merged")
+    code, said = ended(*COMMAND, "--run", copy, "--export", "merged", failures=FAILURES)
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(lines) == 1
     assert f"{TO_BASE}: {LARGEST} 0." in lines[0] and "0.0001 is allowed" in lines[0]
@@ -185,13 +180,13 @@ CANNOT = {
 
 
 @pytest.mark.parametrize(("flags", "words"), CANNOT.items())
-def test_what_cannot_be_done_is_said_at_once(flags, words, copy, monkeypatch, capsys):
+def test_what_cannot_be_done_is_said_at_once(flags, words, copy, monkeypatch, ended):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(export, "load_judge", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     before = sorted(copy.rglob("*"))
-    code, said = say(monkeypatch, capsys, "--run", copy, *flags.format(run=copy).split())
+    code, said = ended(*COMMAND, "--run", copy, *flags.format(run=copy).split(), failures=FAILURES)
     assert code == 2 and words in " ".join(said.split()) and sorted(copy.rglob("*")) == before
 
 

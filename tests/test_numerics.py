@@ -7,7 +7,6 @@ is only drawn where p is zero. Everywhere else nothing may be NaN or infinite. T
 
 import json
 import math
-import sys
 
 import distjudge
 from distjudge import ce_loss, hybrid_loss, kl_loss, project_ball, project_simplex, rps_loss, worst_case
@@ -309,24 +308,11 @@ def test_a_judgment_depends_on_its_item_alone(tiny_model, labels, dtype):
 DIVERGE = "--learning_rate 1e30 --schedule constant --save_every 1 --batch_size 4".split()
 
 
-@pytest.fixture
-def run_command(tiny_model, items_file, tmp_path, monkeypatch, capsys):
-    """A run on 24 items, in this process: exit code, the last line on stderr, the arguments."""
-    files = {"--train": items_file(24)[1], "--model": tiny_model, "--out": tmp_path / "run"}
-
-    def run(*more):
-        arguments = [str(x) for pair in files.items() for x in pair] + [*more]
-        monkeypatch.setattr(sys, "argv", ["run", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            distjudge.cli(distjudge.run, distjudge.Config)
-        return stopped.value.code, capsys.readouterr().err.strip().splitlines()[-1], arguments
-
-    return run
-
-
 @pytest.mark.parametrize("lora_rank", ["0", "4"])
-def test_a_learning_rate_without_measure_ends_in_one_line(run_command, tmp_path, lora_rank):
-    code, line, _ = run_command("--lora_rank", lora_rank, *DIVERGE)
+def test_a_learning_rate_without_measure_ends_in_one_line(ended, tiny_model, items_file, tmp_path, lora_rank):
+    flags = ["--train", items_file(24)[1], "--model", tiny_model, "--out", tmp_path / "run", *DIVERGE]
+    code, said = ended(distjudge.run, distjudge.Config, "--lora_rank", lora_rank, *flags)
+    line = said.strip().splitlines()[-1]
     assert code == 1 and line.startswith("error: the ") and " not finite " in line and ", for item" in line
     assert line.endswith("; last good checkpoint: none")  # the first step's weights are in none that counts
     assert not (tmp_path / "run" / "judge.json").exists() and not (tmp_path / "run" / "metrics.json").exists()

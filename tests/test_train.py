@@ -437,14 +437,8 @@ ENDS.append((torch.OutOfMemoryError("one prompt is too long"), 1, "error: one pr
 
 
 @pytest.mark.parametrize(("error", "code", "said"), ENDS)
-def test_a_signal_and_too_little_memory_are_one_line_and_an_exit_code(monkeypatch, capsys, error, code, said):
-    def main(config):
-        raise error
-
-    monkeypatch.setattr(sys, "argv", ["script"])
-    with pytest.raises(SystemExit) as ended:
-        distjudge.cli(main, dataclasses.make_dataclass("Nothing", []))
-    assert ended.value.code == code and capsys.readouterr().err == said
+def test_a_signal_and_too_little_memory_are_one_line_and_an_exit_code(ended, error, code, said):
+    assert ended(Mock(side_effect=error), dataclasses.make_dataclass("Nothing", [])) == (code, said)
 
 
 def test_a_link_is_not_followed(tmp_path):
