@@ -2,14 +2,12 @@
 
 import math
 
-from distjudge import kl_loss, project_ball, project_simplex, worst_case
+from distjudge import project_ball, project_simplex, worst_case
 
 import cvxpy
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 T = torch.tensor
 
@@ -109,23 +107,6 @@ def test_a_projection_is_exact_where_coordinates_reach_zero_one_by_one():
             within = (project_simplex(p + t * (y - p)) - p).norm() <= eps
             low, high = (t, high) if within else (low, t)
         assert (project_ball(y, p, eps) - project_simplex(p + low * (y - p))).abs().max() < 1e-9
-
-
-kinds, radii = st.sampled_from(["dense", "sparse", "one-hot", "uniform"]), st.floats(0, 1.5)
-steps, sizes, scales = st.integers(0, 8), st.sampled_from([0.01, 0.05, 1.0]), st.sampled_from([1.0, 20, 300])
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.integers(2, 8), st.integers(0, 10**6), kinds, radii, steps, sizes, scales)
-def test_the_adversary_stays_near_and_never_lowers_the_loss(labels, seed, kind, eps, steps, step_size, scale):
-    draw = torch.Generator().manual_seed(seed)
-    p = distributions(draw, 16, labels, kind).float()
-    logq = (scale * torch.randn(16, labels, generator=draw)).log_softmax(1)
-    worst = worst_case(logq, p, eps, steps, step_size)
-    assert torch.isfinite(worst).all() and (worst >= 0).all() and ((worst.sum(1) - 1).abs() < 1e-6).all()
-    assert ((worst - p).norm(dim=1) <= eps + 1e-6).all()
-    gained = kl_loss(logq.double(), worst.double()) - kl_loss(logq.double(), p.double())
-    assert (gained >= -1e-5 * (1 + scale)).all()
 
 
 def test_one_step_by_hand():
