@@ -31,7 +31,7 @@ import pandas
 import scipy.optimize
 import torch
 
-from recipes.systems import matched, read_predictions, refuse_trained_on
+from recipes.systems import matched, predictions_in, read_predictions, refuse_trained_on
 
 LEVELS, KEPT = (50, 80, 90, 95), (100, 95, 90, 80, 70, 60, 50)  # percent
 SHOWN = "people kl kl_corrected accuracy total_variation brier emd entropy_correlation mean_correlation"
@@ -58,7 +58,7 @@ def fit_calibration(logq: Any, counts: Any) -> tuple[float, torch.Tensor]:
     """Temperature T and bias b (C,), sum 0, for which softmax(log q / T + b) is nearest to the votes.
 
     logq: a judge's log-probabilities (N, C); counts: votes (N, C). Least mean KL(votes as shares || judge),
-    convex in (1 / T, b), T at most 100. The judge's own answers count as one item more, so that a label
+    convex in (1 / T, b), T from 0.05 to 100. The judge's own answers count as one item more, so that a label
     without votes stays possible. Source: vector scaling, one slope for all labels (Guo et al. 2017, arXiv
     1706.04599).
     """
@@ -75,7 +75,7 @@ def fit_calibration(logq: Any, counts: Any) -> tuple[float, torch.Tensor]:
         gradient = torch.cat([(gap * x).sum()[None] / scale, gap.sum(0)])
         return -(target * r).sum().item() / n, gradient.numpy()
 
-    bounds = [(0.01 * scale, None), *[(None, None)] * len(middle)]
+    bounds = [(0.01 * scale, 20 * scale), *[(None, None)] * len(middle)]
     options = {"maxiter": 10_000, "ftol": 1e-15, "gtol": 1e-9}
     usual = {"jac": True, "method": "L-BFGS-B", "bounds": bounds, "options": options}
     found = scipy.optimize.minimize(loss, [scale, *middle], **usual).x
@@ -202,6 +202,7 @@ def judge_items(config: CalibrateConfig) -> tuple[list[Item], torch.Tensor]:
 
 def predictions_of(path: str) -> tuple[list[Item], torch.Tensor]:
     """Items and log-probabilities (N, C) from a file of predictions; these are raised to 1e-6 first."""
+    path = predictions_in(path)
     predicted = read_predictions(path)
     items = distjudge.load_items(path, labels=distjudge.labels_of([*predicted.values()]))
     items = [dataclasses.replace(item, swap=None) for item in items]  # predictions are of both orders already

@@ -188,7 +188,8 @@ def export_judge(judge: Judge, config: ExportConfig, folder: Path, out: Path, de
         stored, reference, found = merge(judge, folder, merged, prompts, runs_in, device)
         report["dtype"] = str(stored).removeprefix("torch.")
         held = "float32" if stored == runs_in == torch.float32 else "16 bits"
-        report |= compare("merged weights", "their base with the adapter", found, reference, held)
+        if "changed_by_training" in report:
+            report |= compare("merged weights", "their base with the adapter", found, reference, held)
         report |= compare("merged weights", to, found, own, "fewer bits" if four_bit else held)
         if form != "merged":
             report["quantization"] = config.quantization
@@ -478,6 +479,9 @@ def model_card(folder: Path) -> str:
     for label, ids in saved["sequences"]:
         tokens.append(f"{labels[label]}: {' '.join(map(piece, ids))} {ids}")
     more, config = "", read(folder / "config.json")
+    if fitted := saved.get("calibration"):
+        more = f"## Calibration\n\nIts answers are corrected by the votes on {fitted['items']:,} items. "
+        more += "Metrics above are of before. What reads the weights alone does not correct them.\n\n"
     for name in ("merged", "gguf"):
         if report := export_of(folder, name):
             said = "Read back and compared with" if report["compared_items"] else "**Not compared with**"

@@ -149,8 +149,9 @@ class Judging:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # of loading weights; judging has its own
-        if config.spellings and (Path(config.run) / "judge.json").is_file():
-            raise InputError("spellings: a run folder has its own")
+        given = [name for name in ("spellings", "four_bit") if getattr(config, name)]
+        if given and (Path(config.run) / "judge.json").is_file():
+            raise InputError(f"{given[0]}: a run folder has its own")
         spellings, labels = distjudge.parse_spellings(config.spellings), config.labels or None
         self.judge = distjudge.load_judge(config.run, labels, spellings=spellings, four_bit=config.four_bit)
         self.judge.pack_tokens = config.pack_tokens or self.judge.pack_tokens
@@ -191,14 +192,17 @@ class Judging:
         most = self.judge.max_length
         return f"{length} tokens, more than the judge's max_length {most}" if length > most else ""
 
-    def read(self, rows: Iterable[Row], tally: Tally, form: Template | None, table: bool) -> Iterator[Ask]:
-        """The rows as Asks. Bad ones go to the tally."""
+    def read(
+        self, rows: Iterable[Row], tally: Tally, form: Template | None, table: bool, item: str = ""
+    ) -> Iterator[Ask]:
+        """The rows as Asks. Bad ones go to the tally. item: the field of the id, where no form names it."""
         for where, row, problem in rows:
             try:
-                if problem:
-                    raise InputError(f"{where}: {problem}")
-                filled = form.fill(where, row) if form and form.applies(row, table) else None
-                ask = self.ask(row, where, filled)
+                if problem or (item and distjudge.is_missing(row.get(item))):
+                    raise InputError(f"{where}: {problem or f'{item}: missing, and --item names it'}")
+                is_filled = form and form.applies(row, table)
+                row |= {"id": row[item]} if item and not is_filled else {}
+                ask = self.ask(row, where, form.fill(where, row) if is_filled else None)
             except InputError as error:
                 tally.bad(str(error), where)
                 continue
@@ -313,7 +317,9 @@ def draw(tally: Tally, labels: Sequence[str], path: str) -> None:
 def find_run(config: Settings) -> None:
     """Raises InputError, with the judges there are, if --run is no trained judge and no labels are given."""
     folder, found = Path(config.run), set()
-    if config.labels or any((folder / name).is_file() for name in ("judge.json", "config.json")):
+    about = folder / "config.json"  # of a model, or of a run
+    is_model = about.is_file() and "model_type" in distjudge.read_json(about)
+    if config.labels or is_model or (folder / "judge.json").is_file():
         return
     near = next(place for place in folder.absolute().parents if place.exists())
     for place in {Path(os.path.relpath(near)), Path("runs")}:
@@ -380,7 +386,7 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
         frame = sheets.frame_of(rows, out, sheets.added(collections.defaultdict(dict), labels))
     elif not columns:  # those of a table were looked at
         rows = refuse_ours(rows)
-    asks = work.read(rows, tally, template, bool(columns))
+    asks = work.read(rows, tally, template, bool(columns), "" if columns else config.item)
     if is_table:
         asks = (dataclasses.replace(ask, fields={"id": ask.fields["id"]}) for ask in asks)
     if journal and journal.is_file():

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import distjudge
 from distjudge import InputError
 
-from recipes import judge
+from recipes import judge, sheets
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -56,7 +56,7 @@ class Actor:
         import torch
 
         torch.set_num_threads(1)
-        self.work = judge.Judging(config)
+        self.work, self.form = judge.Judging(config), sheets.template_of(config.run)
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow
@@ -74,7 +74,10 @@ class Actor:
         row, problem = distjudge.parse_json(row["text"]) if set(row) == {"text"} else (without_nulls(row), "")
         try:
             ((where, row, problem),) = judge.refuse_ours([(where, row, problem)])
-            return f"{where}: {problem}" if problem else self.work.ask(row, where)
+            if problem:
+                return f"{where}: {problem}"
+            is_filled = self.form and self.form.applies(row, table=False)
+            return self.work.ask(row, where, self.form.fill(where, row) if is_filled else None)
         except InputError as error:
             return str(error)
 

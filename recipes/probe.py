@@ -115,7 +115,7 @@ def main(config: ProbeConfig) -> None:
         raise InputError("limit: must be 0 or more")
     saved = Path(config.run) / "judge.json"
     labels = distjudge.read_json(saved).get("labels") if saved.is_file() else None
-    items = distjudge.load_items(config.items, labels=labels)
+    items = distjudge.load_items(config.items, labels=labels, votes=labels is None)
     if config.limit and len(items) > config.limit:
         items = random.Random(config.seed).sample(items, config.limit)
     judge = distjudge.load_judge(config.run, distjudge.labels_of(items))

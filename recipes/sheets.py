@@ -37,6 +37,8 @@ def rows_of(
             columns, rows = sources.read_table(path, sheet=sheet, wanted=wanted)
             bare = lambda row: {x: None if distjudge.is_missing(y) else y for x, y in row.items()}  # noqa: E731
             return columns, ((where, bare(row), "") for where, row in rows)
+    if sheet:
+        raise InputError(f"{path}: sheet: only an Excel file has sheets")
     return [], distjudge.read_rows(path)
 
 

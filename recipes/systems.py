@@ -273,6 +273,16 @@ def compare(panel: Panel) -> dict[str, Any]:
 
 
 # --- what is read -----------------------------------------------------------------------------------------
+def predictions_in(path: str) -> str:
+    """The file of predictions at a path: itself, or that of a run folder. Warns of a later calibration."""
+    file = Path(path, "predictions.jsonl") if Path(path).is_dir() else Path(path)
+    saved = file.with_name("judge.json")
+    if saved.is_file() and file.name == "predictions.jsonl" and distjudge.read_json(saved).get("calibration"):
+        remedy = "what it says now, recipes/judge.py writes"
+        distjudge.log.warning("%s: is of the judge before its calibration; %s", short(file, 1000), remedy)
+    return str(file)
+
+
 def read_predictions(path: str) -> dict[str, Item]:
     """Predictions by id, as items with shares_of(); the prompt is "-" where a line has none."""
     if sheets.kind_of(path) in sheets.SUFFIXES:
@@ -312,7 +322,13 @@ def refuse_trained_on(run: str, items: Sequence[Item]) -> None:
         why = distjudge.first_line(error)
         print(f"not checked that the judge was trained on none of these items: {why}", file=sys.stderr)
     else:
-        distjudge.keep_apart(trained, items)
+        try:
+            distjudge.keep_apart(trained, items)
+        except InputError as error:
+            first, *more = str(error).splitlines()
+            others = f" and {len(more)} lines more" if more else ""
+            remedy = "give items that it has not seen, such as its test file"
+            raise InputError(f"{first}{others}: the judge knows them; {remedy}") from None
 
 
 def read_panel(config: SystemsConfig) -> Panel:
@@ -320,7 +336,8 @@ def read_panel(config: SystemsConfig) -> Panel:
     if bool(config.run) == bool(config.predictions):
         raise InputError("name a judge with --run, or a file of predictions with --predictions")
     judge = distjudge.load_judge(config.run) if config.run else None
-    predicted = {} if judge else read_predictions(config.predictions)
+    file = "" if judge else predictions_in(config.predictions)
+    predicted = {} if judge else read_predictions(file)
     labels = judge.labels if judge else distjudge.labels_of([*predicted.values()])
     rows = distjudge.rows_of(config.items)
     items = distjudge.load_items(rows or config.items, labels=labels, votes=False)
@@ -338,10 +355,13 @@ def read_panel(config: SystemsConfig) -> Panel:
             raise InputError(f"{short(config.items, 1000)}: {config.field} '{short(name)}' {few}")
     if judge:
         refuse_trained_on(config.run, items)
+        if judge.calibration:
+            some = f"the {judge.calibration['items']:,} items it was calibrated on"
+            print(f"not checked that {some} are others than these", file=sys.stderr)
         distjudge.keep_short(judge, items, "error", "given", "leave such items out")
         panel.q = distjudge.judge_items(judge, items, progress=True)[0].numpy().astype(float)
     else:
-        panel.q = matched(items, predicted, config.predictions)
+        panel.q = matched(items, predicted, file)
     return panel
 
 

@@ -29,7 +29,7 @@ import pandas
 import torch
 from scipy.special import stdtr
 
-from recipes.systems import holm, matched, publish, read_predictions
+from recipes.systems import holm, matched, predictions_in, publish, read_predictions
 
 FILES = ("trust.txt", "trust.json", "trust.png")
 FEW = 10  # a slice of fewer items is left out
@@ -245,8 +245,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 
 def main(config: TrustConfig) -> None:
     distjudge.check_out(config.out, *FILES)
-    given = Path(config.predictions)
-    path = str(given / "predictions.jsonl" if given.is_dir() else given)
+    path = predictions_in(config.predictions)
     voted = config.items or path
     predicted = read_predictions(path)
     rows, labels = distjudge.rows_of(voted, prompt="-"), distjudge.labels_of([*predicted.values()])
@@ -258,7 +257,8 @@ def main(config: TrustConfig) -> None:
     rated = [item for item, _ in pairs]
     q = matched(rated, predicted, path)
     fields = {"judge says": [labels[c] for c in q.argmax(1)]}
-    fields |= {"judge's entropy": distjudge.entropy(q).tolist(), "group": [item.group for item in rated]}
+    entropies = [round(h, 6) for h in distjudge.entropy(q).tolist()]  # equal ones stay in one quarter
+    fields |= {"judge's entropy": entropies, "group": [item.group for item in rated]}
     for name in config.by:
         fields[name] = [row.get(name) for _, row in pairs]
         if all(map(distjudge.is_missing, fields[name])):

@@ -8,9 +8,11 @@ import distjudge
 from distjudge import InputError, Item
 
 import calibrate as recipe
+import export
 import judge as judging
 import numpy as np
 import pytest
+import systems
 import torch
 from make_panel import make_panel
 
@@ -39,6 +41,8 @@ def test_temperature_and_bias_by_hand():
     assert bias.tolist() == pytest.approx([0.5, 0, -1, 0.5], abs=0.01)
     assert recipe.fit_calibration(logq, logq.softmax(1))[0] == pytest.approx(1, abs=1e-5)
     assert recipe.fit_calibration(logq, (-logq).softmax(1))[0] == pytest.approx(100)  # no lower slope
+    same = 1e-6 * logq  # a judge that says nearly the same of all items: no votes make its noise a verdict
+    assert recipe.fit_calibration(same, votes)[0] == pytest.approx(0.05)
 
 
 def test_each_item_is_corrected_by_other_groups_and_a_useless_correction_is_left_out():
@@ -183,10 +187,19 @@ def test_a_calibrated_judge_answers_so_wherever_it_is_loaded(run, caplog):
     assert judge.calibration is None
 
 
-def test_a_run_s_own_test_items_calibrate_it(run, capsys):
+def test_a_run_s_own_test_items_calibrate_it(run, capsys, caplog):
     main(run="run", items=("run/predictions.jsonl",), draws=1)
     assert "not checked" not in capsys.readouterr().err
     assert read(run / "judge.json")["calibration"]["items"] == 8
+    assert "corrected by the votes on 8 items. Metrics above are of before" in export.model_card(run)
+    caplog.clear()
+    assert systems.predictions_in("run") == systems.predictions_in("run/predictions.jsonl")
+    assert caplog.text.count("run/predictions.jsonl: is of the judge before its calibration") == 2
+    rows = enumerate((run.parent / "test.jsonl").read_text().splitlines())
+    lines = [json.dumps(json.loads(line) | {"system": "ab"[i % 2]}) for i, line in rows]
+    (run.parent / "systems.jsonl").write_text("\n".join(lines))
+    systems.read_panel(systems.SystemsConfig(items="systems.jsonl", run="run", out="x"))
+    assert "not checked that the 8 items it was calibrated on are others" in capsys.readouterr().err
     turns = [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "Good soup?"}]
     talks = distjudge.load_items([{"id": "t", "prompt": turns, "counts": dict.fromkeys(LABELS, 1)}])
     distjudge.write_results(distjudge.load_judge(run), talks, [], distjudge.Config(out="run"), "run")
@@ -208,7 +221,7 @@ def test_the_command_calibrates_and_takes_it_back(run, capsys):
     (run.parent / "used.jsonl").write_text(trained)
     with pytest.raises(InputError, match=r"used.jsonl:.*: prompt: also in the training items, at") as error:
         main(run="run", items=("used.jsonl",))
-    assert len(str(error.value).splitlines()) == 21  # the first twenty, and how many more
+    assert "lines more: the judge knows them; give items that it has not seen" in str(error.value)
     main(run="run", remove=True)
     plain = read(run / "judge.json")
     assert distjudge.load_judge(run).calibration is None and "calibration" not in plain

@@ -154,7 +154,7 @@ def test_a_run_of_all_weights_and_labels_that_would_break_the_page(tiny_model, t
     labels = ["a|b", "```", "<b>no</b>"]
     save_tuned(tiny_model, tmp_path, labels, lora_rank=0)
     report, card = do(tmp_path, "merged"), (tmp_path / "README.md").read_text()
-    assert "changed_by_training" not in report and report[TO_JUDGE][LARGEST] < 1e-6
+    assert not {"changed_by_training", TO_BASE} & set(report) and report[TO_JUDGE][LARGEST] < 1e-6
     base, tokens = card.split("\n````\n")[1::2][:2]  # longer fences than what they hold
     assert "all weights trained\nlabels: a|b, ```, <b>no</b>\n" in base
     assert [line.split(": '")[0] for line in tokens.splitlines()] == labels

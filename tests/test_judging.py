@@ -19,7 +19,7 @@ import numpy
 import pytest
 import torch
 
-from recipes import judge_ray
+from recipes import judge_ray, sheets
 
 LABELS = ["a", "b", "tie"]
 FLOATS = ("predicted", "entropy", "label_mass")
@@ -334,15 +334,33 @@ def test_outputs_that_are_no_files_of_ours(judged, tmp_path):
 
 def test_a_run_that_is_not_there_is_answered_with_those_that_are(judged, run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "runs" / "tiny" / "full-0")
-    for run, words in (("runs/first", "no such folder"), ("runs/tiny", "no judge in this folder")):
+    (tmp_path / "runs" / "api").mkdir()
+    (tmp_path / "runs" / "api" / "config.json").write_text('{"items": "i.jsonl"}')  # api.py's, no model's
+    none = "no judge in this folder"
+    for run, words in (("runs/first", "no such folder"), ("runs/tiny", none), ("runs/api", none)):
         with pytest.raises(InputError, match=rf"^{run}: {words}; judges here: runs/tiny/full-0 \("):
             judged(soups(1), run=run)
+
+
+def test_ids_of_another_field_and_options_that_do_not_fit(judged):
+    asked = {"prompt": "Is it fine?", "uid": "u1", "id": "i"}
+    (row,) = judged([asked], item="uid")
+    assert row["id"] == row["uid"] == "u1"
+    with pytest.raises(InputError, match=r"in.jsonl:1: uid: missing, and --item names it"):
+        judged(soups(1), item="uid", out="p.jsonl")
+    with pytest.raises(InputError, match=r"in.jsonl: sheet: only an Excel file has sheets"):
+        judged(soups(1), sheet="May", out="p.jsonl")
+    for name, given in {"four_bit": True, "spellings": ("a=A",)}.items():
+        with pytest.raises(InputError, match=f"{name}: a run folder has its own"):
+            judged(soups(1), out="p.jsonl", **{name: given})
 
 
 def test_ray_s_judges_refuse_what_would_be_lost(tmp_path, monkeypatch):
     """The rest of recipes/judge_ray.py is tested where Ray is."""
     actor = object.__new__(judge_ray.Actor)
-    actor.work = types.SimpleNamespace(ask=lambda row, where: "asked")
+    actor.form = sheets.Template(template="{answer}?")
+    actor.work = types.SimpleNamespace(ask=lambda row, where, filled: filled["prompt"] if filled else "asked")
+    assert actor.ask({"text": '{"answer": "Green"}'}) == "Green?"
     assert "mean: judging adds a field of this name" in actor.ask({"text": '{"prompt": "x", "mean": 3}'})
     assert actor.ask({"text": '{"prompt": "x", "note": 3}'}) == "asked"
     monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))

@@ -259,7 +259,7 @@ SAYS = [  # cells of one item, flags, its votes
     (["{yes,no}"], "", "no:1 yes:1"),
     (["[np.int64(1), np.int64(0)]"], "", "0:1 1:1"),
     (["tensor([1, 0, 1])"], "", "0:1 1:2"),
-    (["[ 4. nan 5. 4.]"], "", "4:2 5:1"),  # NumPy, of a column with gaps
+    (["[nan 4. nan 5. 4.]"], "", "4:2 5:1"),  # NumPy, of a column with gaps
     (["['yes' 'not me']"], "", "not me:1 yes:1"),
     (['{"1": false, "2": true}', '[{"rating": {"1": true, "2": false}}]'], "", "1:1 2:1"),  # MTurk
     (['{"Ann1": "1", "Ann2": "0"}'], "", "0:1 1:1"),  # LeWiDi

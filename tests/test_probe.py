@@ -65,7 +65,7 @@ def test_the_command(saved_run, tmp_path):
     assert found["probes"][CONTROL]["moved"] < 1e-6 < found["probes"]["longer: five of them"]["moved"]
     assert "the pair in the other order" in found["probes"]
     # the labels are the judge's own, also where nobody chose one of them
-    some = [{"prompt": f"soup {i}", "annotations": ["yes"]} for i in range(3)]
+    some = [{"prompt": f"soup {i}"} | ({"annotations": ["yes"]} if i else {}) for i in range(3)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     places = (saved_run, tmp_path / "items.jsonl", tmp_path / "again")
     probe_recipe.main(probe_recipe.ProbeConfig(*map(str, places)))

@@ -110,10 +110,11 @@ def test_slices_by_hand():
 
 @pytest.fixture
 def judged(tmp_path, capsys):
-    """What trust.py says, trust.json and the page, of items with the same prediction and these votes."""
+    """What trust.py says, trust.json and the page, of items with a prediction (one each) and votes."""
 
     def run(predicted, votes, group=""):
-        rows = [{"id": str(i), "predicted": predicted, "annotations": said} for i, said in enumerate(votes)]
+        each = predicted if isinstance(predicted, list) else [predicted] * len(votes)
+        rows = [{"id": str(i), "predicted": each[i], "annotations": said} for i, said in enumerate(votes)]
         rows = [row | ({"group": group[i % len(group)]} if group else {}) for i, row in enumerate(rows)]
         write_rows(tmp_path / "judged.jsonl", rows)
         trust.main(TrustConfig(str(tmp_path / "judged.jsonl"), str(tmp_path / "out")))
@@ -176,6 +177,12 @@ def test_the_command_on_a_closed_models_file(tmp_path):
     assert found["left_out"] == 2 and "2 items without votes or without a prediction" in done.stdout
     assert "the judge is too lenient" in done.stdout
     assert {row["slice"] for row in found["slices"] if row["field"] == "source"} == {"x", "y"}
+
+
+def test_equal_entropies_are_in_one_quarter(judged):
+    turned = [{"1": 0.1, "2": 0.2, "3": 0.7}, {"1": 0.7, "2": 0.2, "3": 0.1}, {"1": 0.2, "2": 0.1, "3": 0.7}]
+    found, _ = judged([turned[i % 3] for i in range(90)], [["1", "2", "3"]] * 90)
+    assert not [row["slice"] for row in found["slices"] if row["field"] == "judge's entropy"]
 
 
 def test_the_verdict_goes_by_the_p_beside_it(judged):
