@@ -46,9 +46,11 @@ def read_template(path: str | Path, needed: list[str], optional: Iterable[str] |
         raise InputError(f"{path}: the template cannot be read: {error}") from None
     found = placeholders(template)
     known = [*needed, *(found if optional is None else optional)]
-    unknown, alike = [name for name in found if name not in known], set(map(look, known))
-    if wrong := [name for name in unknown if re.fullmatch(r"\w+", name) or look(name) in alike]:
-        there = ", ".join(f"{{{short(name)}}}" for name in known)
+    unknown = [name for name in found if name not in known]
+    alike = {sources.tidy(name).casefold() for name in known}
+    is_meant = lambda name: re.fullmatch(r"\w+", name) or sources.tidy(name).casefold() in alike  # noqa: E731
+    if wrong := [*filter(is_meant, unknown)]:
+        there = ", ".join(f"{{{short(name)}}}" for name in dict.fromkeys(known))
         raise InputError(f"{path}: unknown placeholder {{{short(wrong[0])}}}; there are {there}")
     if unknown:
         log.warning("%s: {%s} names no column and stays as it is", path, short(unknown[0]))
@@ -157,7 +159,8 @@ def resolved(config: Any, path: str, columns: list[str]) -> Any:
     taken = "id prompt counts annotations distribution annotators group split swap truth where published"
     ours = [c for c in config.keep if c in taken.split()]
     a_text = "name the judged text (--text) or a template (--template); if a row is a person, add --by_column"
-    votes = "name the columns of votes, or those of --counts, or one of each: a label and how many chose it"
+    votes = "name the columns of votes, or those of --counts, or (without --rater) one of each, a label and "
+    votes += "how many people chose it"
     is_number = len(config.label) == len(config.counts) == 1 and not (config.rater or config.by_column)
     is_panel = len(config.label) > 1 and not config.by_column
     has_items = config.by_column and (config.counts or config.text or config.item)
@@ -196,7 +199,7 @@ def template_of(config: Any, path: str, columns: list[str]) -> str:
 ALIKE = {c: "'" for c in '‘’‚‛“”„‟´`«»‹›"'} | {c: "-" for c in "‐‑‒–—―−﹣"} | {"\u0307": ""}
 ALIKE |= dict(zip("авекмнорстухіјѕαβεζηικμνορτυχ", "abekmhopctyxijsabezhikmnoptyx", strict=True))
 NO_VOTE_WORDS = r"""n/a na n.a n-a n\a #n/a #na <na> nan nat null #null! nil none missing empty blank void
-- -- --- #value! #ref! #div/0! \n ? ?? ??? . .. ... / _ * unknown unsure undecided undefined skip skipped
+#value! #ref! #div/0! \n ? ?? ??? . .. ... / _ * unknown unsure undecided undefined skip skipped
 refused dk idk unanswered unrated k.a unbekannt ns/nc"""
 NO_VOTE_PHRASES = """no vote|no answer|no opinion|no response|not answered|not applicable|not sure|not rated|
 not available|none of these|none of the above|none of them|don't know|do not know|dont know|i don't know|
@@ -237,7 +240,8 @@ def look(text: str) -> str:
     return inner if re.search(r"\w", inner) else seen
 
 
-NO_VOTE = {look(word) for word in [*NO_VOTE_WORDS.split(), *NO_VOTE_PHRASES.split("|")]}
+DASHES = {"-" * number for number in range(1, 40)}
+NO_VOTE = DASHES | {look(word) for word in [*NO_VOTE_WORDS.split(), *NO_VOTE_PHRASES.split("|")]}
 
 
 def visible(text: str) -> str:
@@ -330,7 +334,9 @@ def choices_in(where: str, column: str, value: Any) -> list[str]:
         raise InputError(f"{where}: {short(column)}: '{short(value, 30)}' {A_DATE}")
     if not isinstance(value, dict):
         return [cell(where, column, value)]
-    if value and all(type(is_it) is bool for is_it in value.values()):
+    if not value:  # PostgreSQL's empty list
+        return []
+    if all(type(is_it) is bool for is_it in value.values()):
         return [cell(where, column, name) for name, is_it in value.items() if is_it]
     keys = [key for key in CHOSEN if key in value]
     keys = keys or [key for key in value if len(value) == 1 and isinstance(value[key], dict)]
@@ -386,19 +392,17 @@ def own(config: Any, out: Any) -> None:
         given = resolved(config, path, columns)
         out.own = {"template": template_of(given, path, columns), "text": given.text, "item": given.item}
         out.own |= {"optional": list(given.optional), "swap": list(given.swap[:2]) or None}
-        out.own["shown"] = [name for name in placeholders(out.own["template"]) if name in columns]
+        shown = [given.text if name == "text" else name for name in placeholders(out.own["template"])]
+        out.own["shown"] = [name for name in shown if name in columns]
         read_votes(given, out, list(rows), columns, panels, choices)
     said = pandas.DataFrame(choices, columns=Choice._fields)
     texts = said[said.text != ""].groupby("text", sort=False)
     texts = texts.agg(people=("people", "sum"), at=("at", "first"), column=("column", "first"))
     texts["at"] += ": " + texts.pop("column").map(short)
     out.labels, meaning = understand(given, texts, out.notes)
-    votes = count(given, out, said, meaning)
     traded = traded_labels(given.swap, out.labels) if given.swap and len(texts) else {}
     out.own["swap_labels"] = traded or None
-    if turned := int(votes.turned.sum()):
-        votes.label = votes.label.mask(votes.turned.astype(bool), votes.label.replace(traded))
-        out.notes.append(f"votes on a pair in its other order, for the label that means the same: {turned:,}")
+    votes = count(given, out, said, meaning, traded)
     counts = votes.groupby(["item", "label"]).people.sum().to_dict()
     out.read["votes"] += sum(counts.values())
     named: dict[int, dict[str, Any]] = {}
@@ -443,7 +447,8 @@ def read_votes(config: Any, out: Any, rows: list, columns: list[str], panels: di
                 text = "%d rows count whose %s is '%s'; --where %s leaves them out"
                 log.warning(text, number, short(c), short(value, 30), option)
     several = [*config.label, *config.counts]
-    for c in filter(NUMBER_COLUMN.fullmatch, free if len(several) == 1 and config.label else ()):
+    is_one_vote = len(several) == 1 and config.label and not (config.rater or config.by_column)
+    for c in filter(NUMBER_COLUMN.fullmatch, free if is_one_vote else ()):
         if any(re.fullmatch(r"\d{2,}|[2-9]", plain(value)) for value in said_in(c)):
             text = "each row counts as one vote; if column '%s' says how many people chose so: --counts %s"
             log.warning(text, short(c), shlex.quote(short(c)))
@@ -519,6 +524,8 @@ def votes_in(config: Any, where: str, row: dict[str, Any], columns: Iterable[str
         return
     for column in columns:
         people = people_in(where, row, column)
+        if config.counts and len(people) > 1:
+            raise InputError(f"{where}: {column}: a list, and --counts says how many people chose one label")
         if not config.rater:
             yield from ((column, "", chosen, number, len(people) > 1) for chosen in people or [[]])
             continue
@@ -535,9 +542,10 @@ def votes_in(config: Any, where: str, row: dict[str, Any], columns: Iterable[str
             yield column, cell(where, config.rater, name), chosen, 1, False
 
 
-def count(config: Any, out: Any, said: Any, meaning: dict[str, list[str]]) -> Any:
+def count(config: Any, out: Any, said: Any, meaning: dict[str, list[str]], traded: dict[str, str]) -> Any:
     """The choices that are votes, a row a vote, with the "label"; counts the others in out.dropped.
 
+    traded: {label: label that means the same} of a pair in its other order.
     Raises InputError where a person chose several labels and --multi does not say what that means.
     """
     votes = said.assign(label=said.text.map(meaning | {"": []})).explode("label", ignore_index=True)
@@ -556,6 +564,10 @@ def count(config: Any, out: Any, said: Any, meaning: dict[str, list[str]]) -> An
         if len(meaning[first.text]) > 1:
             problem += f"; if they are one label, name all: --labels {quoted([first.text])} ..."
         raise InputError(f"{first['at']}: {short(first.column)}: {problem}")
+    if (turned := votes.turned.astype(bool)).any():
+        votes.label = votes.label.mask(turned, votes.label.replace(traded))
+        number = votes.people[turned].sum()
+        out.notes.append(f"votes on a pair in its other order, for the label that means the same: {number:,}")
     firsts = votes.groupby(["item", "person"]).ballot.transform("min")
     late = votes[(votes.person != "") & (votes.ballot != firsts)]
     labels = votes.groupby("ballot").label.agg(list) if len(late) else {}
@@ -578,7 +590,7 @@ def say_doubts(config: Any, out: Any, panels: dict[str, Panel], people: Any) -> 
     if empty > 0.05 * rows:
         remedy = "--optional COLUMN allows that; cells that were merged must be filled down"
         log.warning("%d of %d rows are left out, as a text in them is empty; %s", empty, rows, remedy)
-    if same := twins((key, visible(panel.prompts[0])) for key, panel in panels.items()):
+    if same := twins((key, min(map(visible, panel.prompts))) for key, panel in panels.items()):
         adds_up = (len(config.label) == 1 or config.counts) and not (config.item or config.by_column)
         remedy = "; --item COLUMN adds up the rows of one item" if adds_up else ""
         text = "%d of %d items have the prompt of another item, up to unseen signs: '%s' and '%s'%s"
@@ -653,7 +665,7 @@ def understand(config: Any, texts: Any, notes: list[str]) -> tuple[list[str], di
     texts: a DataFrame of what cells say, with "people" (how many say so) and "at" (where it stands first).
     """
     silent, order = {look(plain(word)) for word in config.no_vote}, named_labels(config.labels)
-    silent |= {"--", "---"} if "-" in silent else set()
+    silent |= DASHES if "-" in silent else set()
     if len(config.counts) > 1 and not order:
         order = [label for label in map(plain, config.counts) if look(label) not in silent]
     meaning = read_texts(config, order, silent, texts["at"])

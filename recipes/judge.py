@@ -195,13 +195,18 @@ class Judging:
     def read(
         self, rows: Iterable[Row], tally: Tally, form: Template | None, table: bool, item: str = ""
     ) -> Iterator[Ask]:
-        """The rows as Asks. Bad ones go to the tally. item: the field of the id, where no form names it."""
+        """The rows as Asks. Bad ones go to the tally. item: of JSON lines, the field that is the id."""
+        if item:
+            import tables  # slow, as is all of data/
+
         for where, row, problem in rows:
             try:
-                if problem or (item and distjudge.is_missing(row.get(item))):
-                    raise InputError(f"{where}: {problem or f'{item}: missing, and --item names it'}")
+                if item and not problem:
+                    row |= {"id": tables.cell(where, item, row.get(item))}
+                    problem = "" if row["id"] else f"{item}: missing or empty, and --item names it"
+                if problem:
+                    raise InputError(f"{where}: {problem}")
                 is_filled = form and form.applies(row, table)
-                row |= {"id": row[item]} if item and not is_filled else {}
                 ask = self.ask(row, where, form.fill(where, row) if is_filled else None)
             except InputError as error:
                 tally.bad(str(error), where)
@@ -371,7 +376,7 @@ def judge_all(config: JudgeConfig, out: Path | None, journal: Path | None) -> No
     """Judges what is not judged yet. journal: the file of JSON lines: `out`, or a table's beside it."""
     tally = Tally(config)
     template = sheets.template_of(config.run, config.template, config.text, config.item)
-    wanted = (template or sheets.Template()).columns(())
+    wanted = ["prompt", *(template or sheets.Template()).columns(()), *filter(None, [config.item])]
     columns, rows = sheets.rows_of(config.items, config.sheet or None, wanted)
     if columns:
         template = sheets.for_columns(template, config.items, columns, config.item)

@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,16 @@ class RayConfig(judge.Settings):
 class Actor:
     """Loads the judge once. A batch of rows in, a batch of output lines (or of what is wrong) out."""
 
-    def __init__(self, config: RayConfig):
+    def __init__(self, config: RayConfig, lines: bool):
         import torch
 
         torch.set_num_threads(1)
-        self.work, self.form = judge.Judging(config), sheets.template_of(config.run)
+        self.work, self.form, self.lines = judge.Judging(config), sheets.template_of(config.run), lines
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow
 
-        asks = [self.ask(row) for row in batch.to_pylist() if (row.get("text") or "row").strip()]
+        asks = [self.ask(row) for row in batch.to_pylist() if not self.lines or row["text"].strip()]
         answers = self.work.answers(ask for ask in asks if isinstance(ask, judge.Ask))
         found = [("", ask) if isinstance(ask, str) else (json.dumps(next(answers)), "") for ask in asks]
         columns = {name: [row[k] for row in found] for k, name in enumerate(("line", "problem"))}
@@ -71,7 +72,7 @@ class Actor:
         """The row as an Ask, or what is wrong with it."""
         where = row.pop("path", None) or "input"
         where += f": '{distjudge.short(row.get('text') or row.get('prompt'), 40)}'"
-        row, problem = distjudge.parse_json(row["text"]) if set(row) == {"text"} else (without_nulls(row), "")
+        row, problem = distjudge.parse_json(row["text"]) if self.lines else (without_nulls(row), "")
         try:
             ((where, row, problem),) = judge.refuse_ours([(where, row, problem)])
             if problem:
@@ -89,15 +90,20 @@ def without_nulls(value: Any) -> Any:
     return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
 
 
-def read(config: RayConfig, ray: Any) -> Any:
-    """The rows as a Ray Dataset: Parquet by column, JSON lines as text, which the actors parse."""
-    paths = list(config.items)
-    settings = {"include_paths": True, "override_num_blocks": config.blocks or None}
+def are_lines(paths: Iterable[str]) -> bool:
+    """Whether files or folders hold JSON lines, and not Parquet."""
     kinds = {path.endswith((".parquet", ".pq")) or any(Path(path).rglob("*.parquet")) for path in paths}
     if len(kinds) != 1:
         raise InputError("items: JSON lines and Parquet cannot be mixed")
+    return kinds == {False}
+
+
+def read(config: RayConfig, ray: Any, lines: bool) -> Any:
+    """The rows as a Ray Dataset: Parquet by column, JSON lines as text, which the actors parse."""
+    paths = list(config.items)
+    settings = {"include_paths": True, "override_num_blocks": config.blocks or None}
     try:
-        if kinds == {True}:
+        if not lines:
             return ray.data.read_parquet(paths, **settings)
         return ray.data.read_text(paths, drop_empty_lines=True, **settings)
     except FileNotFoundError as error:
@@ -167,14 +173,15 @@ def main(config: RayConfig) -> None:
         raise InputError("judges and batch_size must be 1 or more, blocks and gpus 0 or more")
     if Path(config.run).is_dir():
         config = dataclasses.replace(config, run=str(Path(config.run).resolve()))
+    lines = are_lines(config.items)
     start(config, ray)
     tally, writer, first = judge.Tally(config), Writer(Path(config.out)), 0.0
     began, whole = time.perf_counter(), False
     try:
         pool = ray.data.ActorPoolStrategy(size=config.judges)
         needs = {"num_cpus": 1, "num_gpus": config.gpus, "compute": pool}
-        usual = {"batch_size": config.batch_size, "batch_format": "pyarrow"}
-        judged = read(config, ray).map_batches(Actor, fn_constructor_args=(config,), **usual, **needs)
+        needs |= {"batch_size": config.batch_size, "batch_format": "pyarrow"}
+        judged = read(config, ray, lines).map_batches(Actor, fn_constructor_args=(config, lines), **needs)
         for batch in judged.iter_batches(batch_size=None, batch_format="pyarrow"):
             first = first or time.perf_counter()
             for problem in filter(None, batch["problem"].to_pylist()):

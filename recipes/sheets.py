@@ -78,11 +78,11 @@ class Template:
         import tables
 
         if self.template == "{prompt}" and isinstance(row.get("prompt"), list):  # of messages
-            return {name: row.get(name) for name in ("id", "prompt", "swap")}
+            return {"id": row.get(self.item or "id"), "prompt": row["prompt"], "swap": row.get("swap")}
         for name in self.columns(row):
             if name not in self.optional and not tables.text_of(where, name, row.get(name)):
                 raise InputError(f"{where}: {short(name)}: {'empty' if name in row else 'missing'}")
-        prompt, *turned = tables.prompts_of(dataclasses.asdict(self), row)(where, row)
+        prompt, *turned = tables.prompts_of(dataclasses.asdict(self), {*row, *self.optional})(where, row)
         swap = row.get("swap") if self.template == "{prompt}" else None
         if turned:
             swap = {"prompt": turned[0], "labels": self.swap_labels or {"a": "b", "b": "a"}}

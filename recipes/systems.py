@@ -325,10 +325,9 @@ def refuse_trained_on(run: str, items: Sequence[Item]) -> None:
         try:
             distjudge.keep_apart(trained, items)
         except InputError as error:
-            first, *more = str(error).splitlines()
-            others = f" and {len(more)} lines more" if more else ""
-            remedy = "give items that it has not seen, such as its test file"
-            raise InputError(f"{first}{others}: the judge knows them; {remedy}") from None
+            number = sum(distjudge.keep_apart(trained, items, "remove")[1].values())
+            remedy = f"{number:,} training items are such; give items that the judge has not seen"
+            raise InputError(f"{str(error).splitlines()[0]}; {remedy}") from None
 
 
 def read_panel(config: SystemsConfig) -> Panel:

@@ -221,7 +221,7 @@ def test_the_command_calibrates_and_takes_it_back(run, capsys):
     (run.parent / "used.jsonl").write_text(trained)
     with pytest.raises(InputError, match=r"used.jsonl:.*: prompt: also in the training items, at") as error:
         main(run="run", items=("used.jsonl",))
-    assert "lines more: the judge knows them; give items that it has not seen" in str(error.value)
+    assert "; 24 training items are such; give items that the judge has not seen" in str(error.value)
     main(run="run", remove=True)
     plain = read(run / "judge.json")
     assert distjudge.load_judge(run).calibration is None and "calibration" not in plain

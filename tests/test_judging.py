@@ -342,12 +342,15 @@ def test_a_run_that_is_not_there_is_answered_with_those_that_are(judged, run_fol
             judged(soups(1), run=run)
 
 
-def test_ids_of_another_field_and_options_that_do_not_fit(judged):
+def test_ids_of_another_field_and_options_that_do_not_fit(judged, tmp_path):
     asked = {"prompt": "Is it fine?", "uid": "u1", "id": "i"}
     (row,) = judged([asked], item="uid")
     assert row["id"] == row["uid"] == "u1"
-    with pytest.raises(InputError, match=r"in.jsonl:1: uid: missing, and --item names it"):
+    with pytest.raises(InputError, match=r"in.jsonl:1: uid: missing or empty, and --item names it"):
         judged(soups(1), item="uid", out="p.jsonl")
+    turns = [{"role": "user", "content": "Is it fine?"}]
+    judged([{"prompt": turns, "uid": "u2", "id": "i"}], item="uid", out="m.jsonl")
+    assert json.loads((tmp_path / "m.jsonl").read_text())["id"] == "u2"
     with pytest.raises(InputError, match=r"in.jsonl: sheet: only an Excel file has sheets"):
         judged(soups(1), sheet="May", out="p.jsonl")
     for name, given in {"four_bit": True, "spellings": ("a=A",)}.items():
@@ -358,11 +361,14 @@ def test_ids_of_another_field_and_options_that_do_not_fit(judged):
 def test_ray_s_judges_refuse_what_would_be_lost(tmp_path, monkeypatch):
     """The rest of recipes/judge_ray.py is tested where Ray is."""
     actor = object.__new__(judge_ray.Actor)
-    actor.form = sheets.Template(template="{answer}?")
+    actor.form, actor.lines = sheets.Template(template="{text} {more}?", text="text", optional=["more"]), True
     actor.work = types.SimpleNamespace(ask=lambda row, where, filled: filled["prompt"] if filled else "asked")
-    assert actor.ask({"text": '{"answer": "Green"}'}) == "Green?"
+    assert actor.ask({"text": '{"text": "Green"}'}) == "Green ?"
     assert "mean: judging adds a field of this name" in actor.ask({"text": '{"prompt": "x", "mean": 3}'})
     assert actor.ask({"text": '{"prompt": "x", "note": 3}'}) == "asked"
+    actor.lines = False  # of Parquet: a column may be called text
+    assert actor.ask({"text": "Green", "more": None}) == "Green ?"
+    assert actor.ask({"text": " ", "more": "x"}).endswith("': text: empty")
     monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
     (tmp_path / "i.jsonl").write_text("{}\n")
     monkeypatch.chdir(tmp_path)

@@ -324,7 +324,8 @@ def test_coverage_of_the_intervals_and_size_of_the_test(runs, item_sd, run_sd, g
 
 def test_bootstrap_of_what_is_alike_without_two_groups_or_with_other_shapes():
     base = torch.rand(5, 200, generator=torch.Generator().manual_seed(0)).double()
-    assert bootstrap(base, base)["p"] == 1 and bootstrap(base + 0.1, base)["p"] < 0.01
+    gap = bootstrap(base + 0.1, base)
+    assert bootstrap(base, base)["p"] == 1 and gap["p"] < 0.01 and gap["high"] - gap["low"] < 1e-9
     one = torch.ones(2, 3)
     assert bootstrap(one, groups=["a", "a", "a"]) == {"mean": 1.0, "low": None, "high": None, "p": None}
     assert bootstrap(one, groups=[None, "a", "a"])["low"] == 1.0

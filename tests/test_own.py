@@ -99,6 +99,8 @@ def test_a_template_of_several_columns(own, tmp_path, caplog):
     (tmp_path / "t.txt").write_text('{answer} Write {yes or no}, {"as": "JSON"}')
     assert own(table, "--label ok --template t.txt")[0]["prompt"].startswith("{answer}! Write {yes or no}")
     assert "t.txt: {yes or no} names no column and stays as it is" in caplog.text
+    (tmp_path / "t.txt").write_text('{"ok"} {answer}')
+    assert own(table, "--label ok --template t.txt")[0]["prompt"].startswith('{"ok"} ')
     (tmp_path / "t.txt").write_text("Rate the answer.")
     with pytest.raises(InputError, match=r"t.txt: the template shows no column: write \{the question\} wh"):
         own(table, "--label ok --template t.txt")
@@ -170,8 +172,8 @@ MISTAKES = [  # rows behind VOTES, or a whole table, or a file; arguments, words
     ('text,v\nx,1\n"Say "hi" to",2\n', LABEL, "votes.csv: line 3: ',' expected after '\"'; within quotes"),
     ("", "--text answr --label rating", "text: no column 'answr', did you mean 'answer'? The columns are"),
     ("", "--text answer --label stars", "votes.csv: label: no column 'stars'. The columns are id, answer"),
-    ("", "", "label: name the columns of votes, or those of --counts, or one of each: a label"),
-    ("", "--label rating who --counts id", "label: name the columns of votes, or those of --counts, or one"),
+    ("", "", "label: name the columns of votes, or those of --counts, or (without --rater) one"),
+    ("", "--label rating who --counts id", "label: name the columns of votes, or those of --counts, or (w"),
     ("", "--text rating --label rating", "the prompt would show the votes, of column 'rating'"),
     ("", "--label rating", "votes.csv: text: name the judged text (--text) or a template (--template); if"),
     ("", f"{RATING} --labels 1-4", "votes.csv: row 10: rating: '5' is not one of {1, 2, 3, 4}"),
@@ -239,7 +241,7 @@ SAYS = [  # cells of one item, flags, its votes
     (["red;", "green;"], "", "green:1 red:1"),
     (["a|b", "b"], "--multi split --labels a b", "a:1 b:2"),
     (["A", "A+", "B-"], "", "A:1 A+:1 B-:1"),
-    (["1", "2", "N/A", "–", "--", "k.A."], "--no_vote n/a - K.A.", "1:1 2:1"),
+    (["1", "2", "N/A", "–", "-----", "k.A."], "--no_vote n/a - K.A.", "1:1 2:1"),
     (["1", "9.0", "2.0", "-99"], "--no_vote 9 -99", "1:1 2:1"),
     (["1", "2.50", "4.0", "+3", "02", "'4"], "--labels 1 2 2.5 3 4", "1:1 2:1 2.5:1 3:1 4:2"),
     (["2,5", "3", "4,0"], "--decimal comma --labels 2.5 3 4", "2.5:1 3:1 4:1"),
@@ -260,6 +262,7 @@ SAYS = [  # cells of one item, flags, its votes
     (["[np.int64(1), np.int64(0)]"], "", "0:1 1:1"),
     (["tensor([1, 0, 1])"], "", "0:1 1:2"),
     (["[nan 4. nan 5. 4.]"], "", "4:2 5:1"),  # NumPy, of a column with gaps
+    (["{}", "{1,2}"], "--multi split", "1:1 2:1"),
     (["['yes' 'not me']"], "", "not me:1 yes:1"),
     (['{"1": false, "2": true}', '[{"rating": {"1": true, "2": false}}]'], "", "1:1 2:1"),  # MTurk
     (['{"Ann1": "1", "Ann2": "0"}'], "", "0:1 1:1"),  # LeWiDi
@@ -572,6 +575,12 @@ def test_a_column_of_how_many_people_chose_a_label(own, caplog):
     assert counts_of(rows) == [{"no": 2, "yes": 30}, {"no": 9, "yes": 1}] and not caplog.text
     rows = own(table.replace("30", "0"), "--text text --label v --counts n")
     assert counts_of(rows)[0] == {"no": 2, "yes": 0}
+    rows = own(f"{table}3,z,[1],3\n", "--text text --label v --counts n --labels yes no 1 2")
+    assert rows[2]["counts"]["1"] == 3
+    with pytest.raises(InputError, match="row 6: v: a list, and --counts says how many people"):
+        own(f"{table}3,z,'[1, 2]',3\n".replace("'", '"'), "--text text --label v --counts n")
+    with pytest.raises(InputError, match=r"\(without --rater\) one of each, a label and how"):
+        own(table, "--text text --label v --counts n --rater id")
     for number in ("0.5", "many"):
         with pytest.raises(InputError, match=rf"row 2: n: a number of votes is needed, not '{number}'"):
             own(table.replace("30", number), "--text text --label v --counts n --item id")
@@ -659,6 +668,12 @@ def test_optional_columns_and_pairs(own, tmp_path, caplog, capsys):
         rows = own(f"{table}q,,two,one,A\n", f"{flags} --optional more --swap answer_a answer_b {item}")
         assert rows[0]["counts"] == {"A": 1, "B": 1, "tie": 1} and len(rows) == 2
     assert "for the label that means the same: 1" in capsys.readouterr().out
+    turned = "q,more,answer_a,answer_b,v,n,who\n" + "q,,one,two,A,3,p\nq,,two,one,B,7,p\nq,,one,two,tie,1,q\n"
+    pair = "--label v --template t.txt --optional more --swap answer_a answer_b"
+    assert own(turned, f"{pair} --counts n")[0]["counts"] == {"A": 10, "B": 0, "tie": 1}
+    assert "for the label that means the same: 7" in capsys.readouterr().out
+    assert own(turned, f"{pair} --rater who")[0]["counts"] == {"A": 1, "B": 0, "tie": 1}
+    assert "1 second vote of a person on an item\n" in capsys.readouterr().out  # it is the same vote
     with pytest.raises(InputError, match=r"which of the labels {left, right} .* --swap q more left right"):
         table = table.replace(",A", ",left").replace(",tie", ",right").replace(",B", ",left")
         own(table, f"{flags} --optional more --swap q more")

@@ -201,6 +201,9 @@ def test_columns_of_two_words_and_lines_above_the_header(judge, run, tmp_path):
     judge("whole.jsonl", "w.jsonl", run=str(folder))
     whole = json.loads((tmp_path / "w.jsonl").read_text())
     assert row == whole | {"no": "7", "The answer": "Green"}
+    (tmp_path / "whole.csv").write_text("Export\n\nno,prompt\n1,Fine?\n2,The answer\n3,no\n")
+    judge("whole.csv", "q.jsonl", run=str(folder))
+    assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 3
     (tmp_path / "old.csv").write_text("no,the answer\n7,Green\n")
     with pytest.raises(InputError, match=r"old.csv: no column 'The answer', which the template needs; the"):
         judge("old.csv", "p.jsonl", run=str(folder))
