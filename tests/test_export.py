@@ -419,7 +419,8 @@ def test_upload_without_what_is_private_or_of_another_judge(run, tmp_path, monke
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
     (folder / "gguf" / "export.json").write_text('{"judge": "another"}')
-    fitted = {"calibration": {"temperature": 2.0, "bias": [0.0, 0.0]}}  # what was exported stays this judge's
+    fitted = {"calibration": {"temperature": 2.0, "bias": [0.0, 0.0], "items": 9}}
+    # what was exported stays this judge's
     distjudge.write_saved(folder, distjudge.read_saved(folder) | fitted)
     do(folder, push_to_hub="judge")
     create.assert_called_once_with("judge", private=True, exist_ok=True)
