@@ -296,9 +296,9 @@ def _read_excel(path: str, how: How) -> Iterator[Any]:
                 table.iloc[top : cells.max_row, column] = table.iat[top, column]
     if not how.sheet and len(names) > 1:
         there = {tidy(cell) for line in table.head(30).itertuples(index=False) for cell in line}
-        if missing := sorted(how.wanted - there):
+        if how.wanted and not how.wanted & there:
             remedy = f"the sheets are {listed(names)}, --sheet names another"
-            raise InputError(f"{path}: sheet '{short(name)}': no column '{short(missing[0])}'; {remedy}")
+            raise InputError(f"{path}: sheet '{short(name)}': no column '{short(min(how.wanted))}'; {remedy}")
         log.warning("%s: reads the sheet '%s' of %s; --sheet names another", path, short(name), listed(names))
     if unseen:
         text = "%s: %d hidden rows of the sheet '%s' are read too, row %d first; delete what does not count"

@@ -204,6 +204,12 @@ def test_columns_of_two_words_and_lines_above_the_header(judge, run, tmp_path):
     (tmp_path / "whole.csv").write_text("Export\n\nno,prompt\n1,Fine?\n2,The answer\n3,no\n")
     judge("whole.csv", "q.jsonl", run=str(folder))
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 3
+    with pandas.ExcelWriter(tmp_path / "two.xlsx") as book:  # one of several sheets has the columns
+        for name, column in {"May": "The answer", "Notes": "Remark"}.items():
+            table = pandas.DataFrame({"no": [1, 2], column: ["Green", "Blue"]})
+            table.to_excel(book, sheet_name=name, index=False)
+    judge("two.xlsx", "s.jsonl", run=str(folder))
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 2
     (tmp_path / "old.csv").write_text("no,the answer\n7,Green\n")
     with pytest.raises(InputError, match=r"old.csv: no column 'The answer', which the template needs; the"):
         judge("old.csv", "p.jsonl", run=str(folder))
