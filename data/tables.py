@@ -334,8 +334,6 @@ def choices_in(where: str, column: str, value: Any) -> list[str]:
         raise InputError(f"{where}: {short(column)}: '{short(value, 30)}' {A_DATE}")
     if not isinstance(value, dict):
         return [cell(where, column, value)]
-    if not value:  # PostgreSQL's empty list
-        return []
     if all(type(is_it) is bool for is_it in value.values()):
         return [cell(where, column, name) for name, is_it in value.items() if is_it]
     keys = [key for key in CHOSEN if key in value]

@@ -16,6 +16,7 @@ from distjudge import InputError, load_judge, save_judge
 
 import judge as recipe
 import numpy
+import pyarrow
 import pytest
 import torch
 
@@ -346,8 +347,9 @@ def test_ids_of_another_field_and_options_that_do_not_fit(judged, tmp_path):
     asked = {"prompt": "Is it fine?", "uid": "u1", "id": "i"}
     (row,) = judged([asked], item="uid")
     assert row["id"] == row["uid"] == "u1"
-    with pytest.raises(InputError, match=r"in.jsonl:1: uid: missing or empty, and --item names it"):
-        judged(soups(1), item="uid", out="p.jsonl")
+    for more in ({}, {"uid": " "}):
+        with pytest.raises(InputError, match=r"in.jsonl:1: uid: missing or empty, and --item names it"):
+            judged([soups(1)[0] | more], item="uid", out="p.jsonl")
     turns = [{"role": "user", "content": "Is it fine?"}]
     judged([{"prompt": turns, "uid": "u2", "id": "i"}], item="uid", out="m.jsonl")
     assert json.loads((tmp_path / "m.jsonl").read_text())["id"] == "u2"
@@ -367,8 +369,10 @@ def test_ray_s_judges_refuse_what_would_be_lost(tmp_path, monkeypatch):
     assert "mean: judging adds a field of this name" in actor.ask({"text": '{"prompt": "x", "mean": 3}'})
     assert actor.ask({"text": '{"prompt": "x", "note": 3}'}) == "asked"
     actor.lines = False  # of Parquet: a column may be called text
-    assert actor.ask({"text": "Green", "more": None}) == "Green ?"
-    assert actor.ask({"text": " ", "more": "x"}).endswith("': text: empty")
+    for row in ({"text": "Green", "more": None}, {"text": "Green"}):
+        assert actor.ask(row) == "Green ?"
+    actor.work.answers = lambda asks: iter(())
+    assert actor(pyarrow.table({"text": [" "]}))["problem"].to_pylist() == ["input: ' ': text: empty"]
     monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
     (tmp_path / "i.jsonl").write_text("{}\n")
     monkeypatch.chdir(tmp_path)

@@ -96,6 +96,8 @@ def test_a_conversation_is_the_prompt_that_it_was_in_training(tmp_path):
         (wanted,) = tables.prompts_of(own, ["talk"])("t.csv: row 2", {"talk": cell})
         made = sheets.Template(template="{text}", text="talk").fill("t.csv: row 2", {"talk": cell})
         assert made["prompt"] == wanted and distjudge.messages_of(wanted) == turns
+    whole = sheets.Template(item="no").fill("t.parquet: row 2", {"prompt": turns, "no": "7", "id": "i"})
+    assert whole["id"] == "7"
 
 
 @pytest.mark.parametrize("suffix", [".xlsx", ".parquet", ".tsv", ".jsonl"])
