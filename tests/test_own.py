@@ -674,6 +674,10 @@ def test_optional_columns_and_pairs(own, tmp_path, caplog, capsys):
     assert "for the label that means the same: 7" in capsys.readouterr().out
     assert own(turned, f"{pair} --rater who")[0]["counts"] == {"A": 1, "B": 0, "tie": 1}
     assert "1 second vote of a person on an item\n" in capsys.readouterr().out  # it is the same vote
+    caplog.clear()  # a row an item: two items, with a warning
+    both = "q,more,answer_a,answer_b,A,B\nq,,1,2,1,2\nq,,2,1,2,1\n"
+    own(both, pair.replace("--label v", "--counts A B"))
+    assert "1 of 2 items have the prompt of another item" in caplog.text
     with pytest.raises(InputError, match=r"which of the labels {left, right} .* --swap q more left right"):
         table = table.replace(",A", ",left").replace(",tie", ",right").replace(",B", ",left")
         own(table, f"{flags} --optional more --swap q more")
