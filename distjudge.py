@@ -536,7 +536,7 @@ def parse_row(row: dict[str, Any], votes: bool = True) -> tuple[dict[str, Any], 
     if fields["split"] not in (None, "train", "test"):
         bad.append(("split", f"must be train or test, not {short(repr(fields['split']))}"))
     if "id" not in there and fields["prompt"]:
-        fields["id"] = hashlib.sha256(fields["prompt"].encode()).hexdigest()[:16]
+        fields["id"] = prompt_id(fields["prompt"])
     given = [field for field in _VOTES if field in there]
     if len(given) > 1 or (votes and not given):
         bad.append(("counts", f"give one of {', '.join(_VOTES)}; found {' and '.join(given) or 'none'}"))
@@ -551,6 +551,11 @@ def parse_row(row: dict[str, Any], votes: bool = True) -> tuple[dict[str, Any], 
             near = all(abs(exact[label] - whole[label]) <= 0.05 for label in exact)  # shares may be rounded
             counts = whole if near and sum(whole.values()) == people else exact
     return fields | {"counts": counts, "kind": given[0] if len(given) == 1 else ""}, bad
+
+
+def prompt_id(prompt: str) -> str:
+    """The id of an item that was given none: a hash of its prompt."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def place_swap(prompt: str, other: dict[str, str], labels: Sequence[str]) -> Swap:

@@ -163,7 +163,7 @@ class Converted:
         if self.least and not voted:
             self.dropped["item without votes"] += 1
             return
-        name = first = name or sha256(prompt.encode()).hexdigest()[:16]
+        name = first = name or distjudge.prompt_id(prompt)
         while name in self.ids:
             self.ids[first] += 1
             name = f"{first}-{self.ids[first]}"

@@ -206,8 +206,7 @@ class Judging:
                     problem = "" if row["id"] else f"{item}: missing or empty, and --item names it"
                 if problem:
                     raise InputError(f"{where}: {problem}")
-                is_filled = form and form.applies(row, table)
-                ask = self.ask(row, where, form.fill(where, row) if is_filled else None)
+                ask = self.ask(row, where, form and form.filled(where, row, table))
             except InputError as error:
                 tally.bad(str(error), where)
                 continue

@@ -77,8 +77,7 @@ class Actor:
             ((where, row, problem),) = judge.refuse_ours([(where, row, problem)])
             if problem:
                 return f"{where}: {problem}"
-            is_filled = self.form and self.form.applies(row, table=False)
-            return self.work.ask(row, where, self.form.fill(where, row) if is_filled else None)
+            return self.work.ask(row, where, self.form and self.form.filled(where, row, table=False))
         except InputError as error:
             return str(error)
 

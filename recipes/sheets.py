@@ -73,6 +73,10 @@ class Template:
         needed, whole = self.columns(there), "prompt" in there and not self.named
         return not whole or (set(needed) <= set(there) and (table or "prompt" in needed))
 
+    def filled(self, where: str, row: dict[str, Any], table: bool) -> dict[str, Any] | None:
+        """What fill() makes of a row, or None where the template does not apply."""
+        return self.fill(where, row) if self.applies(row, table) else None
+
     def fill(self, where: str, row: dict[str, Any]) -> dict[str, Any]:
         """id, prompt and swap of a row. Raises InputError for an empty cell, and for one that is no text."""
         import tables
